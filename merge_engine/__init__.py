@@ -1,0 +1,41 @@
+"""Merge many LoRA adapters into one, fast, exactly and in little memory.
+
+import merge_engine
+merge_engine.merge(["sql", "chat", "ads"], "merged", method="ties", density=0.2, weights=[2, 1, 1])
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merge_engine.adapter import open_adapter
+    from merge_engine.engine import Merged, merge
+    from merge_engine.errors import AdapterError, MergeError, OutputError, RecipeError
+    from merge_engine.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = ["AdapterError", "MergeError", "Merged", "OutputError", "Recipe", "RecipeError", "merge", "open_adapter"]
+
+# In a checkout the kernels live beside this package, not inside it: look there too.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+_HOMES = {
+    "merge": "engine",
+    "Merged": "engine",
+    "Recipe": "recipe",
+    "open_adapter": "adapter",
+    "AdapterError": "errors",
+    "MergeError": "errors",
+    "OutputError": "errors",
+    "RecipeError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used: `merge-engine --help` and an import need no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

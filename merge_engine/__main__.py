@@ -1,0 +1,7 @@
+"""python -m merge_engine: the same as merge-engine."""
+
+import sys
+
+from merge_engine.cli import main
+
+sys.exit(main())

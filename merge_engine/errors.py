@@ -1,0 +1,21 @@
+"""What a user is told when a merge cannot be done.
+
+A message names the subject (file, adapter, tensor), what was wanted and what was got, in one line:
+``sql: lora_B of model.layers.3.self_attn.q_proj is [2048, 8], wanted rank 16 from adapter_config.json``.
+"""
+
+
+class MergeError(ValueError):
+    """A merge that cannot be done as asked; nothing was written."""
+
+
+class AdapterError(MergeError):
+    """An adapter that is missing, damaged, or of a kind that cannot be merged."""
+
+
+class RecipeError(MergeError):
+    """A request that contradicts itself, the adapters, or the known methods."""
+
+
+class OutputError(MergeError):
+    """A result that cannot be placed where it was asked for."""

@@ -1,0 +1,263 @@
+"""The torch backend against the textbook: same kept sets, values within derived bounds, same bits for any threads."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge_engine import reference, rng, tiled
+from merge_engine.rule import make_rule
+from merge_engine.tiled import Dense, Drop, Product, Trim
+
+U = 2**-24  # unit roundoff of float32
+SEED = 2**40 + 7
+examples = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles in both directions, for tensors of test size."""
+    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 128)
+
+
+def whole(source):
+    """The task tensor itself, put together from its tiles."""
+    full = torch.full((source.rows, source.columns), float("nan"))
+    for tile in tiled._tiles(source.rows, source.columns):
+        part = torch.empty(tiled._shape(tile))
+        source.fill(tile, part)
+        full[tile.top : tile.bottom, tile.left : tile.right] = part
+    return full
+
+
+def keeps_of(rule, sources, density, stream=5):
+    if rule.keep == "magnitude":
+        numel = sources[0].rows * sources[0].columns
+        return [tiled.trims([s], rule.kept(density, numel), rule.trim_ties)[0] for s in sources]
+    if rule.keep == "bernoulli":
+        drops = [Drop(density, SEED, stream, i) for i in range(len(sources))]
+        if rule.l1_rescale:
+            return [
+                Drop(density, SEED, stream, i, tiled.l1_factor(s, d))
+                for i, (s, d) in enumerate(zip(sources, drops, strict=True))
+            ]
+        return drops
+    return [None] * len(sources)
+
+
+def masks_of(rows, columns, count, density, stream=5):
+    return {
+        i: rng.keep_mask(density, seed=SEED, stream=stream, adapter=i, rows=range(rows), columns=range(columns))
+        for i in range(count)
+    }
+
+
+def factors(generator, rows, columns, rank, dtype, integers):
+    def draw(*shape):
+        if integers:  # small whole numbers: products are exact, and thousands of them are equal
+            return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return draw(rank, columns), draw(rows, rank)
+
+
+METHODS = ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
+
+
+@pytest.mark.parametrize("convention", ["peft", "mergekit", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_merge_equals_reference(method, convention, monkeypatch):
+    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 128)
+
+    @examples
+    @given(data=st.data())
+    def check(data):
+        rows, columns = data.draw(st.integers(1, 37)), data.draw(st.integers(1, 61))
+        count = data.draw(st.integers(1, 5))
+        dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+        integers = data.draw(st.booleans())
+        dense = data.draw(st.booleans())
+        density = data.draw(st.sampled_from([0.01, 0.2, 0.29, 0.5, 0.9, 1.0]))
+        scale = data.draw(st.sampled_from([1.0, 0.3, -2.0, 0.0]))
+        weights = data.draw(st.lists(st.sampled_from([1.0, 2.0, 0.5, -1.0, 0.0, 0.7]), min_size=count, max_size=count))
+        rule = make_rule(
+            method,
+            convention=convention,
+            election=data.draw(st.sampled_from(["total", "frequency"])),
+            scope="tensor",
+            trim_ties=data.draw(st.sampled_from(["exact", "keep"])),
+        )
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        sources = []
+        for _ in range(count):
+            rank = data.draw(st.sampled_from([1, 4, 8, 17]))
+            A, B = factors(generator, rows, columns, rank, dtype, integers)
+            sources.append(Dense((B.float() @ A.float()).to(dtype)) if dense else Product(A, B, 0.5))
+        deltas = [whole(source) for source in sources]
+        masks = masks_of(rows, columns, count, density)
+        want = reference.merge_model(
+            {"m": dict(enumerate(deltas))}, weights, {"m": [density] * count}, rule, masks={"m": masks}, scale=scale
+        )["m"]
+        keeps = keeps_of(rule, sources, density)
+        tied = 1
+        if rule.majority and rule.elect != "none":
+            tied = 1 if tiled.vote_balance(sources, weights, keeps, rule) > 0 else -1
+        out = torch.full((rows, columns), float("nan"))
+        got = tiled.merge_deltas(sources, weights, keeps, rule, scale=scale, tied=tied, out=out)
+        assert got is out
+        # A term is rounded when weighted and when added, on both sides; rescaling adds two roundings and, for L1,
+        # the rounding of the norms (n elements); the mean and the scale one each.
+        gain = max([k.factor or 1 / k.density for k in keeps if isinstance(k, Drop)], default=1.0)
+        total = gain * sum(abs(w) * d.abs() for w, d in zip(weights, deltas, strict=True))
+        norms = rows * columns if rule.l1_rescale and rule.keep == "bernoulli" else 0
+        bound = 2 * U * (count + 6 + norms) * abs(scale) * total
+        if rule.divisor == "weight":
+            bound = bound / 0.09  # no sum of up to five of these weights is nearer to zero than 0.1, but zero itself
+        assert ((got - want).abs() <= bound + 1e-37).all()
+
+    check()
+
+
+@examples
+@given(data=st.data())
+def test_exactly_k_survive_lowest_index_first(data):
+    rows, columns, rank = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 50)), data.draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    sources = [
+        Product(*factors(generator, rows, columns, rank, torch.bfloat16, integers=True), 0.25)
+        for _ in range(data.draw(st.integers(1, 3)))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "TILE_ROWS", 8)
+        patch.setattr(tiled, "TILE_ELEMENTS", 128)
+        flat = torch.cat([whole(source).flatten() for source in sources])
+        k = data.draw(st.integers(0, flat.numel()))
+        kept = [
+            tiled.merge_deltas([source], [1.0], [trim], make_rule("linear")).flatten()
+            for source, trim in zip(sources, tiled.trims(sources, k, "exact"), strict=True)
+        ]
+    want = reference.trim(flat, k, "exact")
+    assert torch.equal(torch.cat(kept), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thousands_of_equal_magnitudes(dtype):
+    generator = torch.Generator().manual_seed(3)
+    A, B = factors(generator, 300, 400, 2, dtype, integers=True)
+    source, k = Product(A, B, 1.0), int(0.2 * 300 * 400)
+    kept = tiled.merge_deltas([source], [1.0], tiled.trims([source], k, "exact"), make_rule("linear"))
+    threshold = kept[kept != 0].abs().min()
+    assert (whole(source).abs() == threshold).sum() > 5000
+    assert (kept != 0).sum() == k
+    assert torch.equal(kept, reference.trim(whole(source), k, "exact"))
+    every = tiled.merge_deltas([source], [1.0], tiled.trims([source], k, "keep"), make_rule("linear"))
+    assert torch.equal(every, reference.trim(whole(source), k, "keep"))
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 17, 64, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_are_exact_to_rounding(rank, dtype):
+    generator = torch.Generator().manual_seed(rank)
+    A, B = factors(generator, 67, 131, rank, dtype, integers=False)
+    got = whole(Product(A, B, 0.7)).double()
+    exact = 0.7 * (B.double() @ A.double())
+    bound = (rank + 2) * U * 0.7 * (B.double().abs() @ A.double().abs())
+    assert ((got - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 977), (977, 1), (127, 131), (64, 2048), (3, 70001), (70001, 2)])
+def test_every_shape_is_covered_once(shape):
+    seen = torch.zeros(shape, dtype=torch.int32)
+    for tile in tiled._tiles(*shape):
+        seen[tile.top : tile.bottom, tile.left : tile.right] += 1
+        height, width = tiled._shape(tile)
+        assert height * width <= tiled.TILE_ELEMENTS
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty(shape):
+    source = Dense(torch.zeros(shape))
+    assert tiled.trims([source], 0, "exact") == [Trim(float("inf"), 0, 0)]
+    assert tiled.merge_deltas([source], [1.0], [None], make_rule("ties")).shape == shape
+
+
+@pytest.mark.parametrize("count", [1, 33, 300])
+@pytest.mark.parametrize("election", ["total", "frequency"])
+def test_many_adapters(count, election):
+    generator = torch.Generator().manual_seed(count)
+    sources = [Product(*factors(generator, 19, 23, 4, torch.float32, False), 1.0) for _ in range(count)]
+    rule = make_rule("ties", election=election)
+    got = tiled.merge_deltas(sources, [1.0] * count, keeps_of(rule, sources, 0.5), rule)
+    deltas = {"m": {i: whole(s) for i, s in enumerate(sources)}}
+    want = reference.merge_model(deltas, [1.0] * count, {"m": [0.5] * count}, rule)["m"]
+    bound = U * 2 * (count + 3) * sum(delta.abs() for delta in deltas["m"].values())
+    assert ((got - want).abs() <= bound).all()
+
+
+def test_non_contiguous_and_zero_factors():
+    generator = torch.Generator().manual_seed(0)
+    A, B = factors(generator, 33, 47, 8, torch.float32, False)
+    rule = make_rule("ties")
+    plain = [Product(A, B, 1.0), Product(A, torch.zeros_like(B), 1.0)]
+    strided = [Product(A.T.contiguous().T, B.T.contiguous().T, 1.0), plain[1]]
+    keeps = keeps_of(rule, plain, 0.3)
+    assert torch.equal(
+        tiled.merge_deltas(plain, [1.0, 1.0], keeps, rule), tiled.merge_deltas(strided, [1.0, 1.0], keeps, rule)
+    )
+    assert torch.equal(
+        tiled.merge_deltas(plain[:1], [1.0], keeps[:1], rule), tiled.merge_deltas(plain, [1.0, 1.0], keeps, rule)
+    )
+
+
+@pytest.mark.parametrize("convention", ["peft", "mergekit"])
+@pytest.mark.parametrize("method", METHODS)
+def test_thread_count_changes_no_bit(method, convention, small_tiles):
+    generator = torch.Generator().manual_seed(1)
+    sources = [Product(*factors(generator, 61, 97, 8, torch.float32, False), 0.5) for _ in range(3)]
+    rule = make_rule(method, convention=convention)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            keeps = keeps_of(rule, sources, 0.3)
+            results.append((keeps, tiled.merge_deltas(sources, [2.0, 1.0, -0.5], keeps, rule)))
+    finally:
+        torch.set_num_threads(before)
+    for keeps, merged in results[1:]:
+        assert keeps == results[0][0]
+        assert torch.equal(merged, results[0][1])
+
+
+def test_tile_size_changes_no_bit_of_a_dropped_mask(monkeypatch):
+    ones = [Dense(torch.ones(53, 171))] * 3
+    rule = make_rule("dare_linear")
+    keeps = keeps_of(rule, ones, 0.4)
+    results = []
+    for rows, elements in ((64, 1 << 17), (8, 128), (1, 7)):
+        monkeypatch.setattr(tiled, "TILE_ROWS", rows)
+        monkeypatch.setattr(tiled, "TILE_ELEMENTS", elements)
+        results.append(tiled.merge_deltas(ones, [1.0, 2.0, 4.0], keeps, rule))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    masks = masks_of(53, 171, 3, 0.4)
+    want = sum(mask.float() / 0.4 * 2**i for i, mask in masks.items())
+    assert torch.equal(results[0] == 0, want == 0)
+
+
+def test_locate():
+    histogram = np.array([3, 0, 2, 1])
+    assert [tiled.locate(histogram, k) for k in range(1, 7)] == [(3, 1), (2, 1), (2, 2), (0, 1), (0, 2), (0, 3)]
+
+
+def test_an_error_in_a_tile_is_raised():
+    class Broken(Dense):
+        def fill(self, tile, out):
+            raise RuntimeError("cannot be read")
+
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        tiled.merge_deltas([Broken(torch.ones(3, 3))], [1.0], [None], make_rule("linear"))
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        tiled.trims([Broken(torch.ones(3, 3))], 2, "exact")
