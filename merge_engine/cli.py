@@ -45,9 +45,11 @@ CHOICES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = _show_warning
     try:
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _show_warning
+            options.run(options)
     except MergeError as error:
         print(f"merge-engine: error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,319 @@
+"""The command and the recipe: what users type, and what they are told when it is wrong."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import merge_engine
+from merge_engine.adapter import open_adapter
+from merge_engine.cli import CHOICES, main
+from merge_engine.errors import MergeError, RecipeError
+from merge_engine.recipe import DTYPES, Recipe
+from merge_engine.rule import CONVENTIONS, METHODS
+
+
+def save_plain(folder, seed, rank=4, rows=24, columns=40, modules=("layers.0.q_proj", "layers.1.q_proj"), **config):
+    """A LoRA in PEFT's format without PEFT."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in modules:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": "base", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture
+def three(tmp_path):
+    return [save_plain(tmp_path / name, seed) for seed, name in enumerate(["sql", "chat", "ads"])]
+
+
+def run_cli(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def factors_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same(one, other):
+    one, other = factors_of(one), factors_of(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_merge_command_equals_the_api(three, tmp_path, capsys):
+    options = ["--method", "ties", "--density", "0.3", "--weights", "2", "1", "-0.5", "--rank", "3", "--scale", "0.5"]
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "one", *options)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'one'}: 3 adapters, 2 modules, rank up to 3, kept energy 0.")
+    recipe = {"method": "ties", "density": 0.3, "weights": [2, 1, -0.5], "rank": 3, "scale": 0.5}
+    merge_engine.merge(three, tmp_path / "two", **recipe)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_every_option_reaches_the_recipe(three, tmp_path, capsys):
+    options = {
+        "method": "dare_ties",
+        "space": "delta",
+        "election": "frequency",
+        "scope": "model",
+        "trim_ties": "keep",
+        "convention": "mergekit",
+        "dtype": "bfloat16",
+        "seed": "7",
+        "energy": "0.9",
+        "scale": "2",
+        "density": "0.5",
+    }
+    flags = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+    code, _, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", *flags)
+    assert (code, err) == (0, "")
+    recipe = json.loads((tmp_path / "out" / "merge_report.json").read_text())["recipe"]
+    assert {key: str(recipe[key]) for key in options} == {**options, "scale": "2.0"}
+
+
+def test_density_by_adapter_and_by_pattern(three, tmp_path, capsys):
+    for name, density, same in [
+        ("each", ["0.1", "0.2", "0.3"], [0.1, 0.2, 0.3]),
+        ("table", ["layers.0.*=0.1", ".*=0.4"], {"layers.0.*": 0.1, ".*": 0.4}),
+    ]:
+        code, _, err = run_cli(capsys, "merge", *three, "-o", tmp_path / name, "--density", *density)
+        assert (code, err) == (0, "")
+        merge_engine.merge(three, tmp_path / f"{name}-api", density=same)
+        assert_same(tmp_path / name, tmp_path / f"{name}-api")
+
+
+def test_recipe_file_and_options_over_it(three, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"adapters: [{', '.join(map(str, three))}]\noutput: {tmp_path / 'one'}\nmethod: ties\n"
+        'density: {"layers.0.*": 0.3, ".*": [0.1, 0.2, 0.3]}\nweights: [2, 1, 1]\n'
+    )
+    assert run_cli(capsys, "merge", recipe)[0] == 0
+    density = {"layers.0.*": 0.3, ".*": [0.1, 0.2, 0.3]}
+    merge_engine.merge(three, tmp_path / "api", method="ties", density=density, weights=[2, 1, 1])
+    assert_same(tmp_path / "one", tmp_path / "api")
+    assert run_cli(capsys, "merge", recipe, "-o", tmp_path / "two", "--method", "linear")[0] == 0
+    merge_engine.merge(three, tmp_path / "linear", method="linear", weights=[2, 1, 1])
+    assert_same(tmp_path / "two", tmp_path / "linear")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method: ties", "recipe.yaml: wanted a table of keys with a list of adapters"),
+        ("[1, 2", "recipe.yaml: cannot be read: "),
+        ("adapters: [a]\nmerge_method: ties\noutput: o", "recipe: wanted one of method, .*, got 'merge_method'"),
+        ("adapters: [a]", "output: wanted a folder to write to"),
+    ],
+)
+def test_recipe_file_mistakes(tmp_path, capsys, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    code, out, err = run_cli(capsys, "merge", tmp_path / "recipe.yaml")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(err)
+
+
+def test_info_shows_what_an_adapter_is(three, capsys):
+    code, out, err = run_cli(capsys, "info", three[0])
+    assert (code, err) == (0, "")
+    adapter = open_adapter(three[0])
+    for name in adapter.modules:
+        A, B = adapter.factors(name)
+        line = next(line for line in out.splitlines() if name in line)
+        assert line.split()[1:-1] == ["linear", "24", "x", "40", "4", "2"]
+        assert float(line.split()[-1]) == pytest.approx(2 * (B.double() @ A.double()).norm().item(), rel=1e-3)
+    assert "base model  base" in out and "modules     2, rank 4" in out and "size        0.00 MB" in out
+
+
+def bad(**kwargs):
+    """A mistake in the recipe, and the one line that names it."""
+    message = kwargs.pop("message")
+    return pytest.param(kwargs, message, id=message[:40])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        bad(method="tiez", message="method: wanted one of linear, cat, magnitude_prune, ties, dare_linear, dare_ties"),
+        bad(weights=[1, 2], message="weights: wanted 3, one for each of sql, chat, ads, got 2"),
+        bad(weights=[1, 2, float("nan")], message="weights: wanted a finite number, got nan"),
+        bad(weights="1 2 3", message="weights: wanted a list of numbers, got '1 2 3'"),
+        bad(density=1.5, message="density: wanted a number from 0 to 1, got 1.5"),
+        bad(density=-0.1, message="density: wanted a number from 0 to 1, got -0.1"),
+        bad(density="half", message="density: wanted a number from 0 to 1, got 'half'"),
+        bad(density={"(": 0.5}, message=r"density: pattern '\(' is no regular expression: "),
+        bad(density={"q": 2}, message="density: wanted a number from 0 to 1, got 2"),
+        bad(density={"k_proj": 0.2}, message=r"density: no pattern of k_proj matches layers.0.q_proj; '\.\*' matches"),
+        bad(density=[0.1, 0.2], message="density: wanted one number or 3, got 2"),
+        bad(
+            method="dare_ties",
+            density=0.0,
+            message="density: dare_ties divides by it, wanted a number above 0, got 0.0",
+        ),
+        bad(
+            scope="model",
+            density={"layers.0.*": 0.1, ".*": 0.2},
+            message="density: scope='model' has one threshold for all of sql, wanted one density, got 0.1, 0.2",
+        ),
+        bad(space="deltas", message="space: wanted delta or factors, got 'deltas'"),
+        bad(convention="peff", message="convention: wanted one of peft, mergekit, paper, got 'peff'"),
+        bad(scale=float("inf"), message="scale: wanted a finite number, got inf"),
+        bad(seed=-1, message=r"seed: wanted a whole number from 0 to 2\*\*64 - 1, got -1"),
+        bad(rank=0, message="rank: wanted auto or a whole number of at least 1, got 0"),
+        bad(rank="8", message="rank: wanted auto or a whole number of at least 1, got '8'"),
+        bad(energy=0.0, message="energy: wanted a number above 0 and up to 1, got 0.0"),
+        bad(dtype="int8", message="dtype: wanted one of float32, float16, bfloat16, got 'int8'"),
+        bad(method="cat", rank=4, message="rank: cat stacks the factors"),
+        bad(lambda_=1, message="recipe: wanted one of method, .*, got 'lambda_'"),
+    ],
+)
+def test_mistakes_in_the_recipe(three, tmp_path, recipe, message):
+    with pytest.raises(RecipeError, match=f"^{message}"):
+        merge_engine.merge(three, tmp_path / "out", **recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ads", "chat", "sql"]
+
+
+def test_no_adapters(tmp_path):
+    with pytest.raises(RecipeError, match=r"^adapters: wanted at least one, got none$"):
+        merge_engine.merge([], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "recipe", "message"),
+    [
+        ({"columns": 41}, {}, "^odd: layers.0.q_proj is linear \\[24, 41\\], wanted linear \\[24, 40\\] as in sql$"),
+        ({"rank": 5}, {"space": "factors"}, "^odd: layers.0.q_proj has rank 5, wanted 4 as in sql: factors of diff"),
+        ({"use_dora": True}, {}, "^odd: use_dora is set in adapter_config.json; "),
+        ({"lora_bias": True}, {}, "^odd: lora_bias is set in adapter_config.json; "),
+        ({"r": 3}, {}, "^odd: .*rank"),
+    ],
+)
+def test_mistakes_in_the_adapters(three, tmp_path, change, recipe, message):
+    odd = save_plain(tmp_path / "odd", 9, **change)
+    with pytest.raises(MergeError, match=message):
+        merge_engine.merge([*three, odd], tmp_path / "out", **recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ads", "chat", "odd", "sql"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(three, tmp_path, capsys, value):
+    tensors = factors_of(three[1])
+    key = "base_model.model.layers.1.q_proj.lora_B.weight"
+    tensors[key][3, 2] = value
+    save_file(tensors, three[1] / "adapter_model.safetensors")
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    kind = "NaN" if value != value else "Inf"
+    file = three[1] / "adapter_model.safetensors"
+    assert err == f"merge-engine: error: chat: tensor {key} in {file} holds {kind}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ads", "chat", "sql"]
+
+
+def test_an_existing_output_is_kept_unless_overwritten(three, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_cli(capsys, "merge", *three, "-o", out, "--method", "linear")[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, err = run_cli(capsys, "merge", *three, "-o", out)
+    assert code == 2
+    assert err == f"merge-engine: error: {out} already exists; pass overwrite to replace it\n"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run_cli(capsys, "merge", *three, "-o", out, "--overwrite")[0] == 0
+    assert json.loads((out / "merge_report.json").read_text())["recipe"]["method"] == "ties"
+
+
+def test_a_warning_is_one_line(three, tmp_path, capsys):
+    odd = save_plain(tmp_path / "odd", 9, base_model_name_or_path="other")
+    code, _, err = run_cli(capsys, "merge", three[0], odd, "-o", tmp_path / "out")
+    assert code == 0
+    assert err.startswith("merge-engine: warning: odd was trained on other, sql on base: ") and err.count("\n") == 1
+
+
+def test_the_commands_choices_are_the_tables():
+    assert CHOICES["method"] == tuple(METHODS)
+    assert CHOICES["convention"] == tuple(CONVENTIONS)
+    assert CHOICES["dtype"] == tuple(DTYPES)
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            assert getattr(Recipe(**{name: choice}), name) == choice
+
+
+@pytest.mark.parametrize("command", [[], ["merge"], ["info"], ["demo"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert not command or f"merge-engine {command[0]}" in out.split("example", 1)[1]
+
+
+def imported_by(code):
+    """Every module in sys.modules after running the code in a new process."""
+    script = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_imports_are_light():
+    heavy = {"triton", "peft", "transformers", "torch._inductor", "huggingface_hub", "yaml", "tqdm"}
+    assert not imported_by("import merge_engine.cli; merge_engine.cli._parser()") & {*heavy, "torch", "numpy"}
+    assert not imported_by("import torch, merge_engine; merge_engine.merge") & heavy - imported_by("import torch")
+
+
+def test_works_without_triton_peft_and_transformers(three, tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'peft', 'transformers'): sys.modules[name] = None\n"
+        f"import merge_engine; merge_engine.merge({[str(p) for p in three]}, {str(tmp_path / 'out')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert open_adapter(tmp_path / "out").modules
+
+
+def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
+    """SIGKILL at random moments: the target is missing or complete, and the next run is not in the way of anything."""
+    modules = [f"layers.{i}.q_proj" for i in range(6)]
+    adapters = [save_plain(tmp_path / str(i), i, rank=8, rows=300, columns=400, modules=modules) for i in range(2)]
+    out = tmp_path / "out"
+    ready = "import sys, merge_engine.engine; print('ready', flush=True); sys.stdin.read(1);"
+    code = f"{ready} merge_engine.engine.merge({[str(a) for a in adapters]}, {str(out)!r}, overwrite=True)"
+    start = time.perf_counter()
+    whole = merge_engine.merge(adapters, tmp_path / "whole").path
+    duration = time.perf_counter() - start
+    chance, seen = random.Random(0), set()
+    for attempt in range(12):
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        child.stdout.readline()
+        child.stdin.write(b"x")
+        child.stdin.flush()
+        time.sleep(chance.uniform(0, 1.5 * duration))
+        os.kill(child.pid, signal.SIGKILL)
+        child.communicate()
+        if out.exists():
+            assert_same(out, whole)
+            assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+        seen.add((out.exists(), child.returncode))
+        if attempt % 3 == 2 and out.exists():
+            for path in out.iterdir():
+                path.unlink()
+            out.rmdir()
+    assert any(code == -signal.SIGKILL for _, code in seen)
+    merge_engine.merge(adapters, out, overwrite=True)
+    assert_same(out, whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "whole", "out"}
