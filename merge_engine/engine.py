@@ -219,8 +219,7 @@ class _Norms:
         self.kept = self.total = 0.0
 
     def add(self, result: LowRank) -> None:
-        A, B = result.A.double(), result.B.double()
-        norm = float(((A @ A.T) * (B.T @ B)).sum())
+        norm = lowrank.product_norm(result.A, result.B) ** 2
         self.kept += norm
         self.total += norm / result.energy if result.energy > 0 else 0.0
 
