@@ -24,8 +24,9 @@ recipe.yaml holds the same names as the options:
   weights: [2, 1, 1]
 """
 INFO_EXAMPLES = """\
-example:
+examples:
   merge-engine info sql
+  merge-engine info --system
 """
 DEMO_EXAMPLES = """\
 example:
@@ -39,6 +40,7 @@ CHOICES = {
     "trim_ties": ("exact", "keep"),
     "convention": ("peft", "mergekit", "paper"),
     "dtype": ("float32", "float16", "bfloat16"),
+    "backend": ("auto", "triton", "torch"),
 }
 
 
@@ -84,10 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--trim-ties", choices=CHOICES["trim_ties"], help="equal magnitudes at the threshold")
     merge.add_argument("--convention", choices=CHOICES["convention"], help="whose arithmetic; default: peft")
     merge.add_argument("--seed", type=int, help="of the random drops; default: 0")
+    merge.add_argument("--backend", choices=CHOICES["backend"], help="who computes; default: auto")
     merge.add_argument("--dtype", choices=CHOICES["dtype"], help="of the written factors; default: the adapters' own")
 
     info = _command(commands, "info", _info, INFO_EXAMPLES, "rank, scaling, size and norms of an adapter")
-    info.add_argument("adapters", nargs="+", metavar="adapter", help="adapter folder or hub id")
+    info.add_argument("adapters", nargs="*", metavar="adapter", help="adapter folder or hub id")
+    info.add_argument("--system", action="store_true", help="show which backend is used here, and why")
 
     _command(commands, "demo", _demo, DEMO_EXAMPLES, "merge the bundled adapters and measure each result (needs peft)")
     return parser
@@ -163,7 +167,12 @@ def _rank(text: str) -> int | str:
 def _info(options: argparse.Namespace) -> None:
     from merge_engine.adapter import open_adapter
     from merge_engine.lowrank import product_norm
+    from merge_engine.ops import system
 
+    if options.system:
+        print(system())
+    elif not options.adapters:
+        raise RecipeError("info: wanted an adapter or --system, got neither")
     for source in options.adapters:
         adapter = open_adapter(source)
         adapter.check_finite()

@@ -4,30 +4,28 @@ The four stages overlap. At most a constant number of merged deltas is in memory
 whole or not at all.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from merge_engine import lowrank, rng, tiled
+from merge_engine import lowrank, ops
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.adapter_writer import AdapterWriter
 from merge_engine.lowrank import LowRank
+from merge_engine.ops import Backend
 from merge_engine.pipeline import ahead
 from merge_engine.place import place_folder
-from merge_engine.plan import ModulePlan, Plan, make_plan
+from merge_engine.plan import Factors, ModulePlan, Plan, make_plan
 from merge_engine.recipe import Recipe
-from merge_engine.tiled import Drop, KeepTile, Source, Trim
 
-Factors = list[tuple[Tensor, Tensor]]  # (A [r, N], B [M, r]) of each adapter that has the module
-Trims = dict[tuple[str, int, str], Trim]  # by side, adapter and module: thresholds that span modules
-SIDES = {"delta": ("delta",), "factors": ("A", "B")}
 MAX_RECOMPRESSIONS = 4  # at a time: each holds a merged delta
+
+Loaded = tuple[list[ModulePlan], list[Factors], dict[str, Any]]  # a group, its factors, and these packed by side
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,18 @@ class Merged:
 
 
 class Preparation(NamedTuple):
-    """What has to be known of the whole model before the first module can be merged."""
+    """What has to be known of the whole model before the first module can be merged, by side."""
 
-    trims: Trims  # thresholds of scope="model"
-    tied: dict[str, int]  # by side: what a tied vote elects
+    trims: dict[str, Any]  # thresholds of scope="model"
+    tied: dict[str, int]  # what a tied vote elects
+
+
+class Work(NamedTuple):
+    """One module on its way from merging to recompression."""
+
+    module: ModulePlan
+    factors: Factors
+    merged: dict[str, Tensor]  # by side
 
 
 def merge(
@@ -58,6 +64,7 @@ def merge(
     *,
     overwrite: bool = False,
     progress: bool | None = None,
+    backend: str | None = None,
     **recipe: Any,
 ) -> Merged:
     """scale * method(w_1 t_1, ..., w_n t_n) for every module of the adapters, cut to a rank: one merged adapter.
@@ -66,6 +73,7 @@ def merge(
     output: the folder to write, loadable by PEFT; it appears complete or not at all, and an existing one is refused
         unless overwrite. None keeps the result in memory.
     progress: a bar on standard error; None shows it on a terminal only.
+    backend: "triton", "torch", or "auto" (Triton on a GPU, torch elsewhere); None: as MERGE_ENGINE_BACKEND says.
     recipe: the fields of `Recipe`: method, weights, density, space, scale, election, scope, trim_ties, convention,
         seed, rank, energy, dtype.
 
@@ -73,11 +81,17 @@ def merge(
     """
     asked = Recipe.from_mapping(recipe)
     opened = [adapter if isinstance(adapter, Adapter) else open_adapter(adapter) for adapter in adapters]
-    return run(make_plan(opened, asked), output, overwrite=overwrite, progress=progress)
+    chosen = ops.choose(backend)
+    return run(make_plan(opened, asked), output, backend=chosen, overwrite=overwrite, progress=progress)
 
 
 def run(
-    plan: Plan, output: str | Path | None = None, *, overwrite: bool = False, progress: bool | None = None
+    plan: Plan,
+    output: str | Path | None = None,
+    *,
+    backend: Backend,
+    overwrite: bool = False,
+    progress: bool | None = None,
 ) -> Merged:
     """Carry out a plan: see `merge`."""
     path = None if output is None else Path(output)
@@ -89,127 +103,99 @@ def run(
     with place as folder:
         writer = None if folder is None else _writer(plan, folder)
         try:
-            for module, result in zip(plan.modules, merged_modules(plan, progress), strict=True):
-                energy[module.name] = result.energy
+            for name, result in merged_modules(plan, backend, progress):
+                energy[name] = result.energy
                 norms.add(result)
                 if writer is None:
-                    kept[module.name] = result
+                    kept[name] = result
                 else:
-                    writer.add(module.name, result.A, result.B)
+                    writer.add(name, result.A, result.B)
             if writer is not None:
-                _finish(writer, plan, energy, norms.kept_energy)
+                _finish(writer, plan, backend, energy, norms.kept_energy)
         except BaseException:
             if writer is not None:
                 writer.abandon()
             raise
-    return Merged(plan, path, energy, norms.kept_energy, kept)
+    return Merged(plan, path, dict(sorted(energy.items())), norms.kept_energy, dict(sorted(kept.items())))
 
 
-def merged_modules(plan: Plan, progress: bool | None = None) -> Iterator[LowRank]:
-    """The merged factors of each of plan.modules, in order; reading, merging and recompressing overlap."""
+def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -> Iterator[tuple[str, LowRank]]:
+    """(name, merged factors) of every module; reading, merging and recompressing overlap."""
     from tqdm import tqdm
 
-    with tqdm(
-        total=_work(plan), unit="element", unit_scale=True, disable=None if progress is None else not progress
-    ) as bar:
-        ready = prepare(plan, bar.update)
-        read = ahead(lambda module: (module, _read(plan, module)), plan.modules)
-        merged = ((module, factors, merge_sides(plan, module, factors, ready)) for module, factors in read)
+    shown = None if progress is None else not progress
+    with tqdm(total=_work(plan), unit="element", unit_scale=True, disable=shown) as bar:
+        ready = prepare(plan, backend, bar.update)
         workers = min(torch.get_num_threads(), MAX_RECOMPRESSIONS)
-        results = ahead(lambda work: recompress(plan, *work), merged, workers)
-        for module, result in zip(plan.modules, results, strict=True):
+        for module, result in ahead(
+            lambda work: recompress(plan, backend, work), merge_groups(plan, backend, ready), workers
+        ):
             bar.update(module.cost)
-            yield result
+            yield module.name, result
 
 
-def prepare(plan: Plan, done: Callable[[int], object]) -> Preparation:
+def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Preparation:
     """Sweep over all modules for what spans them: thresholds of scope="model", and the majority sign.
 
-    Memory: one module's factors at a time, one histogram. `done` is told the elements covered.
+    `done` is told the elements covered.
     """
-    trims: Trims = {}
-    sides = SIDES[plan.recipe.space]
-    if plan.rule.keep == "magnitude" and plan.rule.scope == "model":
-        for number in range(len(plan.adapters)):
-            modules = plan.having(number)
-            density = modules[0].densities[modules[0].adapters.index(number)]
-            for side in sides:
-                spanning = _AdapterSources(plan, number, side)
-                found = tiled.trims(spanning, plan.rule.kept(density, spanning.numel), plan.rule.trim_ties)
-                trims.update({(side, number, module.name): trim for module, trim in zip(modules, found, strict=True)})
-            done(sum(module.rows * module.columns for module in modules))
-    ready = Preparation(trims, dict.fromkeys(sides, 1))
+    trims: dict[str, Any] = {side: {} for side in plan.sides}
+    if plan.spans_model:
+        trims = {side: backend.model_trims(plan, side) for side in plan.sides}
+        done(sum(module.cost for module in plan.modules))
+    balance = dict.fromkeys(plan.sides, 1)
     if plan.rule.majority and plan.rule.elect != "none":
-        balance = dict.fromkeys(sides, 0)
-        for module, factors in ahead(lambda module: (module, _read(plan, module)), plan.modules):
-            for side in sides:
-                sources = _sources(module, factors, side)
-                keeps = _keeps(plan, module, sources, side, ready)
-                balance[side] += tiled.vote_balance(sources, _weights(module, side), keeps, plan.rule)
-            done(module.cost)
-        ready = Preparation(trims, {side: 1 if total > 0 else -1 for side, total in balance.items()})
-    return ready
+        balance = dict.fromkeys(plan.sides, 0)
+        for group, _, packed in ahead(lambda group: _load(plan, backend, group), backend.groups(plan)):
+            for side in plan.sides:
+                balance[side] += backend.vote_balance(plan, group, packed[side], side, trims[side])
+            done(sum(module.cost for module in group))
+    return Preparation(trims, {side: 1 if total > 0 else -1 for side, total in balance.items()})
 
 
-def merge_sides(plan: Plan, module: ModulePlan, factors: Factors, ready: Preparation) -> dict[str, Tensor]:
-    """The merged task tensors of one module by side, float32; none where the factors alone say it all (linear, cat)."""
-    if plan.recipe.method == "cat" or (plan.rule.keep == "all" and plan.recipe.space == "delta"):
-        return {}
-    merged = {}
-    for side in SIDES[plan.recipe.space]:
-        sources = _sources(module, factors, side)
-        merged[side] = tiled.merge_deltas(
-            sources,
-            _weights(module, side),
-            _keeps(plan, module, sources, side, ready),
-            plan.rule,
-            scale=1.0 if side == "A" else plan.recipe.scale,
-            tied=ready.tied[side],
-        )
-    return merged
-
-
-def recompress(plan: Plan, module: ModulePlan, factors: Factors, merged: dict[str, Tensor]) -> LowRank:
-    """The factors of one module's result: stacked, cut by QR, or cut by subspace iteration."""
-    recipe = plan.recipe
-    strengths = [recipe.scale * w * s for w, s in zip(module.weights, module.scalings, strict=True)]
-    As, Bs = [A.float() for A, _ in factors], [B.float() for _, B in factors]
-    if recipe.method == "cat":
-        return LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
-    if "delta" in merged:
-        return lowrank.from_matrix(merged["delta"], torch.cat(As), module.rank, recipe.energy)
-    if recipe.space == "factors":
-        As, Bs, strengths = [merged["A"]], [merged["B"]], [1.0]
-        if recipe.energy is None and module.rank >= len(As[0]):
-            return LowRank(As[0], Bs[0], 1.0)
-    return lowrank.from_products(As, Bs, strengths, module.rank, recipe.energy)
-
-
-class _AdapterSources(Sequence[Source]):
-    """One side of one adapter in all its modules, read whenever it is looked at."""
-
-    def __init__(self, plan: Plan, number: int, side: str) -> None:
-        self.adapter, self.number, self.side = plan.adapters[number], number, side
-        self.modules = plan.having(number)
-
-    def __len__(self) -> int:
-        return len(self.modules)
-
-    def __getitem__(self, index: Any) -> Any:
-        module = self.modules[index]
-        A, B = self.adapter.factors(module.name)
-        return _source(A, B, module.scalings[module.adapters.index(self.number)], self.side)
-
-    @property
-    def numel(self) -> int:
-        """Elements of all of them together, from the headers."""
-        parts = [self.adapter.modules[module.name] for module in self.modules]
-        sizes = {
-            "delta": lambda p: p.rows * p.columns,
-            "A": lambda p: p.rank * p.columns,
-            "B": lambda p: p.rows * p.rank,
+def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[Work]:
+    """Every module with its factors, and its merged task tensors where the factors alone do not say it all."""
+    for group, factors, packed in ahead(lambda group: _load(plan, backend, group), backend.groups(plan)):
+        merged = {
+            side: backend.merge(
+                plan,
+                group,
+                packed[side],
+                side,
+                ready.trims[side],
+                scale=1.0 if side == "A" else plan.recipe.scale,
+                tied=ready.tied[side],
+            )
+            for side in packed
         }
-        return sum(sizes[self.side](part) for part in parts)
+        for i, module in enumerate(group):
+            yield Work(module, factors[i], {side: tensors[i] for side, tensors in merged.items()})
+
+
+def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, LowRank]:
+    """The factors of one module's result: stacked, cut by QR, or cut by subspace iteration; on the CPU."""
+    recipe, module = plan.recipe, work.module
+    strengths = [recipe.scale * w * s for w, s in zip(module.weights, module.scalings, strict=True)]
+    As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
+    if recipe.method == "cat":
+        result = LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
+    elif "delta" in work.merged:
+        result = lowrank.from_matrix(work.merged["delta"], torch.cat(As), module.rank, recipe.energy)
+    elif recipe.space == "delta":
+        result = lowrank.from_products(As, Bs, strengths, module.rank, recipe.energy)
+    elif recipe.energy is None and module.rank >= len(work.merged["A"]):
+        result = LowRank(work.merged["A"], work.merged["B"], 1.0)
+    else:
+        result = lowrank.from_products([work.merged["A"]], [work.merged["B"]], [1.0], module.rank, recipe.energy)
+    return module, LowRank(result.A.cpu(), result.B.cpu(), result.energy)
+
+
+def _load(
+    plan: Plan, backend: Backend, group: Sequence[ModulePlan]
+) -> tuple[Sequence[ModulePlan], list[Factors], dict[str, Any]]:
+    factors = [plan.read(module) for module in group]
+    alone = plan.recipe.method == "cat" or (plan.rule.keep == "all" and plan.recipe.space == "delta")
+    return group, factors, {} if alone else {side: backend.pack(plan, group, factors, side) for side in plan.sides}
 
 
 class _Norms:
@@ -228,52 +214,10 @@ class _Norms:
         return self.kept / self.total if self.total > 0 else 1.0
 
 
-def _read(plan: Plan, module: ModulePlan) -> Factors:
-    return [plan.adapters[number].factors(module.name) for number in module.adapters]
-
-
-def _source(A: Tensor, B: Tensor, scaling: float, side: str) -> Source:
-    return tiled.Product(A, B, scaling) if side == "delta" else tiled.Dense(A if side == "A" else B)
-
-
-def _sources(module: ModulePlan, factors: Factors, side: str) -> list[Source]:
-    return [_source(A, B, scaling, side) for (A, B), scaling in zip(factors, module.scalings, strict=True)]
-
-
-def _weights(module: ModulePlan, side: str) -> list[float]:
-    """The weights themselves; for factors sqrt(|weight * scaling|) on each side, with the sign on A."""
-    if side == "delta":
-        return list(module.weights)
-    strengths = [weight * scaling for weight, scaling in zip(module.weights, module.scalings, strict=True)]
-    roots = [math.sqrt(abs(strength)) for strength in strengths]
-    return roots if side == "B" else [math.copysign(root, x) for root, x in zip(roots, strengths, strict=True)]
-
-
-def _keeps(plan: Plan, module: ModulePlan, sources: Sequence[Source], side: str, ready: Preparation) -> list[KeepTile]:
-    return [
-        _keep(plan, module.name, number, source, density, side, ready)
-        for number, source, density in zip(module.adapters, sources, module.densities, strict=True)
-    ]
-
-
-def _keep(
-    plan: Plan, module: str, number: int, source: Source, density: float, side: str, ready: Preparation
-) -> KeepTile:
-    rule, numel = plan.rule, source.rows * source.columns
-    if rule.keep == "all" or density >= 1:
-        return None
-    if rule.keep == "magnitude":
-        spanning = ready.trims.get((side, number, module))
-        return spanning or tiled.trims([source], rule.kept(density, numel), rule.trim_ties)[0]
-    drop = Drop(density, plan.recipe.seed, rng.stream_id(module, side), number)
-    return replace(drop, factor=tiled.l1_factor(source, drop)) if rule.l1_rescale else drop
-
-
 def _work(plan: Plan) -> int:
     """Elements that the progress bar counts: one pass over all, and one more for each sweep before it."""
-    rule, cost = plan.rule, sum(module.cost for module in plan.modules)
-    sweeps = (rule.keep == "magnitude" and rule.scope == "model") + (rule.majority and rule.elect != "none")
-    return cost * (1 + sweeps)
+    sweeps = plan.spans_model + (plan.rule.majority and plan.rule.elect != "none")
+    return sum(module.cost for module in plan.modules) * (1 + sweeps)
 
 
 def _output_bytes(plan: Plan) -> int:
@@ -285,7 +229,7 @@ def _writer(plan: Plan, folder: Path) -> AdapterWriter:
     return AdapterWriter(folder, plan.adapters, described, plan.dtype)
 
 
-def _finish(writer: AdapterWriter, plan: Plan, energy: dict[str, float], total: float) -> None:
+def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, energy: dict[str, float], total: float) -> None:
     recipe = plan.recipe.as_dict()
     recipe["weights"] = list(plan.recipe.weights_for([adapter.name for adapter in plan.adapters]))
     modules = {
@@ -295,4 +239,5 @@ def _finish(writer: AdapterWriter, plan: Plan, energy: dict[str, float], total: 
         }
         for module in plan.modules
     }
-    writer.finish(recipe, {"energy": total, "adapters": [str(a.path) for a in plan.adapters], "modules": modules})
+    report = {"energy": total, "backend": backend.name, "adapters": [adapter.source for adapter in plan.adapters]}
+    writer.finish(recipe, {**report, "modules": modules})

@@ -1,16 +1,20 @@
 """What is to be done, before anything is done: modules, adapters, shapes, ranks, densities, and every check."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from torch import Tensor
 
 from merge_engine.adapter import Adapter, shared_extras
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.recipe import DTYPES, Recipe
 from merge_engine.rule import Rule
+
+Factors = list[tuple[Tensor, Tensor]]  # (A [r, N], B [M, r]) of each adapter that has a module
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class ModulePlan:
         """Elements to be computed: M N for each adapter."""
         return self.rows * self.columns * len(self.adapters)
 
+    def weights_of(self, side: str) -> list[float]:
+        """What each task tensor of a side counts: w for a delta; for factors sqrt(|w s|) each, with the sign on A."""
+        if side == "delta":
+            return list(self.weights)
+        strengths = [weight * scaling for weight, scaling in zip(self.weights, self.scalings, strict=True)]
+        roots = [math.sqrt(abs(strength)) for strength in strengths]
+        return roots if side == "B" else [math.copysign(root, x) for root, x in zip(roots, strengths, strict=True)]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -42,9 +54,33 @@ class Plan:
     modules: tuple[ModulePlan, ...]
     dtype: torch.dtype
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The kinds of task tensors that a module has: its deltas, or all A and all B."""
+        return ("delta",) if self.recipe.space == "delta" else ("A", "B")
+
+    @property
+    def spans_model(self) -> bool:
+        """Whether a trim has one threshold for all modules of an adapter."""
+        return self.rule.keep == "magnitude" and self.rule.scope == "model"
+
     def having(self, adapter: int) -> list[ModulePlan]:
         """The modules that this adapter takes part in."""
         return [module for module in self.modules if adapter in module.adapters]
+
+    def read(self, module: ModulePlan) -> Factors:
+        """The factors of each adapter that has the module, in the dtype they are stored in."""
+        return [self.adapters[number].factors(module.name) for number in module.adapters]
+
+    def kept_of_model(self, adapter: int, side: str) -> int:
+        """How many elements of this adapter a trim over the whole model keeps, from the headers."""
+        modules = self.having(adapter)
+        parts = [self.adapters[adapter].modules[module.name] for module in modules]
+        if side == "delta":
+            numel = sum(part.rows * part.columns for part in parts)
+        else:
+            numel = sum(part.rank * (part.columns if side == "A" else part.rows) for part in parts)
+        return self.rule.kept(modules[0].densities[modules[0].adapters.index(adapter)], numel)
 
 
 def make_plan(adapters: Sequence[Adapter], recipe: Recipe) -> Plan:

@@ -16,6 +16,7 @@ import merge_engine
 from merge_engine.adapter import open_adapter
 from merge_engine.cli import CHOICES, main
 from merge_engine.errors import MergeError, RecipeError
+from merge_engine.ops import BACKENDS
 from merge_engine.recipe import DTYPES, Recipe
 from merge_engine.rule import CONVENTIONS, METHODS
 
@@ -248,8 +249,9 @@ def test_the_commands_choices_are_the_tables():
     assert CHOICES["method"] == tuple(METHODS)
     assert CHOICES["convention"] == tuple(CONVENTIONS)
     assert CHOICES["dtype"] == tuple(DTYPES)
+    assert CHOICES["backend"] == BACKENDS
     for name, choices in CHOICES.items():
-        for choice in choices:
+        for choice in choices if name != "backend" else ():
             assert getattr(Recipe(**{name: choice}), name) == choice
 
 

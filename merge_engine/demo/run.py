@@ -1,0 +1,209 @@
+"""``merge-engine demo``: merge the bundled adapters by several methods, load each result with PEFT, and measure it."""
+
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_engine.demo import BASE, adapter_paths
+from merge_engine.errors import MergeError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Figures = dict[str, float]  # by task, in percent
+
+MERGES: dict[str, dict[str, Any]] = {
+    "linear": {"method": "linear"},
+    "magnitude_prune d=.2": {"method": "magnitude_prune", "density": 0.2},
+    "ties d=.2": {"method": "ties", "density": 0.2},
+    "ties d=.2, rank 8": {"method": "ties", "density": 0.2, "rank": 8},
+    "dare_linear d=.2": {"method": "dare_linear", "density": 0.2},
+    "dare_ties d=.5": {"method": "dare_ties", "density": 0.5},
+    "linear, factors": {"method": "linear", "space": "factors"},
+    "ties d=.5, factors": {"method": "ties", "density": 0.5, "space": "factors"},
+}
+SCALES = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
+TUNING, REPORTED = 2, 3
+"""Seeds of the sample that a best scale is chosen on, and of the one that every printed figure comes from."""
+COUNT = {TUNING: 128, REPORTED: 256}
+"""Sequences a task."""
+
+NAME_WIDTH = 30
+ABOUT = """\
+Six LoRA adapters of one small Llama, each trained on a task of its own, merged into one adapter by each method.
+Each result is written to disk, loaded with transformers and PEFT, and tried on all six tasks: here, now.
+"""
+LEGEND = """
+d        share of the entries that a method keeps (dare: keeps at random)
+factors  A and B are merged apart, as PEFT's linear and ties do; the other rows merge the products B @ A
+rank 8   the result is cut to rank 8; it has up to 48, the sum of the adapters' ranks, in the other rows
+scale    multiplies the merged adapter; all is at scale 1 but the last column, at the best scale of
+         {scales}, chosen on a sample of its own
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; figures in percent by task.
+
+    kind: "accuracy" (share of letters right) or "relative" (that, over what the task's own adapter reaches).
+    figures: at scale 1. best_scale, best: the scale of `SCALES` with the highest mean, and the figures at it.
+    """
+
+    name: str
+    kind: str
+    figures: Figures
+    best_scale: float | None = None
+    best: Figures = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean over tasks at scale 1, in percent."""
+        return _mean(self.figures)
+
+    @property
+    def best_mean(self) -> float:
+        """Mean over tasks at the best scale, in percent."""
+        return _mean(self.best)
+
+
+def run(print_line: Callable[[str], object]) -> list[Row]:
+    """Merge, measure and hand each line of the table to ``print_line`` when it is known; the rows.
+
+    Raises MergeError if transformers or peft is not installed.
+    """
+    started = time.perf_counter()
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print_line(_line(row))
+
+    _require()
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        adapters = adapter_paths()
+        base = _marks(_load(), REPORTED)
+        own = {seed: _own_marks(seed) for seed in (TUNING, REPORTED)}
+        print_line(ABOUT)
+        print_line(_head("accuracy, % of letters right", tuned=False))
+        add(Row("base, no adapter", "accuracy", base))
+        add(Row("the task's own adapter", "accuracy", own[REPORTED]))
+        print_line("")
+        print_line(_head("% of the own adapter's figure", tuned=True))
+        add(Row("base, no adapter", "relative", _relative(base, own[REPORTED])))
+        for name, recipe in MERGES.items():
+            add(_measure(name, _merge(list(adapters.values()), Path(folder) / name, recipe), own))
+    print_line(LEGEND.format(scales=", ".join(f"{scale:g}" for scale in SCALES)))
+    print_line(f"Done in {time.perf_counter() - started:.0f} s.")
+    return rows
+
+
+def _require() -> None:
+    """Say what to install where transformers or peft is missing."""
+    missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
+    if missing:
+        raise MergeError(f"demo: needs {' and '.join(missing)}: pip install 'merge-engine[peft]'")
+
+
+def _merge(adapters: list[Path], output: Path, recipe: dict[str, Any]) -> Path:
+    """The folder of one merged adapter."""
+    from merge_engine import merge
+
+    merge(adapters, output, progress=False, **recipe)
+    return output
+
+
+def _load(adapter: Path | None = None) -> "PreTrainedModel | PeftModel":
+    """The base, with an adapter loaded by PEFT if one is given."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    return base.eval() if adapter is None else PeftModel.from_pretrained(base, str(adapter)).eval()
+
+
+def _marks(model: "PreTrainedModel | PeftModel", seed: int) -> Figures:
+    """Accuracy in each task, in percent."""
+    from merge_engine.demo.tasks import TASKS, accuracy
+
+    return {task: 100 * accuracy(model, task, seed=seed, count=COUNT[seed]) for task in TASKS}
+
+
+def _own_marks(seed: int) -> Figures:
+    """Accuracy of each adapter in its own task, in percent."""
+    from merge_engine.demo.tasks import accuracy
+
+    return {
+        task: 100 * accuracy(_load(path), task, seed=seed, count=COUNT[seed]) for task, path in adapter_paths().items()
+    }
+
+
+def _measure(name: str, adapter: Path, own: dict[int, Figures]) -> Row:
+    """The row of one merged adapter; own: by seed, what each task's own adapter reaches.
+
+    A scale multiplies the merged delta, so PEFT applies it to the loaded adapter and nothing is merged again.
+    """
+    from peft.helpers import rescale_adapter_scale
+
+    model = _load(adapter)
+
+    def relative(scale: float, seed: int) -> Figures:
+        with rescale_adapter_scale(model, scale):
+            return _relative(_marks(model, seed), own[seed])
+
+    best_scale = max(SCALES, key=lambda scale: _mean(relative(scale, TUNING)))
+    return Row(name, "relative", relative(1.0, REPORTED), best_scale, relative(best_scale, REPORTED))
+
+
+def _relative(marks: Figures, own: Figures) -> Figures:
+    return {task: 100 * mark / own[task] for task, mark in marks.items()}
+
+
+def _mean(figures: Figures) -> float:
+    return sum(figures.values()) / len(figures)
+
+
+def _head(title: str, *, tuned: bool) -> str:
+    columns = "".join(f"{name:>{_width(name)}}" for name in [*adapter_paths(), "mean"])
+    return f"{title:{NAME_WIDTH}}{columns}" + ("   best scale  mean there" if tuned else "")
+
+
+def _line(row: Row) -> str:
+    columns = "".join(f"{value:{_width(name)}.1f}" for name, value in [*row.figures.items(), ("mean", row.mean)])
+    tuned = "" if row.best_scale is None else f"   {row.best_scale:10g}{row.best_mean:12.1f}"
+    return f"{row.name:{NAME_WIDTH}}{columns}{tuned}"
+
+
+def _width(name: str) -> int:
+    return max(len(name), 5) + 2
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without progress bars and warnings, and torch with one thread, until the table is complete.
+
+    Layers of this size gain little from a second thread, and threads that wait for each other on busy cores cost much.
+    """
+    import torch
+    from transformers.utils import logging as chatter
+
+    verbosity, bars, threads = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    chatter.set_verbosity_error()
+    chatter.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # what peft still calls and transformers will drop
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        chatter.set_verbosity(verbosity)
+        if bars:
+            chatter.enable_progress_bar()

@@ -1,0 +1,52 @@
+"""The six tasks: what a sequence is, how one is drawn, and how a model is marked.
+
+A sequence is ``[TASK] x1..x6 [SEP] y1..y6``: letters x, and the letters y that the task makes of them.
+Tokens 0..25 are the letters, 26 is SEP, and 27.. are the tasks in the order of ``TASKS``.
+"""
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+LETTERS = 26
+LENGTH = 6
+SEP = LETTERS
+SWAPPED = [1, 0, 3, 2, 5, 4]
+
+TASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "shift3": lambda x: (x + 3) % LETTERS,
+    "reverse": lambda x: (x.flip(-1) + 1) % LETTERS,
+    "swap": lambda x: x[..., SWAPPED],
+    "rotate": lambda x: x.roll(-2, -1),
+    "complement": lambda x: LETTERS - 1 - x,
+    "shift7": lambda x: (x + 7) % LETTERS,
+}
+VOCABULARY = LETTERS + 1 + len(TASKS)
+
+
+def draw(task: str, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` sequences of one task with uniform letters: tokens ``[count, 14]``, int64."""
+    x = torch.randint(LETTERS, (count, LENGTH), generator=generator)
+    name = torch.full((count, 1), SEP + 1 + list(TASKS).index(task))
+    return torch.cat([name, x, torch.full((count, 1), SEP), TASKS[task](x)], dim=1)
+
+
+def predict(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits ``[count, 6, vocabulary]`` of y1..y6 by a causal language model, each given the true ``tokens`` before it.
+
+    tokens: ``[count, 14]``, as from `draw`.
+    """
+    return model(input_ids=tokens[:, :-1], use_cache=False).logits[:, -LENGTH:]
+
+
+@torch.inference_mode()
+def accuracy(model: nn.Module, task: str, *, seed: int, count: int = 256) -> float:
+    """Share of the letters y that are the model's first choice, over ``count`` sequences drawn from ``seed``.
+
+    The sample depends on the task and the seed only, so two models are marked on the same sequences.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{task} {seed}".encode()))
+    tokens = draw(task, count, generator)
+    return (predict(model, tokens).argmax(-1) == tokens[:, -LENGTH:]).float().mean().item()
