@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merge_engine.errors import OutputError
@@ -102,10 +102,8 @@ def _make_parents(folder: Path) -> list[Path]:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    try:
+    with suppress(OSError):  # someone else put something there meanwhile: it stays
         folder.rmdir()
-    except OSError:
-        pass  # someone else put something there meanwhile: it stays
 
 
 def _lock(working: Path, target: Path) -> int:

@@ -90,10 +90,10 @@ class TritonBackend:
         return {group[0].name: trim for group, trim in zip(groups, trims, strict=True)}
 
     def vote_balance(self, plan: Plan, group: Sequence[ModulePlan], packed: Source, side: str, trims: Any) -> int:
-        source = self._on_device(packed)
-        keep = _keep(plan, group, source, side, trims.get(group[0].name))
+        source, numbers = self._on_device(packed), _numbers(plan, group)
+        keep = _keep(plan, group, numbers, source, side, trims.get(group[0].name))
         options: dict[str, Any] = {"elect": plan.rule.elect, "vote_weighted": plan.rule.vote_weighted}
-        return int(kernels.vote_balance(source, [_weights(plan, group, side)], keep, **options).item())
+        return int(kernels.vote_balance(source, [_weights(group, numbers, side)], keep, **options).item())
 
     def merge(
         self,
@@ -107,12 +107,13 @@ class TritonBackend:
         tied: int,
     ) -> list[Tensor]:
         """Out of memory on the device: the group is halved, which changes no number."""
+        numbers = _numbers(plan, group)
         waiting = [(group, packed, trims.get(group[0].name))]
         merged: list[Tensor] = []
         while waiting:
             part, slabs, trim = waiting.pop()
             try:
-                merged += self._merge(plan, part, slabs, side, trim, scale=scale, tied=tied)
+                merged += self._merge(plan, part, numbers, slabs, side, trim, scale=scale, tied=tied)
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:
@@ -124,13 +125,20 @@ class TritonBackend:
         return merged
 
     def _merge(
-        self, plan: Plan, group: Sequence[ModulePlan], packed: Source, side: str, trim: Trim | None, **options: Any
+        self,
+        plan: Plan,
+        group: Sequence[ModulePlan],
+        numbers: Sequence[int],
+        packed: Source,
+        side: str,
+        trim: Trim | None,
+        **options: Any,
     ) -> list[Tensor]:
         source = self._on_device(packed)
         merged = kernels.merge_deltas(
             source,
-            [_weights(plan, group, side)],
-            _keep(plan, group, source, side, trim),
+            [_weights(group, numbers, side)],
+            _keep(plan, group, numbers, source, side, trim),
             elect=plan.rule.elect,
             divisor=plan.rule.divisor,
             vote_weighted=plan.rule.vote_weighted,
@@ -169,18 +177,20 @@ def _numbers(plan: Plan, group: Sequence[ModulePlan]) -> list[int]:
     return sorted({number for module in group for number in module.adapters})
 
 
-def _weights(plan: Plan, group: Sequence[ModulePlan], side: str) -> list[float]:
+def _weights(group: Sequence[ModulePlan], numbers: Sequence[int], side: str) -> list[float]:
     """One weight an adapter; that of an adapter which no module has does not count."""
     known = {
         number: weight
         for module in group
         for number, weight in zip(module.adapters, module.weights_of(side), strict=True)
     }
-    return [known.get(number, 1.0) for number in _numbers(plan, group)]
+    return [known.get(number, 1.0) for number in numbers]
 
 
-def _keep(plan: Plan, group: Sequence[ModulePlan], source: Source, side: str, trim: Trim | None) -> Keep:
-    rule, numbers = plan.rule, _numbers(plan, group)
+def _keep(
+    plan: Plan, group: Sequence[ModulePlan], numbers: Sequence[int], source: Source, side: str, trim: Trim | None
+) -> Keep:
+    rule = plan.rule
     if rule.keep == "all":
         return None
     if plan.spans_model:

@@ -1,0 +1,180 @@
+"""The door to the backends, and whole merges through the Triton kernels: interpreted here, compiled on a GPU."""
+
+import builtins
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import merge_engine
+from merge_engine import ops
+from merge_engine.cli import main
+from merge_engine.demo import adapter_paths
+from merge_engine.errors import MergeError, RecipeError
+from merge_engine.torch_backend import TorchBackend
+
+triton_backend = pytest.importorskip("merge_engine.triton_backend")
+HAS_GPU = torch.cuda.is_available()
+
+
+def deltas(result):
+    return {name: factors.B.double() @ factors.A.double() for name, factors in result.modules.items()}
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Three adapters: different ranks, dtypes and modules, two modules of one shape and one of another."""
+    shapes = {"layers.0.q": (24, 40), "layers.1.q": (24, 40), "layers.0.up": (72, 24)}
+    kinds = [(3, torch.float32, list(shapes)), (17, torch.bfloat16, list(shapes)), (4, torch.float16, ["layers.1.q"])]
+    folders = []
+    for seed, (rank, dtype, names) in enumerate(kinds):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name in names:
+            rows, columns = shapes[name]
+            stem = f"base_model.model.{name}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, columns, generator=generator).to(dtype)
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, rank, generator=generator).to(dtype)
+        folder = tmp_path / f"adapter{seed}"
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "alpha_pattern": {"up": 3}}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    return folders
+
+
+RECIPES = [
+    {"method": "magnitude_prune", "density": 0.3},
+    {"method": "ties", "density": {".*q": 0.3, ".*": 0.6}},
+    {"method": "ties", "density": 0.3, "election": "frequency"},
+    {"method": "ties", "density": 0.3, "scope": "model"},
+    {"method": "ties", "density": 0.3, "convention": "paper"},
+    {"method": "ties", "density": 0.3, "convention": "mergekit"},
+    {"method": "dare_linear", "density": 0.4},
+    {"method": "dare_ties", "density": 0.4, "convention": "mergekit"},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: "-".join(map(str, recipe.values())))
+def test_both_backends_merge_alike(uneven, recipe):
+    recipe = {**recipe, "weights": [1.0, -0.5, 2.0], "scale": 0.7, "rank": 24, "seed": 3}
+    want = deltas(merge_engine.merge(uneven, backend="torch", **recipe))
+    got = deltas(merge_engine.merge(uneven, backend="triton", **recipe))
+    assert list(got) == list(want)
+    for name in want:
+        # One element whose magnitude or vote is within rounding of its threshold may fall on either side.
+        apart = (got[name] - want[name]).abs() > 1e-4 * want[name].abs().max()
+        assert apart.sum() <= 1, name
+        assert relative(got[name] * ~apart, want[name] * ~apart) < 1e-5, name
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_both_backends_merge_factors_alike(uneven, method):
+    recipe = {"method": method, "density": 0.4, "space": "factors", "seed": 3}
+    pair = [uneven[0], uneven[0]]
+    want = deltas(merge_engine.merge(pair, backend="torch", weights=[1.0, -0.25], **recipe))
+    got = deltas(merge_engine.merge(pair, backend="triton", weights=[1.0, -0.25], **recipe))
+    assert all(relative(got[name], want[name]) < 1e-5 for name in want)
+
+
+def test_the_bundled_adapters_through_the_kernels(tmp_path):
+    paths = list(adapter_paths().values())
+    recipe = {"method": "ties", "density": 0.2, "rank": 16}
+    merge_engine.merge(paths, tmp_path / "out", backend="triton", **recipe)
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["backend"] == "triton"
+    written = merge_engine.open_adapter(tmp_path / "out")
+    for name, want in deltas(merge_engine.merge(paths, backend="torch", **recipe)).items():
+        A, B = written.factors(name)
+        assert relative(B.double() @ A.double(), want) < 1e-3, name
+
+
+class ShortOfMemory:
+    """The kernels' launcher on a device that has no room for more than one module."""
+
+    def __init__(self, launch):
+        self.launch, self.sizes = launch, []
+
+    def __call__(self, source, *arguments, **options):
+        self.sizes.append(source.shape[0])
+        if source.shape[0] > 1:
+            raise torch.OutOfMemoryError("no room")
+        return self.launch(source, *arguments, **options)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_out_of_memory_halves_the_group_and_changes_nothing(uneven, monkeypatch, scope):
+    recipe = {"method": "ties", "density": 0.3, "scope": scope, "rank": 24, "backend": "triton"}
+    want = merge_engine.merge(uneven, **recipe).modules
+    short = ShortOfMemory(triton_backend.kernels.merge_deltas)
+    monkeypatch.setattr(triton_backend.kernels, "merge_deltas", short)
+    got = merge_engine.merge(uneven, **recipe).modules
+    assert sorted(short.sizes) == [1, 1, 1, 2]
+    for name in want:
+        assert torch.equal(got[name].A, want[name].A) and torch.equal(got[name].B, want[name].B)
+
+
+def test_out_of_memory_with_a_single_module_is_an_error(uneven, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(triton_backend.kernels, "merge_deltas", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_engine.merge(uneven, method="ties", backend="triton")
+    monkeypatch.setattr(triton_backend.select, "model_trims", full)
+    with pytest.raises(MergeError, match=r"scope='model' holds the factors of all adapters there, and they do not fit"):
+        merge_engine.merge(uneven, method="ties", scope="model", backend="triton")
+
+
+def test_auto_takes_triton_on_a_gpu_only(monkeypatch):
+    monkeypatch.delenv(ops.VARIABLE, raising=False)
+    assert ops.choose().name == ops.choose("auto").name == ("triton" if HAS_GPU else "torch")
+    assert ops.choose("torch").name == "torch" and ops.choose("triton").name == "triton"
+    monkeypatch.setenv(ops.VARIABLE, "triton")
+    assert ops.choose().name == "triton"
+    assert ops.choose("torch").name == "torch"
+    monkeypatch.setenv(ops.VARIABLE, "cuda")
+    with pytest.raises(RecipeError, match=r"^backend: wanted one of auto, triton, torch, got 'cuda'$"):
+        ops.choose()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="triton runs here")
+def test_triton_asked_for_by_name_where_it_cannot_run(monkeypatch, uneven, tmp_path, capsys):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert isinstance(ops.choose("auto"), TorchBackend)
+    code = main(["merge", *map(str, uneven), "-o", str(tmp_path / "out"), "--backend", "triton"])
+    assert code == 2
+    reason = f"triton {triton.__version__} sees no CUDA or ROCm device"
+    assert capsys.readouterr().err == f"merge-engine: error: backend: triton cannot run here: {reason}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_triton(monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *rest, **options):
+        if name == "triton":
+            raise ImportError("No module named 'triton'")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    assert ops.choose("auto").name == "torch"
+    with pytest.raises(RecipeError, match=r"triton cannot be imported \(No module named 'triton'\)$"):
+        ops.choose("triton")
+
+
+def test_info_system_says_which_and_why(capsys, monkeypatch):
+    monkeypatch.setenv(ops.VARIABLE, "torch")
+    assert main(["info", "--system"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch    {torch.__version__}, {torch.get_num_threads()} threads" in out
+    assert "backend  torch on cpu (MERGE_ENGINE_BACKEND=torch)" in out
+    assert "triton " in out
+    assert main(["info"]) == 2
