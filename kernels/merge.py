@@ -1,0 +1,392 @@
+"""The fused pass: product -> keep -> elect -> combine (-> + base), with one store an output element."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .source import Drop, Keep, Source, check_tensor, keep_name, launch_of, task_arguments, terms_of, tiles_of
+from .tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
+
+# WEIGH says where the weights come in: "never" (equal ones are one factor at the end), "before" the vote, or "after"
+# it. Where the vote is the weighted sum S up to a positive factor, the elected side is (|S| + sum |w t|) / 2: two sums
+# and no cancellation. Elsewhere the two sides are summed apart, beside the vote.
+
+
+LARGEST_NEGATIVE: tl.constexpr = tl.constexpr(-(2**31) + 1)  # the bits of -2**-149
+
+
+@triton.jit
+def _enter(ledger, t, keep, weight, ELECT: tl.constexpr, WEIGH: tl.constexpr, DIVISOR: tl.constexpr):
+    """The ledger with one adapter's tile t entered where `keep`.
+
+    ledger: (vote, plus, minus, plus_share, minus_share, counts), of which only the tiles in use cost registers. counts
+    is 65536 a kept element, and 1 more a negative one. Every add is predicated, so no zero is selected first.
+    """
+    vote, plus, minus, plus_share, minus_share, counts = ledger
+    if WEIGH == "before":
+        t *= weight
+        keep &= t != 0.0  # a weight of 0, or underflow
+    if ELECT == "none":
+        vote = tl.where(keep, vote + t, vote)
+    else:
+        if ELECT == "total":
+            vote = tl.where(keep, vote + t, vote)
+        if (ELECT == "total") & (WEIGH != "after"):
+            plus = tl.where(keep, plus + tl.abs(t), plus)
+        else:
+            factor = weight if WEIGH == "after" else 1.0
+            plus = tl.where(keep, tl.fma(tl.maximum(t, 0.0), factor, plus), plus)
+            minus = tl.where(keep, tl.fma(tl.minimum(t, 0.0), factor, minus), minus)
+        if DIVISOR == "weight":
+            plus_share = tl.where(keep & (t > 0.0), plus_share + weight, plus_share)
+            minus_share = tl.where(keep & (t < 0.0), minus_share + weight, minus_share)
+        if (DIVISOR == "count") | (ELECT == "frequency"):
+            negative = (t.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
+            counts = tl.where(keep, counts + 65536 + negative, counts)
+    return vote, plus, minus, plus_share, minus_share, counts
+
+
+@triton.jit
+def _vote(ledger, ELECT: tl.constexpr):
+    vote, _, _, _, _, counts = ledger
+    return (counts >> 16) - 2 * (counts & 65535) if ELECT == "frequency" else vote
+
+
+@triton.jit
+def _combined(ledger, tied, scale, ELECT: tl.constexpr, WEIGH: tl.constexpr, DIVISOR: tl.constexpr):
+    """scale * the elected side / divisor."""
+    vote, plus, minus, plus_share, minus_share, counts = ledger
+    if ELECT == "none":
+        return vote * scale
+    else:
+        # One comparison: a vote of 0 is above the largest negative number, and not above 0.
+        if ELECT == "frequency":
+            positive = _vote(ledger, ELECT) > tl.where(tied > 0, -1, 0)
+        else:
+            positive = vote > tl.where(tied > 0, LARGEST_NEGATIVE, 0).to(tl.float32, bitcast=True)
+        if (ELECT == "total") & (WEIGH != "after"):
+            twice = tl.abs(vote) + plus
+            merged = tl.where(positive, twice, -twice) * (0.5 * scale)
+        else:
+            merged = tl.where(positive, plus, minus) * scale
+        if DIVISOR == "count":
+            # The upper half of counts is that of all, the lower that of the negative: take it off, or take it.
+            negatives = counts << 16
+            agreeing = tl.where(positive, counts - negatives, negatives) >> 16
+            merged /= tl.maximum(agreeing, 1).to(tl.float32)
+        elif DIVISOR == "weight":
+            share = tl.where(positive, plus_share, minus_share)
+            merged /= tl.where(share == 0.0, 1.0, share)
+        return merged
+
+
+@triton.jit
+def _tally(
+    task,
+    terms_ptr,
+    first,
+    place,
+    RECIPES: tl.constexpr,
+    KEEP: tl.constexpr,
+    ELECT: tl.constexpr,
+    WEIGH: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    RANK: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The ledgers of RECIPES recipes from `first` on, with all adapters' tiles entered: one product serves all."""
+    _, _, _, _, _, _, modules, adapters, _, _ = task
+    module, _, _ = place
+    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    empty = (zero, zero, zero, zero, zero, tl.zeros([BLOCK_M, BLOCK_N], tl.int32))
+    ledgers = ()
+    for _ in tl.static_range(RECIPES):
+        ledgers = ledgers + (empty,)  # noqa: RUF005 (Triton has no star)
+    for adapter in range(adapters):
+        adapter = tl.cast(adapter, tl.int64)
+        product = task_tile(task, place, adapter, RANK, SUBTRACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)
+        entered = ()
+        for recipe in tl.static_range(RECIPES):
+            terms = terms_ptr + (((first + recipe) * modules + module) * adapters + adapter) * TERMS
+            t, keep = kept(product, terms, place, KEEP, BLOCK_M, BLOCK_N)
+            weight = float_term(terms, WEIGHT)
+            entered = entered + (_enter(ledgers[recipe], t, keep, weight, ELECT, WEIGH, DIVISOR),)  # noqa: RUF005
+        ledgers = entered
+    return ledgers
+
+
+@triton.jit
+def _merge_place(modules, M, N, RECIPES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first recipe, place) of this program: tiles of a module are neighbours, then come modules, then recipes."""
+    slab, row, column = tile_place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    return slab // modules * RECIPES, (slab % modules, row, column)
+
+
+@triton.jit
+def _merge_deltas_kernel(
+    out_ptr,  # [recipes, modules, M, N], contiguous: float32, float16 or bfloat16
+    base_ptr,  # [modules, M, N], contiguous, of any of these dtypes: added if ADD
+    x_ptr,  # B [modules, adapters, M, RANK], or dense task tensors [modules, adapters, M, N]
+    stride_xm,
+    stride_xa,
+    stride_xr,
+    a_ptr,  # A [modules, adapters, RANK, N], contiguous
+    minus_ptr,  # [modules, M, N], contiguous: taken off dense task tensors if SUBTRACT
+    terms_ptr,  # int32 [recipes, modules, adapters, TERMS], see tile.py
+    scale_ptr,  # float32 [recipes]
+    tied_ptr,  # int32 [recipes]: the side (+1, -1) that a vote of 0 elects
+    modules,
+    adapters,
+    M,
+    N,
+    ADD: tl.constexpr,
+    RECIPES: tl.constexpr,  # how many a program carries, a divisor of their number
+    KEEP: tl.constexpr,  # "all", "magnitude", "bernoulli"
+    ELECT: tl.constexpr,  # "none", "total", "frequency"
+    WEIGH: tl.constexpr,  # "never", "before", "after" the vote
+    DIVISOR: tl.constexpr,  # "one", "count", "weight"
+    RANK: tl.constexpr,  # 0: dense
+    SUBTRACT: tl.constexpr,
+    PRECISION: tl.constexpr,  # of tl.dot on float32 factors: "ieee", "tf32x3", "tf32"
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out = base + scale * combine(elect(keep(t))): one program a tile of one module."""
+    task = (x_ptr, stride_xm, stride_xa, stride_xr, a_ptr, minus_ptr, modules, adapters, M, N)
+    first, place = _merge_place(modules, M, N, RECIPES, BLOCK_M, BLOCK_N)
+    ledgers = _tally(
+        task,
+        terms_ptr,
+        first,
+        place,
+        RECIPES,
+        KEEP,
+        ELECT,
+        WEIGH,
+        DIVISOR,
+        RANK,
+        SUBTRACT,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+    )
+    module, row, column = place
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = (row + offs_m < M)[:, None] & (column + offs_n < N)[None, :]
+    offs = offs_m[:, None] * N + offs_n[None, :]
+    for recipe in tl.static_range(RECIPES):
+        tied = tl.load(tied_ptr + first + recipe)
+        scale = tl.load(scale_ptr + first + recipe)
+        merged = _combined(ledgers[recipe], tied, scale, ELECT, WEIGH, DIVISOR)
+        if ADD:
+            merged += tl.load(base_ptr + (module * M + row) * N + column + offs, mask=mask, other=0.0).to(tl.float32)
+        out_ptrs = out_ptr + (((first + recipe) * modules + module) * M + row) * N + column + offs
+        tl.store(out_ptrs, merged.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _vote_balance_kernel(
+    balance_ptr,  # int64 [recipes]: added to
+    x_ptr,  # this and the following as in _merge_deltas_kernel
+    stride_xm,
+    stride_xa,
+    stride_xr,
+    a_ptr,
+    minus_ptr,
+    terms_ptr,
+    modules,
+    adapters,
+    M,
+    N,
+    RECIPES: tl.constexpr,
+    KEEP: tl.constexpr,
+    ELECT: tl.constexpr,
+    WEIGH: tl.constexpr,
+    RANK: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """balance += votes for + less votes for -: integers, so that no order of adding matters. Outside, votes are 0."""
+    task = (x_ptr, stride_xm, stride_xa, stride_xr, a_ptr, minus_ptr, modules, adapters, M, N)
+    first, place = _merge_place(modules, M, N, RECIPES, BLOCK_M, BLOCK_N)
+    ledgers = _tally(
+        task,
+        terms_ptr,
+        first,
+        place,
+        RECIPES,
+        KEEP,
+        ELECT,
+        WEIGH,
+        "one",
+        RANK,
+        SUBTRACT,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+    )
+    for recipe in tl.static_range(RECIPES):
+        vote = _vote(ledgers[recipe], ELECT)
+        signs = tl.where(vote > 0, 1, 0) - tl.where(vote < 0, 1, 0)
+        tl.atomic_add(balance_ptr + first + recipe, tl.sum(tl.sum(signs, axis=1), axis=0).to(tl.int64), sem="relaxed")
+
+
+def merge_deltas(
+    source: Source,
+    weights: Sequence[Sequence[float]],
+    keep: Keep = None,
+    *,
+    elect: str = "none",
+    divisor: str = "one",
+    vote_weighted: bool = False,
+    scale: float | Sequence[float] = 1.0,
+    tied: int | Sequence[int] = 1,
+    base: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+    precision: str = "ieee",
+    launch: Launch | None = None,
+) -> Tensor:
+    """out[recipe, module] = base + scale * combine(w_i t_i where sign(t_i) is elected): [recipes, modules, M, N].
+
+    source: the task tensors t_i of a group (`Lora` or `Dense`).
+    weights: [recipes][adapters], on the host, since weights that are all equal take a cheaper kernel.
+    keep: None, `Trim` or `Drop`, with a row for each recipe.
+    elect: "none", "total" (sign of the sum), "frequency" (sign of the sum of signs).
+    divisor: "one", "count" of the agreeing, or "weight", the sum of their weights (1 where that is 0).
+    vote_weighted: the election sees w t instead of t.
+    scale, tied: one for all recipes, or one each; tied is the side (+1, -1) that a vote of 0 elects.
+    base: [modules, M, N] to add to, contiguous; it decides the dtype of a new out.
+    out: [recipes, modules, M, N], contiguous, to write into; by default a new tensor of `dtype`.
+    precision: "ieee", "tf32x3" or "tf32": how float32 factors are multiplied. Others are multiplied exactly.
+    launch: None for `launch_for`; must be that of the selection.
+    All arithmetic is float32, rounded once to out's dtype at the store. Raises ValueError for what does not fit.
+    """
+    modules, _, rows, columns = source.shape
+    recipes, device = len(weights), source.x.device
+    scales = [float(each) for each in _each("scale", scale, recipes)]
+    sides = _each("tied", tied, recipes)
+    _one_of("divisor", divisor, "one", "count", "weight")
+    if elect == "none" and divisor != "one":
+        raise ValueError(f"divisor is {divisor!r}, wanted 'one' without an election")
+    if not set(sides) <= {1, -1}:
+        raise ValueError(f"tied is {tied}, wanted +1 or -1")
+    if base is not None:
+        check_tensor("base", base, (modules, rows, columns), device)
+        dtype = base.dtype
+    if out is None:
+        out = torch.empty(recipes, modules, rows, columns, dtype=dtype, device=device)
+    check_tensor("out", out, (recipes, modules, rows, columns), device)
+    launch = launch or launch_of(source, recipes=recipes, random=isinstance(keep, Drop))
+    arguments = _arguments(source, weights, keep, elect, vote_weighted, precision, launch)
+    if arguments["WEIGH"] == "never":
+        # Equal weights are one factor at the end, which a divisor by weight cancels.
+        if divisor == "weight":
+            divisor = "count"
+        else:
+            scales = [each * row[0] for each, row in zip(scales, weights, strict=True)]
+    programs = _programs(source, recipes, launch)
+    if programs:
+        with torch.cuda.device_of(out):
+            _merge_deltas_kernel[(programs,)](
+                out_ptr=out,
+                base_ptr=out if base is None else base,
+                scale_ptr=torch.tensor(scales, dtype=torch.float32).to(device),
+                tied_ptr=torch.tensor(sides, dtype=torch.int32).to(device),
+                ADD=base is not None,
+                DIVISOR=divisor,
+                **arguments,
+            )
+    return out
+
+
+def vote_balance(
+    source: Source,
+    weights: Sequence[Sequence[float]],
+    keep: Keep = None,
+    *,
+    elect: str,
+    vote_weighted: bool = False,
+    out: Tensor | None = None,
+    precision: str = "ieee",
+    launch: Launch | None = None,
+) -> Tensor:
+    """How many elements vote + less how many vote -, over all modules: int64 [recipes], added to `out` if given.
+
+    Its sign over all groups of a model is the model's majority sign. Arguments as in `merge_deltas`.
+    """
+    recipes = len(weights)
+    _one_of("elect", elect, "total", "frequency")
+    if out is None:
+        out = torch.zeros(recipes, dtype=torch.int64, device=source.x.device)
+    check_tensor("out", out, (recipes,), source.x.device, (torch.int64,))
+    launch = launch or launch_of(source, recipes=recipes, random=isinstance(keep, Drop))
+    arguments = _arguments(source, weights, keep, elect, vote_weighted, precision, launch)
+    programs = _programs(source, recipes, launch)
+    if programs:
+        with torch.cuda.device_of(out):
+            _vote_balance_kernel[(programs,)](balance_ptr=out, **arguments)
+    return out
+
+
+def _arguments(
+    source: Source,
+    weights: Sequence[Sequence[float]],
+    keep: Keep,
+    elect: str,
+    vote_weighted: bool,
+    precision: str,
+    launch: Launch,
+) -> dict[str, Any]:
+    """What both kernels take."""
+    adapters = source.shape[1]
+    _one_of("elect", elect, "none", "total", "frequency")
+    if not weights or any(len(row) != adapters for row in weights):
+        raise ValueError(f"weights hold {[len(row) for row in weights]} numbers a recipe, wanted {adapters}")
+    if adapters >= 1 << 15:
+        raise ValueError(f"got {adapters} adapters, wanted fewer than {1 << 15}: counts are 16 bits wide")
+    equal = all(len(set(row)) == 1 and (row[0] > 0 or elect == "none") for row in weights)
+    weigh = "never" if equal else "before" if vote_weighted or elect == "none" else "after"
+    table = torch.tensor(weights, dtype=torch.float32).to(source.x.device)
+    return {
+        "terms_ptr": terms_of(source, keep, table),
+        "KEEP": keep_name(keep),
+        "ELECT": elect,
+        "WEIGH": weigh,
+        "RECIPES": launch.recipes,
+        **task_arguments(source, precision, launch),
+    }
+
+
+def _programs(source: Source, recipes: int, launch: Launch) -> int:
+    if recipes % launch.recipes:
+        raise ValueError(f"the launch carries {launch.recipes} recipes a program, wanted a divisor of {recipes}")
+    return recipes // launch.recipes * source.shape[0] * tiles_of(source, launch)
+
+
+def _each(name: str, value: Any, recipes: int) -> list[Any]:
+    values = list(value) if isinstance(value, Sequence) else [value] * recipes
+    if len(values) != recipes:
+        raise ValueError(f"{name} has {len(values)} numbers, wanted one, or one for each of {recipes} recipes")
+    return values
+
+
+def _one_of(name: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, wanted one of {', '.join(known)}")

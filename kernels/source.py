@@ -1,0 +1,300 @@
+"""What the kernels read: task tensors packed by group of same-shaped modules, and what becomes of each.
+
+Shapes: modules of one shape [M, N] in a group, `adapters` adapters in every module, R the padded rank. A module that an
+adapter does not have holds zeros in its place. Zeros never agree and never count, so no flag is needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import Launch, arch_of, launch_for
+from .tile import TERMS
+
+SMALLEST = 2.0**-149  # the smallest positive float32
+RANK_STEP = 16  # tl.dot needs K >= 16
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Task tensors scaling * B @ A of a group.
+
+    A: [modules, adapters, R, N], B: [modules, adapters, M, R], of one dtype (float32, float16, bfloat16), contiguous,
+    R a multiple of 16. scaling: float32 [modules, adapters], on the device of A and B.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: Tensor
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 4 or self.B.ndim != 4:
+            raise ValueError(f"A is {list(self.A.shape)} and B {list(self.B.shape)}, wanted four dimensions")
+        modules, adapters, rows, rank = self.B.shape
+        if rank == 0 or rank % RANK_STEP:
+            raise ValueError(f"B has rank {rank}, wanted a multiple of {RANK_STEP} (see `pack`)")
+        device = self.B.device
+        check_tensor("B", self.B, (modules, adapters, rows, rank), device)
+        check_tensor("A", self.A, (modules, adapters, rank, self.A.shape[3]), device, (self.B.dtype,))
+        check_tensor("scaling", self.scaling, (modules, adapters), device, (torch.float32,), contiguous=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(modules, adapters, M, N)."""
+        modules, adapters, rows, _ = self.B.shape
+        return modules, adapters, rows, self.A.shape[3]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[2]
+
+    @property
+    def x(self) -> Tensor:
+        return self.B
+
+    @property
+    def base(self) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Task tensors x, or x - base, of a group: whole matrices, or the factors themselves.
+
+    x: [modules, adapters, M, N] (float32, float16, bfloat16), the last dimension contiguous, the others of any stride:
+    factors padded for `Lora` serve as ``A[:, :, :r]`` and ``B[..., :r]``. A vector is a matrix of one row.
+    base: [modules, M, N], contiguous, of any of these dtypes, or None.
+    """
+
+    x: Tensor
+    base: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 4:
+            raise ValueError(f"x is {list(self.x.shape)}, wanted four dimensions")
+        modules, adapters, rows, columns = self.x.shape
+        check_tensor("x", self.x, (modules, adapters, rows, columns), self.x.device, contiguous=False)
+        if self.x.stride(3) != 1 and columns > 1:
+            raise ValueError(f"x has strides {self.x.stride()}, wanted 1 in the last dimension")
+        if self.base is not None:
+            check_tensor("base", self.base, (modules, rows, columns), self.x.device)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(modules, adapters, M, N)."""
+        modules, adapters, rows, columns = self.x.shape
+        return modules, adapters, rows, columns
+
+    @property
+    def rank(self) -> int:
+        return 0
+
+    @property
+    def A(self) -> Tensor:
+        return self.x  # never read: a dense tile has no second factor
+
+    @property
+    def scaling(self) -> Tensor:
+        return torch.ones(self.x.shape[:2], device=self.x.device)
+
+
+Source = Lora | Dense
+
+
+@dataclass(frozen=True)
+class Trim:
+    """Keep |t| > value, and |t| = value at places before (row, column), row-major.
+
+    value float32, row and column int32: [recipes, modules, adapters] on the source's device. `select.trims` makes them.
+    """
+
+    value: Tensor
+    row: Tensor
+    column: Tensor
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Keep at random with probability density, then multiply by factor, or divide by density where it is None.
+
+    density: float64 [recipes, modules, adapters], 0 < density <= 1. seeds: one a recipe, in [0, 2**64).
+    streams: int64 [modules], `rng.stream_id` of each. adapters: int64 [adapters], the adapters' indices.
+    factor: float32 [recipes, modules, adapters] or None.
+    Tensors may lie on any device: they are small and copied.
+    """
+
+    density: Tensor
+    seeds: Sequence[int]
+    streams: Tensor
+    adapters: Tensor
+    factor: Tensor | None = None
+
+
+Keep = Trim | Drop | None
+
+
+def pack(
+    modules: Sequence[Sequence[Pair | None]],
+    scaling: Sequence[Sequence[float]],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Lora:
+    """Slabs of the factors (A [r, N], B [M, r]) of each adapter in each module of one shape; None where it has none.
+
+    Ranks may differ: they are padded with zero rows of A and columns of B to the largest, rounded up to 16, which adds
+    exact zeros to every product. dtype: by default what all the factors promote to, so that packing never rounds.
+    device: by default that of the first factor. Raises ValueError where shapes or counts differ.
+    """
+    present = [pair for row in modules for pair in row if pair is not None]
+    if not present:
+        raise ValueError("modules hold no factors: wanted at least one (A, B)")
+    adapters, columns, rows = len(modules[0]), present[0][0].shape[1], present[0][1].shape[0]
+    if [len(row) for row in modules] != [adapters] * len(modules) or [len(row) for row in scaling] != [adapters] * len(
+        modules
+    ):
+        raise ValueError(f"modules and scaling want {adapters} adapters in each of {len(modules)} modules")
+    for A, B in present:
+        if A.ndim != 2 or B.ndim != 2 or A.shape != (B.shape[1], columns) or B.shape[0] != rows:
+            raise ValueError(f"got A {list(A.shape)} and B {list(B.shape)}, wanted [r, {columns}] and [{rows}, r]")
+    if dtype is None:
+        dtype = present[0][0].dtype
+        for factor in (factor for factors in present for factor in factors):
+            dtype = torch.promote_types(dtype, factor.dtype)
+    largest = max(max(A.shape[0] for A, _ in present), 1)
+    rank = -(-largest // RANK_STEP) * RANK_STEP
+    device = torch.device(device) if device is not None else present[0][0].device
+    slab_a = torch.zeros(len(modules), adapters, rank, columns, dtype=dtype, device=device)
+    slab_b = torch.zeros(len(modules), adapters, rows, rank, dtype=dtype, device=device)
+    for i, row in enumerate(modules):
+        for j, pair in enumerate(row):
+            if pair is not None:
+                slab_a[i, j, : pair[0].shape[0]].copy_(pair[0], non_blocking=True)
+                slab_b[i, j, :, : pair[1].shape[1]].copy_(pair[1], non_blocking=True)
+    return Lora(slab_a, slab_b, torch.tensor(scaling, dtype=torch.float32).to(device))
+
+
+def launch_of(source: Source, *, recipes: int = 1, random: bool = False) -> Launch:
+    """`launch_for` of a source."""
+    _, _, rows, columns = source.shape
+    return launch_for(
+        rows, columns, source.rank, source.x.dtype, arch_of(source.x.device), recipes=recipes, random=random
+    )
+
+
+def task_arguments(source: Source, precision: str, launch: Launch) -> dict[str, Any]:
+    """The arguments by which every kernel sees its task tensors."""
+    modules, adapters, rows, columns = source.shape
+    if precision not in ("ieee", "tf32x3", "tf32"):
+        raise ValueError(f"precision is {precision!r}, wanted 'ieee', 'tf32x3' or 'tf32'")
+    x = source.x
+    return {
+        "x_ptr": x,
+        "stride_xm": x.stride(0),
+        "stride_xa": x.stride(1),
+        "stride_xr": x.stride(2),
+        "a_ptr": source.A,
+        "minus_ptr": x if source.base is None else source.base,
+        "modules": modules,
+        "adapters": adapters,
+        "M": rows,
+        "N": columns,
+        "RANK": source.rank,
+        "SUBTRACT": source.base is not None,
+        "PRECISION": precision,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_R": launch.block_r,
+        **launch.options,
+    }
+
+
+def tiles_of(source: Source, launch: Launch) -> int:
+    """How many tiles a task tensor has."""
+    _, _, rows, columns = source.shape
+    return -(-rows // launch.block_m) * -(-columns // launch.block_n)
+
+
+def keep_name(keep: Keep) -> str:
+    """The constexpr of a keep: "all", "magnitude" or "bernoulli"."""
+    return "all" if keep is None else "magnitude" if isinstance(keep, Trim) else "bernoulli"
+
+
+def terms_of(source: Source, keep: Keep, weights: Tensor) -> Tensor:
+    """What the kernels do with each task tensor: int32 [recipes, modules, adapters, TERMS], see `tile`.
+
+    weights: float32 [recipes, adapters] on the source's device.
+    """
+    modules, adapters, _, _ = source.shape
+    device, shape = source.x.device, (len(weights), modules, adapters)
+    terms = torch.zeros(*shape, TERMS.value, dtype=torch.int32, device=device)
+    gain = source.scaling.expand(shape)
+    if isinstance(keep, Trim):
+        check_tensor("trim value", keep.value, shape, device, (torch.float32,), contiguous=False)
+        check_tensor("trim row", keep.row, shape, device, (torch.int32,), contiguous=False)
+        check_tensor("trim column", keep.column, shape, device, (torch.int32,), contiguous=False)
+        # A threshold of 0 keeps every element that is not 0: those that are 0 add nothing and are never counted.
+        terms[..., 2] = keep.value.clamp_min(SMALLEST).view(torch.int32)
+        terms[..., 3] = torch.where(keep.value == 0, torch.iinfo(torch.int32).max, keep.row)
+        terms[..., 4] = keep.column
+    elif isinstance(keep, Drop):
+        if keep.density.shape != shape or len(keep.seeds) != shape[0]:
+            raise ValueError(
+                f"drop has density {list(keep.density.shape)} and {len(keep.seeds)} seeds, wanted {list(shape)} and "
+                f"{shape[0]}"
+            )
+        if keep.streams.shape != (modules,) or keep.adapters.shape != (adapters,):
+            raise ValueError(
+                f"drop has streams {list(keep.streams.shape)} and adapters {list(keep.adapters.shape)}, wanted "
+                f"[{modules}] and [{adapters}]"
+            )
+        density = keep.density.double().cpu()
+        if not bool(((density > 0) & (density <= 1)).all()):
+            raise ValueError(f"drop has densities {density.unique().tolist()}, wanted 0 < density <= 1")
+        threshold = (density * 2.0**32).round().long()  # exact product, half to even: rng.keep_threshold
+        if keep.factor is not None and keep.factor.shape != shape:
+            raise ValueError(f"drop factor is {list(keep.factor.shape)}, wanted {list(shape)}")
+        factor = density.reciprocal() if keep.factor is None else keep.factor.double().cpu()
+        # The kernel keeps words up to a limit, so that a density of 1 fits 32 bits; a threshold of 0 keeps none.
+        gain = (gain.double() * torch.where(threshold == 0, 0.0, factor).to(device)).float()
+        terms[..., 2] = _words((threshold - 1).clamp_min(0)).to(device)
+        terms[..., 3] = _words(keep.streams.long().cpu()).to(device)[:, None]
+        terms[..., 4] = _words(keep.adapters.long().cpu()).to(device)
+        keys = torch.tensor([[seed & 0xFFFFFFFF, seed >> 32] for seed in keep.seeds], dtype=torch.int64)
+        terms[..., 5:7] = _words(keys).to(device)[:, None, None, :]
+    terms[..., 0] = gain.contiguous().view(torch.int32)
+    terms[..., 1] = weights.contiguous().view(torch.int32)[:, None, :]
+    return terms
+
+
+def _words(values: Tensor) -> Tensor:
+    """int64 in [0, 2**32) -> int32 of the same bits."""
+    return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    *,
+    contiguous: bool = True,
+) -> None:
+    """Raise a ValueError that says what was wanted and what came."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} is {list(tensor.shape)}, wanted {list(shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}, wanted {' or '.join(map(str, dtypes))}")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, wanted {device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}, wanted it contiguous")

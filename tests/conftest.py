@@ -1,0 +1,70 @@
+"""Where tests run: kernels compiled on a GPU if there is one, else in Triton's interpreter."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Read when a kernel is decorated, and triton's own helpers are when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import bench.static_cost  # noqa: E402
+import merge_engine  # noqa: E402, F401
+
+
+def _load(name: str) -> ModuleType:
+    """A helper module beside the tests, which importlib mode keeps off sys.path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _load("kernel_interpreter").install()
+
+# transformers imports whatever `kernels` it finds: that must not be ours, which lies in the root. `bench` stays.
+bench.__path__ = [str(ROOT / "bench")]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU with the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def aot() -> Iterator[Callable[..., Any]]:
+    """aot(function, *arguments): its result in one child process, in which Triton compiles.
+
+    An interpreting process cannot: once a kernel has been interpreted, triton's language stays patched.
+    """
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="0"),
+        mock.patch.object(sys, "path", [str(ROOT), *sys.path]),
+    ):
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(int).result()  # the child starts, and copies both
+    yield lambda function, *arguments: pool.submit(function, *arguments).result()
+    pool.shutdown()

@@ -1,0 +1,64 @@
+"""bfloat16 for Triton's interpreter, which holds it as uint16: casts truncate, and dots and sums act on bit patterns.
+
+Only tests use it. Kernels stay free of special cases: bfloat16 operands are widened to float32, results rounded to
+nearest even, as a GPU does.
+"""
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _is_bf16(dtype: Any) -> bool:
+    return bool(dtype.scalar == tl.bfloat16)
+
+
+def _widened(handle: TensorHandle) -> TensorHandle:
+    if not _is_bf16(handle.dtype):
+        return handle
+    return TensorHandle((np.asarray(handle.data).astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _rounded(handle: TensorHandle) -> TensorHandle:
+    """float32 -> bfloat16, nearest even; a NaN stays one."""
+    bits = np.ascontiguousarray(handle.data, dtype=np.float32).view(np.uint32)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return TensorHandle(np.where(is_nan, (bits >> 16) | 0x40, nearest).astype(np.uint16), tl.bfloat16)
+
+
+def install() -> None:
+    """Teach the interpreter bfloat16, for the life of this process."""
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    binary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.unary_op
+    convert = InterpreterBuilder.create_fp_to_fp
+
+    def cast_impl(self: Any, src: TensorHandle, dtype: Any) -> TensorHandle:
+        if _is_bf16(src.dtype) and _is_bf16(dtype):
+            return src
+        if _is_bf16(dtype):
+            return _rounded(src if src.dtype.scalar == tl.float32 else cast(self, src, tl.float32))
+        wide = _widened(src)
+        return wide if wide.dtype.scalar == dtype.scalar else cast(self, wide, dtype)
+
+    def create_fp_to_fp(self: Any, src: TensorHandle, dtype: Any, rounding: Any) -> TensorHandle:
+        if _is_bf16(src.dtype) or _is_bf16(dtype):
+            return cast_impl(self, src, dtype)
+        return convert(self, src, dtype, rounding)
+
+    def create_dot(self: Any, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *rest: Any) -> TensorHandle:
+        return dot(self, _widened(a), _widened(b), acc, *rest)
+
+    def binary_op(self: Any, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        if not _is_bf16(lhs.dtype):
+            return binary(self, lhs, rhs, op)
+        value = op(_widened(lhs).data, _widened(rhs).data)
+        return TensorHandle(value, tl.int1) if value.dtype == bool else _rounded(TensorHandle(value, tl.float32))
+
+    def unary_op(self: Any, arg: TensorHandle, op: Any) -> TensorHandle:
+        return _rounded(unary(self, _widened(arg), op)) if _is_bf16(arg.dtype) else unary(self, arg, op)
+
+    for function in (cast_impl, create_fp_to_fp, create_dot, binary_op, unary_op):
+        setattr(InterpreterBuilder, function.__name__, function)
