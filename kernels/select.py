@@ -102,7 +102,7 @@ def _coarse_histogram_kernel(
             task, scaling_ptr, place, tensor % adapters, RANK, SUBTRACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R
         )
         bins = tl.minimum(tl.maximum((bits >> COARSE_SHIFT) - COARSE_FIRST, 0), COARSE_BINS - 1)
-        counts += tl.histogram(tl.ravel(bins, can_reorder=True), COARSE_BINS)
+        counts += tl.histogram(tl.ravel(bins), COARSE_BINS)
     tl.atomic_add(counts_ptr + tensor * COARSE_BINS + offs_bin, counts, mask=counts != 0, sem="relaxed")
 
 
