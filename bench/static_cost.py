@@ -286,6 +286,7 @@ def _instructions(lines: list[str]) -> tuple[list[tuple[str, str]], dict[str, in
 def _loop(code: list[tuple[str, str]], labels: dict[str, int]) -> tuple[set[int], set[int]]:
     """(hot, cold) instructions of the longest loop; cold are those that a forward branch within it may skip.
 
+    A loop within (over recipes, or steps of a rank above 64) is hot, and counted once: as for one recipe or step.
     Code after the last exit is out of line (waits on barriers), and a branch back from there closes no loop.
     """
     end = next((i for i, (op, rest) in enumerate(code) if op in ("EXIT", "s_endpgm") and "@" not in rest), len(code))
@@ -294,8 +295,10 @@ def _loop(code: list[tuple[str, str]], labels: dict[str, int]) -> tuple[set[int]
         if target <= i < end and i - target > last - first:
             first, last = target, i
     cold: set[int] = set()
-    for i, target in _branches(code, labels):
-        if first <= i < target <= last + 1 and _conditional(*code[i]):
+    branches = _branches(code, labels)
+    for i, target in branches:
+        skips_a_loop = any(i < back <= j < target for j, back in branches)
+        if first <= i < target <= last + 1 and _conditional(*code[i]) and not skips_a_loop:
             cold.update(range(i + 1, target))
     return set(range(first, last + 1)) - cold, cold
 

@@ -1,21 +1,22 @@
 """How a kernel is launched: tile shape and warps as data, chosen by a pure function of shape, rank, dtype and arch.
 
-The evidence is machine code, since no GPU was at hand: `python -m bench.static_cost` prints it. For sm_90, bfloat16,
+The evidence is machine code, since no GPU was at hand: `bench.static_cost.cost` reads it. For sm_90, bfloat16,
 r = 16, ties, in instructions an output element (in the loop and adapter; outside of it) and registers:
 
-    64x64, 4 warps   7.7  30.4  180     32 elements a thread; 64 a thread (128x64) spill, with four tiles to carry
-    32x32, 1 warp    8.2  32.9  179     as many, but mma.sync with its fragments through ldmatrix, not wgmma
-    32x32, 2 warps   8.6  40.4  121     what a tile costs once (addresses, barriers) is shared by half as many elements
-    16x16, 1 warp   10.9  53.8   72
-    two recipes in one program, 32x32, 2 warps: 20.9  66.4  230, against 2 * 7.7 apart
+    64x64, 4 warps    7.5  31.7  168    32 elements a thread
+    128x64, 4 warps   9.1  32.6  255    64 elements a thread: spills 200 bytes, since four tiles are carried
+    32x32, 1 warp     8.0  31.0  168    32 elements, but mma.sync with its fragments, not wgmma
+    32x32, 2 warps    8.8  40.9   96    16 elements share what a tile costs once (addresses, barriers)
+    16x16, 1 warp    11.0  58.8   63
+    two recipes a program, 32x32, 2 warps: 20.3  61.9  230, against 2 * 7.5 and 2 * 31.7 apart
 
 So one product for several recipes does not pay where the tensor cores make it: their ledgers halve the tile. It does
-for float32 factors, which take 16 fused multiply-adds an element: two recipes 39.9, against 2 * 25.4 apart; four spill.
-Philox needs registers of its own, and so does a rank above 64: on sm_80 dare_ties spills 8 to 560 bytes at 64x64, and
-none at 32x32 (2 warps), for 2 instructions more of 26. At rank 128 ptxas stops at 128 registers and spills 8 bytes on
-sm_90 unless it is told that it may take 255. A CDNA lane has 512, and
-its warps are twice as wide: two of them load 128 bits a lane, and no tile takes scratch memory on gfx942.
-Pipelining the loads (num_stages = 2) adds 1.3 an element, since it takes the terms through shared memory as well.
+for float32 factors, which take 16 fused multiply-adds an element: 39.4 for two, against 2 * 25.3; four may spill.
+Philox needs registers of its own, and so does a rank above 64: on sm_80 dare_ties spills 8 to 160 bytes at 64x64, by
+rank and method, and none at 32x32 (2 warps), for 2 instructions more of 24. At rank 128 ptxas stops at 128 registers
+and spills 8 bytes on sm_90 unless it is told that it may take 255. A CDNA lane has 512, and its warps are twice as
+wide: two of them load 128 bits a lane, and no tile takes scratch memory on gfx942.
+Pipelining the loads (num_stages = 2) added 1.3 an element to a draft: it takes the terms through shared memory too.
 """
 
 from dataclasses import dataclass
