@@ -193,7 +193,9 @@ def _merge_deltas_kernel(
         if ADD:
             merged += tl.load(base_ptr + (module * M + row) * N + column + offs, mask=mask, other=0.0).to(tl.float32)
         out_ptrs = out_ptr + (((first + recipe) * modules + module) * M + row) * N + column + offs
-        tl.store(out_ptrs, merged.to(out_ptr.dtype.element_ty), mask=mask)
+        # Apart and together again: else Triton stores on AMD from the layout of the matrix unit, four elements a lane.
+        left, right = tl.split(merged.to(out_ptr.dtype.element_ty).reshape(BLOCK_M, BLOCK_N // 2, 2))
+        tl.store(out_ptrs, tl.join(left, right).reshape(BLOCK_M, BLOCK_N), mask=mask)
 
 
 @triton.jit
