@@ -9,12 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merge_engine.adapter import open_adapter
+    from merge_engine.checkpoint import open_checkpoint
     from merge_engine.engine import Merged, merge
-    from merge_engine.errors import AdapterError, MergeError, OutputError, RecipeError
+    from merge_engine.errors import AdapterError, MergeError, ModelError, OutputError, RecipeError
+    from merge_engine.into import MergedModel, merge_into, merge_models
     from merge_engine.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["AdapterError", "MergeError", "Merged", "OutputError", "Recipe", "RecipeError", "merge", "open_adapter"]
+__all__ = [
+    "AdapterError",
+    "MergeError",
+    "Merged",
+    "MergedModel",
+    "ModelError",
+    "OutputError",
+    "Recipe",
+    "RecipeError",
+    "merge",
+    "merge_into",
+    "merge_models",
+    "open_adapter",
+    "open_checkpoint",
+]
 
 # In a checkout the kernels live beside this package, not inside it: look there too.
 if not (Path(__file__).parent / "kernels").is_dir():
@@ -24,9 +40,14 @@ _HOMES = {
     "merge": "engine",
     "Merged": "engine",
     "Recipe": "recipe",
+    "MergedModel": "into",
+    "merge_into": "into",
+    "merge_models": "into",
     "open_adapter": "adapter",
+    "open_checkpoint": "checkpoint",
     "AdapterError": "errors",
     "MergeError": "errors",
+    "ModelError": "errors",
     "OutputError": "errors",
     "RecipeError": "errors",
 }

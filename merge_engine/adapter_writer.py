@@ -5,12 +5,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from merge_engine import __version__
 from merge_engine.adapter import KEY_PREFIX, WEIGHTS_FILE, Adapter, Module, saves, shared_extras
 from merge_engine.errors import OutputError
 from merge_engine.lora_config import CONFIG_FILE
@@ -88,7 +88,7 @@ class AdapterWriter:
         full_report = {
             **report,
             "recipe": dict(recipe),
-            "versions": _versions(),
+            "versions": versions(),
             "modules": {name: {"rank": rank, **modules.get(name, {})} for name, rank in sorted(self._ranks.items())},
         }
         self._write(CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True))
@@ -207,11 +207,8 @@ def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
     return values[0] if all(value == values[0] for value in values) else None
 
 
-def _versions() -> dict[str, str]:
-    versions = {"torch": str(torch.__version__)}
-    for package in ("merge-engine", "safetensors"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "unknown"
-    return versions
+def versions() -> dict[str, str]:
+    """The versions of what computed."""
+    import safetensors
+
+    return {"torch": str(torch.__version__), "merge-engine": __version__, "safetensors": safetensors.__version__}

@@ -1,6 +1,7 @@
 """The merge-engine command. Exit codes: 0 done, 1 unexpected failure, 2 a mistake of the user's, told in one line."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ MERGE_EXAMPLES = """\
 examples:
   merge-engine merge sql chat ads -o merged --method ties --density 0.2 --weights 2 1 1
   merge-engine merge user/sql user/chat -o merged --method linear --rank 16
+  merge-engine merge --into llama sql chat -o merged --method ties --shard-size 2GB
   merge-engine merge recipe.yaml
 
 recipe.yaml holds the same names as the options:
@@ -22,6 +24,12 @@ recipe.yaml holds the same names as the options:
   method: ties
   density: {".*q_proj": 0.3, ".*": 0.2}
   weights: [2, 1, 1]
+"""
+MODELS_EXAMPLES = """\
+examples:
+  merge-engine merge-models --base llama llama-chat llama-code -o merged --method ties --density 0.2
+  merge-engine merge-models --base llama llama-chat sql-adapter -o merged --method linear --dry-run
+  torchrun --nproc-per-node 2 -m merge_engine merge-models --base llama llama-chat llama-code -o merged
 """
 INFO_EXAMPLES = """\
 examples:
@@ -53,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             options.run(options)
     except MergeError as error:
-        print(f"merge-engine: error: {error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"merge-engine: error: {rank}{error}", file=sys.stderr)
         return 2
     return 0
 
@@ -65,29 +74,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"merge-engine {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    merge = _command(commands, "merge", _merge, MERGE_EXAMPLES, "merge adapters into one that PEFT loads")
+    merge = _command(commands, "merge", _merge, MERGE_EXAMPLES, "merge adapters into one, or into a base model")
     merge.add_argument("adapters", nargs="+", help="adapter folders or hub ids (user/repo), or one recipe.yaml")
-    merge.add_argument("-o", "--output", type=Path, help="folder to write")
-    merge.add_argument("--overwrite", action="store_true", default=None, help="replace an existing output")
-    merge.add_argument("--method", choices=CHOICES["method"], help="default: ties")
-    merge.add_argument("--weights", nargs="+", type=float, metavar="W", help="one an adapter; default: 1 each")
-    merge.add_argument(
-        "--density",
-        nargs="+",
-        metavar="D",
-        help="share kept by a trim or a drop: one number, one an adapter, or PATTERN=NUMBER by module; default: 0.2",
-    )
+    merge.add_argument("--into", metavar="BASE", help="write a full model: this one with the adapters merged into it")
+    _merge_options(merge)
     merge.add_argument("--space", choices=CHOICES["space"], help="merge B @ A, or A and B apart; default: delta")
-    merge.add_argument("--scale", type=float, help="multiplies the result (lambda); default: 1")
     merge.add_argument("--rank", type=_rank, help="of the result: a number, or auto (sum of the ranks); default: auto")
     merge.add_argument("--energy", type=float, help="instead of --rank: keep this share of the delta's energy, as 0.99")
-    merge.add_argument("--election", choices=CHOICES["election"], help="how signs are elected; default: total")
-    merge.add_argument("--scope", choices=CHOICES["scope"], help="one trim threshold a tensor, or one a model")
-    merge.add_argument("--trim-ties", choices=CHOICES["trim_ties"], help="equal magnitudes at the threshold")
-    merge.add_argument("--convention", choices=CHOICES["convention"], help="whose arithmetic; default: peft")
-    merge.add_argument("--seed", type=int, help="of the random drops; default: 0")
-    merge.add_argument("--backend", choices=CHOICES["backend"], help="who computes; default: auto")
-    merge.add_argument("--dtype", choices=CHOICES["dtype"], help="of the written factors; default: the adapters' own")
+
+    models = _command(commands, "merge-models", _merge_models, MODELS_EXAMPLES, "merge full models of one base")
+    models.add_argument("models", nargs="+", help="folders or hub ids of full models, and of adapters on the same base")
+    models.add_argument("--base", required=True, help="the full model that they were trained from")
+    _merge_options(models)
 
     info = _command(commands, "info", _info, INFO_EXAMPLES, "rank, scaling, size and norms of an adapter")
     info.add_argument("adapters", nargs="*", metavar="adapter", help="adapter folder or hub id")
@@ -95,6 +93,30 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "demo", _demo, DEMO_EXAMPLES, "merge the bundled adapters and measure each result (needs peft)")
     return parser
+
+
+def _merge_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-o", "--output", type=Path, help="folder to write")
+    add("--overwrite", action="store_true", default=None, help="replace an existing output")
+    add("--method", choices=CHOICES["method"], help="default: ties")
+    add("--weights", nargs="+", type=float, metavar="W", help="one an input; default: 1 each")
+    add(
+        "--density",
+        nargs="+",
+        metavar="D",
+        help="share kept by a trim or a drop: one number, one an input, or PATTERN=NUMBER by module; default: 0.2",
+    )
+    add("--scale", type=float, help="multiplies the result (lambda); default: 1")
+    add("--election", choices=CHOICES["election"], help="how signs are elected; default: total")
+    add("--scope", choices=CHOICES["scope"], help="one trim threshold a tensor, or one a model")
+    add("--trim-ties", choices=CHOICES["trim_ties"], help="equal magnitudes at the threshold")
+    add("--convention", choices=CHOICES["convention"], help="whose arithmetic; default: peft")
+    add("--seed", type=int, help="of the random drops; default: 0")
+    add("--backend", choices=CHOICES["backend"], help="who computes; default: auto")
+    add("--dtype", choices=CHOICES["dtype"], help="of what is written; default: the inputs' own, or the base's")
+    add("--shard-size", metavar="SIZE", help="of each weight file of a full model, as 2GB; default: 5GB")
+    add("--dry-run", action="store_true", default=None, help="full models: show plan, sizes and time; write nothing")
 
 
 def _command(commands: Any, name: str, run: Any, examples: str, summary: str) -> argparse.ArgumentParser:
@@ -112,19 +134,60 @@ def _command(commands: Any, name: str, run: Any, examples: str, summary: str) ->
 def _merge(options: argparse.Namespace) -> None:
     from merge_engine.engine import merge
 
-    given = {key: value for key, value in vars(options).items() if value is not None and key != "run"}
-    if "density" in given:
-        given["density"] = _density(given["density"])
-    asked = {**_recipe_file(given), **given}
-    adapters, output = asked.pop("adapters"), asked.pop("output", None)
-    if output is None:
-        raise RecipeError("output: wanted a folder to write to (-o OUT), got none")
+    asked = _asked(options)
+    asked = {**_recipe_file(asked), **asked}
+    if "into" in asked:
+        return _into(asked, asked.pop("into"), asked.pop("adapters"))
+    for key in ("shard_size", "dry_run"):
+        if key in asked:
+            raise RecipeError(f"{key}: is of merges into a full model; wanted --into BASE with it")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("ranks: adapters are merged into one by a single process; wanted --into BASE with several")
+    adapters, output = asked.pop("adapters"), _output(asked)
     merged = merge(adapters, output, **asked)
     ranks = sorted({module.rank for module in merged.plan.modules})
     print(
         f"{output}: {len(adapters)} adapters, {len(merged.plan.modules)} modules, "
         f"rank up to {ranks[-1]}, kept energy {merged.total_energy:.4f}"
     )
+
+
+def _merge_models(options: argparse.Namespace) -> None:
+    asked = _asked(options)
+    _into(asked, asked.pop("base"), asked.pop("models"))
+
+
+def _into(asked: dict[str, Any], base: str, inputs: list[str]) -> None:
+    from merge_engine.into import merge_models
+
+    output = _output(asked)
+    merged = merge_models(base, inputs, output, **asked)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    what = f"{len(inputs)} inputs, {merged.merged} tensors merged, {merged.copied} copied, {merged.nbytes / 1e9:.3g} GB"
+    if merged.path is None:
+        shards = len(merged.shards)
+        print(f"{output}: would be {what} in {shards} file{'s' * (shards > 1)}, in about {merged.seconds:.1f} s")
+        for name, nbytes in merged.shards.items():
+            print(f"  {name}  {nbytes / 1e6:.1f} MB")
+    else:
+        resumed = f", {merged.resumed} tensors found finished" if merged.resumed else ""
+        print(f"{output}: {what}, {merged.seconds:.1f} s{resumed}")
+
+
+def _asked(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given on the command line, by the names of the recipe."""
+    given = {key: value for key, value in vars(options).items() if value is not None and key != "run"}
+    if "density" in given:
+        given["density"] = _density(given["density"])
+    return given
+
+
+def _output(asked: dict[str, Any]) -> Any:
+    output = asked.pop("output", None)
+    if output is None:
+        raise RecipeError("output: wanted a folder to write to (-o OUT), got none")
+    return output
 
 
 def _recipe_file(given: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from merge_engine import lowrank, ops
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.adapter_writer import AdapterWriter
+from merge_engine.finetuned import Finetuned
 from merge_engine.lowrank import LowRank
 from merge_engine.ops import Backend
 from merge_engine.pipeline import ahead
@@ -124,7 +126,7 @@ def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -
     from tqdm import tqdm
 
     shown = None if progress is None else not progress
-    with tqdm(total=_work(plan), unit="element", unit_scale=True, disable=shown) as bar:
+    with tqdm(total=work_of(plan), unit="element", unit_scale=True, disable=shown) as bar:
         ready = prepare(plan, backend, bar.update)
         workers = min(torch.get_num_threads(), MAX_RECOMPRESSIONS)
         for module, result in ahead(
@@ -142,7 +144,7 @@ def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Prep
     trims: dict[str, Any] = {side: {} for side in plan.sides}
     if plan.spans_model:
         trims = {side: backend.model_trims(plan, side) for side in plan.sides}
-        done(sum(module.cost for module in plan.modules))
+        done(sum(module.cost for module in plan.mine))
     balance = dict.fromkeys(plan.sides, 1)
     if plan.rule.majority and plan.rule.elect != "none":
         balance = dict.fromkeys(plan.sides, 0)
@@ -150,6 +152,8 @@ def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Prep
             for side in plan.sides:
                 balance[side] += backend.vote_balance(plan, group, packed[side], side, trims[side])
             done(sum(module.cost for module in group))
+        totals = plan.ranks.sum(np.array([balance[side] for side in plan.sides]))
+        balance = dict(zip(plan.sides, totals.tolist(), strict=True))
     return Preparation(trims, {side: 1 if total > 0 else -1 for side, total in balance.items()})
 
 
@@ -214,10 +218,10 @@ class _Norms:
         return self.kept / self.total if self.total > 0 else 1.0
 
 
-def _work(plan: Plan) -> int:
-    """Elements that the progress bar counts: one pass over all, and one more for each sweep before it."""
+def work_of(plan: Plan) -> int:
+    """Elements that a progress bar counts: one pass over all, and one more for each sweep before it."""
     sweeps = plan.spans_model + (plan.rule.majority and plan.rule.elect != "none")
-    return sum(module.cost for module in plan.modules) * (1 + sweeps)
+    return sum(module.cost for module in plan.mine) * (1 + sweeps)
 
 
 def _output_bytes(plan: Plan) -> int:
@@ -226,7 +230,8 @@ def _output_bytes(plan: Plan) -> int:
 
 def _writer(plan: Plan, folder: Path) -> AdapterWriter:
     described = {module.name: plan.adapters[module.adapters[0]].modules[module.name] for module in plan.modules}
-    return AdapterWriter(folder, plan.adapters, described, plan.dtype)
+    adapters = [adapter for adapter in plan.adapters if not isinstance(adapter, Finetuned)]
+    return AdapterWriter(folder, adapters, described, plan.dtype)
 
 
 def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, energy: dict[str, float], total: float) -> None:

@@ -19,3 +19,7 @@ class RecipeError(MergeError):
 
 class OutputError(MergeError):
     """A result that cannot be placed where it was asked for."""
+
+
+class ModelError(MergeError):
+    """A full model that is missing, damaged, or does not fit what is to be merged with it or into it."""

@@ -43,7 +43,7 @@ REFUSED = {
     "megatron_config": "Megatron's parallel layers are not supported",
 }
 # Initialisations that subtract the start of the adapter from the base weights.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}
 _LARGEST = 2**63  # JSON has Infinity, NaN and integers of any size
@@ -100,7 +100,7 @@ def _check_config(config: dict[str, Any], name: str) -> None:
         if config.get(key) is not None and not isinstance(config[key], kind):
             raise AdapterError(f"{name}: {key} is {config[key]!r} in {CONFIG_FILE}, wanted a {kind.__name__}")
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise AdapterError(
             f"{name}: init_lora_weights is {start}, which changed the base weights; save it again with PEFT's "
             "path_initial_model_for_weight_conversion to make it a plain LoRA"

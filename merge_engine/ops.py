@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import RecipeError
-from merge_engine.plan import Factors, ModulePlan, Plan
+from merge_engine.plan import ModulePlan, Plan
 from merge_engine.torch_backend import TorchBackend
 
 BACKENDS = ("auto", "triton", "torch")
@@ -26,10 +26,10 @@ class Backend(Protocol):
     device: torch.device
 
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
-        """All modules of the plan, in groups that are merged at once."""
+        """All modules of the plan that are this process's, in groups that are merged at once."""
         ...
 
-    def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[Factors], side: str) -> Any:
+    def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Any]], side: str) -> Any:
         """The task tensors of a group, ready for `merge`; called by the thread that reads."""
         ...
 
@@ -56,7 +56,35 @@ class Backend(Protocol):
         ...
 
 
-def choose(name: str | None = None) -> Backend:
+class ModelBackend(Backend, Protocol):
+    """A backend that also merges into a base model."""
+
+    def merge(
+        self,
+        plan: Plan,
+        group: Sequence[ModulePlan],
+        packed: Any,
+        side: str,
+        trims: Any,
+        *,
+        scale: float,
+        tied: int,
+        base: Sequence[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Tensor]:
+        """(base +) scale * combine(elect(keep(t))) for each module of the group, on the backend's device.
+
+        base: on the CPU, one [M, N] of any strides for each module; its memory may be taken for the result. dtype: of
+        the result, with a base; float32 without one. Computed in float32 and rounded once.
+        """
+        ...
+
+    def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+        """base + B @ A: [M, N] as in `merge`."""
+        ...
+
+
+def choose(name: str | None = None) -> ModelBackend:
     """The backend of that name: "triton", "torch", or "auto", which takes Triton on a GPU and torch elsewhere.
 
     None: what the environment variable MERGE_ENGINE_BACKEND says, or "auto". Raises RecipeError for an unknown name,

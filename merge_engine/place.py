@@ -1,7 +1,7 @@
 """An output folder that appears whole or not at all.
 
 The result is made in ``.<name>.partial`` beside the target, flushed to the disk and renamed. A process that is killed
-leaves that folder behind; the next run for the same target wipes it and uses it again.
+leaves that folder behind; the next run for the same target wipes it and uses it again, or goes on from it (``resume``).
 """
 
 import fcntl
@@ -19,7 +19,9 @@ _MODEL_FILES = ("adapter_config.json", "config.json", "merge_report.json")
 
 
 @contextmanager
-def place_folder(target: Path, overwrite: bool = False, required_bytes: int = 0) -> Iterator[Path]:
+def place_folder(
+    target: Path, overwrite: bool = False, required_bytes: int = 0, *, resume: bool = False
+) -> Iterator[Path]:
     """Yield a working folder that becomes ``target`` when the block ends, and vanishes when it raises.
 
     Missing parents are created, and removed again on failure.
@@ -28,6 +30,8 @@ def place_folder(target: Path, overwrite: bool = False, required_bytes: int = 0)
         target: the folder to be made.
         overwrite: replace an existing folder, if it holds a model or nothing.
         required_bytes: free space to ask for before anything is written.
+        resume: yield what an earlier run left behind as it is, and leave it behind when the block raises, unless it
+            is empty by then.
 
     Raises:
         OutputError: the target exists, another process is writing it, there is too little space, or no permission.
@@ -35,7 +39,7 @@ def place_folder(target: Path, overwrite: bool = False, required_bytes: int = 0)
     target = Path(os.path.realpath(target))  # a link means the place it leads to
     with writing(target):
         _check_target(target, overwrite)
-    working = target.with_name(f".{target.name}.partial")
+    working = working_folder(target)
     replaced = target.with_name(f".{target.name}.replaced")
     with writing(target):
         made = _make_parents(target.parent)
@@ -46,8 +50,9 @@ def place_folder(target: Path, overwrite: bool = False, required_bytes: int = 0)
             with writing(target):
                 _recover(target, replaced)
                 _check_target(target, overwrite)
-                _wipe(working)
-            _check_space(target, required_bytes)
+                if not resume:
+                    wipe(working)
+            check_space(target, required_bytes)
             yield working
             with writing(target):
                 _sync(working)
@@ -56,7 +61,10 @@ def place_folder(target: Path, overwrite: bool = False, required_bytes: int = 0)
         except BaseException:
             # Once renamed, the name is free for another process, whose folder is not ours to remove.
             if _is_open_folder(working, lock):
-                shutil.rmtree(working, ignore_errors=True)
+                if resume:
+                    _remove_if_empty(working)
+                else:
+                    shutil.rmtree(working, ignore_errors=True)
             raise
         finally:
             os.close(lock)
@@ -64,6 +72,12 @@ def place_folder(target: Path, overwrite: bool = False, required_bytes: int = 0)
         for parent in made:
             _remove_if_empty(parent)
         raise
+
+
+def working_folder(target: Path) -> Path:
+    """Where `place_folder` makes what becomes ``target``."""
+    target = Path(os.path.realpath(target))
+    return target.with_name(f".{target.name}.partial")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -80,7 +94,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _check_space(target: Path, required: int) -> None:
+def check_space(target: Path, required: int) -> None:
+    """Raise OutputError where fewer than ``required`` bytes are free beside the target."""
     free = shutil.disk_usage(target.parent).free
     if required > free:
         raise OutputError(f"{target} needs {required / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB is free")
@@ -160,7 +175,8 @@ def _swap(working: Path, target: Path, replaced: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)  # the result is in place: what is left here does not undo that
 
 
-def _wipe(folder: Path) -> None:
+def wipe(folder: Path) -> None:
+    """Remove all that is in a folder."""
     for entry in list(folder.iterdir()):
         _remove(entry)
 

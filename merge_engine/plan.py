@@ -5,16 +5,20 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merge_engine.adapter import Adapter, shared_extras
 from merge_engine.errors import AdapterError, RecipeError
+from merge_engine.finetuned import Difference, Finetuned
+from merge_engine.ranks import ALONE, Ranks
 from merge_engine.recipe import DTYPES, Recipe
 from merge_engine.rule import Rule
 
 Factors = list[tuple[Tensor, Tensor]]  # (A [r, N], B [M, r]) of each adapter that has a module
+Task = tuple[Tensor, Tensor] | Difference  # what one input brings to a module: factors, or finetuned - base
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,23 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe bound to its adapters; modules in name order."""
+    """A recipe bound to its adapters (or full models in their place); modules in name order.
 
-    adapters: tuple[Adapter, ...]
+    ranks, share: the processes that work on it together, and the names of the modules that are this one's; None: all.
+    """
+
+    adapters: tuple[Adapter | Finetuned, ...]
     recipe: Recipe
     rule: Rule
     modules: tuple[ModulePlan, ...]
     dtype: torch.dtype
+    ranks: Ranks = ALONE
+    share: frozenset[str] | None = None
+
+    @property
+    def mine(self) -> tuple[ModulePlan, ...]:
+        """The modules that this process works on."""
+        return tuple(module for module in self.modules if self.share is None or module.name in self.share)
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -68,9 +82,14 @@ class Plan:
         """The modules that this adapter takes part in."""
         return [module for module in self.modules if adapter in module.adapters]
 
-    def read(self, module: ModulePlan) -> Factors:
-        """The factors of each adapter that has the module, in the dtype they are stored in."""
-        return [self.adapters[number].factors(module.name) for number in module.adapters]
+    def read(self, module: ModulePlan, base: Tensor | None = None) -> list[Any]:
+        """The `Task` of each adapter that has the module, in the dtypes they are stored in; see `task`."""
+        return [self.task(module, number, base) for number in module.adapters]
+
+    def task(self, module: ModulePlan, number: int, base: Tensor | None = None) -> Task:
+        """The factors of one adapter, or one full model's difference from `base` [M, N], which is read if not given."""
+        source = self.adapters[number]
+        return source.difference(module.name, base) if isinstance(source, Finetuned) else source.factors(module.name)
 
     def kept_of_model(self, adapter: int, side: str) -> int:
         """How many elements of this adapter a trim over the whole model keeps, from the headers."""
@@ -83,10 +102,11 @@ class Plan:
         return self.rule.kept(modules[0].densities[modules[0].adapters.index(adapter)], numel)
 
 
-def make_plan(adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
+def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
     """Check that the adapters can be merged by the recipe, and say module by module how.
 
-    Reads the adapters' headers, and their values once, to refuse NaN and Inf. Raises RecipeError or AdapterError with
+    Reads the adapters' headers, and their values once, to refuse NaN and Inf; those of full models are checked when
+    they are merged, since reading them takes as long as merging them. Raises RecipeError or AdapterError with
     subject, wanted and got; warns (UserWarning) where adapters name different base models.
     """
     if not adapters:
@@ -94,8 +114,9 @@ def make_plan(adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
     names = [adapter.name for adapter in adapters]
     weights = recipe.weights_for(names)
     rule = recipe.rule()
-    _warn_of_different_bases(adapters)
-    shared_extras(adapters)
+    only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]
+    _warn_of_different_bases(only_adapters)
+    shared_extras(only_adapters)
     modules = tuple(
         _plan_module(name, adapters, weights, recipe)
         for name in sorted({module for adapter in adapters for module in adapter.modules})
@@ -103,13 +124,15 @@ def make_plan(adapters: Sequence[Adapter], recipe: Recipe) -> Plan:
     if rule.keep == "magnitude" and rule.scope == "model":
         for number in range(len(adapters)):
             _check_one_density(number, names, modules)
-    for adapter in adapters:
+    for adapter in only_adapters:
         adapter.check_finite()
     dtype = DTYPES[recipe.dtype] if recipe.dtype else _common_dtype(adapters)
     return Plan(tuple(adapters), recipe, rule, modules, dtype)
 
 
-def _plan_module(name: str, adapters: Sequence[Adapter], weights: Sequence[float], recipe: Recipe) -> ModulePlan:
+def _plan_module(
+    name: str, adapters: Sequence[Adapter | Finetuned], weights: Sequence[float], recipe: Recipe
+) -> ModulePlan:
     having = [number for number, adapter in enumerate(adapters) if name in adapter.modules]
     parts = [adapters[number].modules[name] for number in having]
     first, first_owner = parts[0], adapters[having[0]].name
@@ -148,8 +171,8 @@ def _plan_module(name: str, adapters: Sequence[Adapter], weights: Sequence[float
 
 
 def _warn_of_different_bases(adapters: Sequence[Adapter]) -> None:
-    first = adapters[0]
     for adapter in adapters[1:]:
+        first = adapters[0]
         if adapter.base_model != first.base_model:
             warnings.warn(
                 f"{adapter.name} was trained on {adapter.base_model}, {first.name} on {first.base_model}: "
@@ -167,5 +190,5 @@ def _check_one_density(number: int, names: Sequence[str], modules: Sequence[Modu
         )
 
 
-def _common_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
+def _common_dtype(adapters: Sequence[Adapter | Finetuned]) -> torch.dtype:
     return reduce(torch.promote_types, (module.dtype for adapter in adapters for module in adapter.modules.values()))

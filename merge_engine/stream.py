@@ -34,7 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # A header entry without its name: `:{"dtype":"F8_E4M3","shape":[...],"data_offsets":[...]},` is 54 characters, the
 # offsets take up to 20 digits each, and eight dimensions up to 12 with their commas.
@@ -91,12 +91,12 @@ class SafetensorsWriter:
             raise ValueError(
                 f"{self.path.name}: tensor {name} was {'added twice' if name in self._header else 'not planned'}"
             )
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in NAMES:
             raise ValueError(f"{self.path.name}: tensor {name} is {tensor.dtype}, which safetensors does not have")
         data = tensor_bytes(tensor)
         self._write(8 + self._room + self._end, data)
         self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [self._end, self._end + data.nbytes],
         }

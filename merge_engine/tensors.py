@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,26 @@ class StoredTensor:
             raise AdapterError(f"{self.file} cannot be read: {error.strerror or error}") from error
         return tensor
 
+    def pieces(self, elements: int = 1 << 21) -> Iterator[torch.Tensor]:
+        """The tensor as flat pieces of at most `elements`, read one at a time; raises as `read` does."""
+        size = math.prod(self.shape)
+        flat = None if self.mapped is None else self.mapped.detach().reshape(-1)
+        for start in range(0, size, elements):
+            count = min(elements, size - start)
+            if flat is not None:
+                yield flat[start : start + count]
+            else:
+                yield StoredTensor(
+                    self.key, self.file, (count,), self.dtype, self.offset + start * self.dtype.itemsize
+                ).read()
+
+    def same_as(self, other: "StoredTensor") -> bool:
+        """Whether two tensors are of one shape and dtype and hold the same bits; raises as `read` does."""
+        return (self.shape, self.dtype) == (other.shape, other.dtype) and all(
+            torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
+            for one, two in zip(self.pieces(), other.pieces(), strict=True)
+        )
+
 
 def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
     """The tensors of a .safetensors file, from its header.
@@ -75,7 +96,7 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
     if not header:
         raise AdapterError(f"{subject}: {path.name} is truncated or damaged: {size} bytes, shorter than its header")
     try:
-        entries: dict[str, Any] = json.loads(header)
+        entries: dict[str, Any] = json.loads(header, object_pairs_hook=_unique)
         entries.pop("__metadata__", None)
         tensors = {}
         spans = []
@@ -93,7 +114,9 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
                 )
             tensors[key] = tensor
             spans.append((start, end))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _Twice as error:
+        raise AdapterError(f"{subject}: the header of {path.name} is damaged: it names {error} twice") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(f"{subject}: the header of {path.name} is damaged ({type(error).__name__})") from error
@@ -110,16 +133,20 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
     return tensors
 
 
-def open_sharded(index: Path, subject: str) -> dict[str, StoredTensor]:
-    """The tensors of the .safetensors files that an index file names.
+def open_sharded(
+    index: Path, subject: str, opener: Callable[[Path, str], dict[str, StoredTensor]] = open_safetensors
+) -> dict[str, StoredTensor]:
+    """The tensors of the files that an index file names; `opener` reads one of them.
 
     Raises:
         AdapterError: the index is damaged, points out of its folder, or disagrees with its files.
     """
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(index.read_bytes(), object_pairs_hook=_unique)["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _Twice as error:
+        raise AdapterError(f"{subject}: {index.name} is damaged: it names {error} twice") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{subject}: {index.name} is damaged: wanted a weight_map of tensors to files") from error
     for shard in shards:
         # By name only: in the hub's cache a file is a link that leads out of the folder, and rightly so.
@@ -129,7 +156,7 @@ def open_sharded(index: Path, subject: str) -> dict[str, StoredTensor]:
     for shard in shards:
         if not (index.parent / shard).is_file():
             raise AdapterError(f"{subject}: {shard} is missing, wanted by {index.name}")
-        stored = open_safetensors(index.parent / shard, subject)
+        stored = opener(index.parent / shard, subject)
         wanted = {key for key, file in weight_map.items() if file == shard}
         for key in sorted(wanted ^ stored.keys()):
             state = "lacks" if key in wanted else "holds the unlisted"
@@ -157,5 +184,21 @@ def open_bin(path: Path, subject: str) -> dict[str, StoredTensor]:
     for key, tensor in loaded.items():
         if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             raise AdapterError(f"{subject}: {key} in {path.name} is a {type(tensor).__name__}, wanted a dense tensor")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise AdapterError(
+                f"{subject}: {key} in {path.name} is {list(tensor.shape)}, more than the file has bytes for"
+            )
         tensors[key] = StoredTensor(key, path, tuple(tensor.shape), tensor.dtype, mapped=tensor)
     return tensors
+
+
+class _Twice(ValueError):
+    """A key that a JSON object holds twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _Twice(next(key for key in table if keys.count(key) > 1))
+    return table

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from merge_engine import rng, tiled
-from merge_engine.plan import Factors, ModulePlan, Plan
+from merge_engine.finetuned import Difference
+from merge_engine.plan import ModulePlan, Plan, Task
+from merge_engine.rule import make_rule
 from merge_engine.tiled import Drop, KeepTile, Source, Trim
 
 Trims = dict[tuple[str, int], Trim]  # by module and adapter
@@ -21,18 +23,20 @@ class TorchBackend:
     device = torch.device("cpu")
 
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
-        return [[module] for module in plan.modules]
+        return [[module] for module in plan.mine]
 
-    def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[Factors], side: str) -> list[Source]:
-        ((module,), (pairs,)) = group, factors
-        return [_source(A, B, scaling, side) for (A, B), scaling in zip(pairs, module.scalings, strict=True)]
+    def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Any]], side: str) -> list[Source]:
+        ((module,), (tasks,)) = group, factors
+        return [_source(task, scaling, side) for task, scaling in zip(tasks, module.scalings, strict=True)]
 
     def model_trims(self, plan: Plan, side: str) -> Trims:
         trims: Trims = {}
         for number in range(len(plan.adapters)):
             sources = _AdapterSources(plan, number, side)
-            found = tiled.trims(sources, plan.kept_of_model(number, side), plan.rule.trim_ties)
-            trims.update({(module.name, number): trim for module, trim in zip(sources.modules, found, strict=True)})
+            kept, modules = plan.kept_of_model(number, side), sources.modules
+            mine = [i for i, module in enumerate(modules) if plan.share is None or module.name in plan.share]
+            found = tiled.trims(sources, kept, plan.rule.trim_ties, mine=mine, total=plan.ranks.sum)
+            trims.update({(modules[i].name, number): trim for i, trim in zip(mine, found, strict=True)})
         return trims
 
     def vote_balance(self, plan: Plan, group: Sequence[ModulePlan], packed: list[Source], side: str, trims: Any) -> int:
@@ -49,17 +53,27 @@ class TorchBackend:
         *,
         scale: float,
         tied: int,
+        base: Sequence[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
         (module,) = group
         keeps = _keeps(plan, module, packed, side, trims)
-        return [tiled.merge_deltas(packed, module.weights_of(side), keeps, plan.rule, scale=scale, tied=tied)]
+        options: dict[str, Any] = {"scale": scale, "tied": tied}
+        if base is not None:
+            looked_at = any(isinstance(source, tiled.Difference) for source in packed)
+            options |= _onto(base[0], dtype, in_place=not looked_at)
+        return [tiled.merge_deltas(packed, module.weights_of(side), keeps, plan.rule, **options)]
+
+    def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+        source = tiled.Product(A, B, 1.0)
+        return tiled.merge_deltas([source], [1.0], [None], make_rule("linear"), **_onto(base, dtype, in_place=True))
 
 
 class _AdapterSources(Sequence[Source]):
     """One side of one adapter in all its modules, read whenever it is looked at."""
 
     def __init__(self, plan: Plan, number: int, side: str) -> None:
-        self.adapter, self.number, self.side = plan.adapters[number], number, side
+        self.plan, self.number, self.side = plan, number, side
         self.modules = plan.having(number)
 
     def __len__(self) -> int:
@@ -67,11 +81,19 @@ class _AdapterSources(Sequence[Source]):
 
     def __getitem__(self, index: Any) -> Any:
         module = self.modules[index]
-        A, B = self.adapter.factors(module.name)
-        return _source(A, B, module.scalings[module.adapters.index(self.number)], self.side)
+        task = self.plan.task(module, self.number)
+        return _source(task, module.scalings[module.adapters.index(self.number)], self.side)
 
 
-def _source(A: Tensor, B: Tensor, scaling: float, side: str) -> Source:
+def _onto(base: Tensor, dtype: torch.dtype, *, in_place: bool) -> dict[str, Any]:
+    """Where base + merged goes: into the base's own memory where it is of that dtype, and free."""
+    return {"base": base, "out": base if in_place and base.dtype == dtype else torch.empty_like(base, dtype=dtype)}
+
+
+def _source(task: Task, scaling: float, side: str) -> Source:
+    if isinstance(task, Difference):
+        return tiled.Difference(task.x, task.base)
+    A, B = task
     return tiled.Product(A, B, scaling) if side == "delta" else tiled.Dense(A if side == "A" else B)
 
 

@@ -3,17 +3,18 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from merge_engine import rng
-from merge_engine.errors import MergeError
+from merge_engine.errors import MergeError, RecipeError
+from merge_engine.finetuned import Difference, Finetuned
 from merge_engine.kernels import merge as kernels
 from merge_engine.kernels import select
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Source, Trim, pack
-from merge_engine.plan import Factors, ModulePlan, Plan
+from merge_engine.plan import Factors, ModulePlan, Plan, Task
 
 logger = logging.getLogger(__name__)
 
@@ -40,22 +41,27 @@ class TritonBackend:
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
         """Modules that one launch can take: of one shape, and in factor space of one rank and one set of scalings."""
         alike: dict[Any, list[ModulePlan]] = {}
-        for module in plan.modules:
-            key: tuple[Any, ...] = (module.rows, module.columns)
+        for module in plan.mine:
+            dense = tuple(number for number in module.adapters if isinstance(plan.adapters[number], Finetuned))
+            key: tuple[Any, ...] = (module.rows, module.columns, module.adapters if dense else ())
             if plan.recipe.space == "factors":
                 rank = plan.adapters[module.adapters[0]].modules[module.name].rank
                 key += (rank, module.adapters, module.scalings)
             alike.setdefault(key, []).append(module)
         groups = []
-        for modules in alike.values():
+        for key, modules in alike.items():
             budget = HOST_GROUP_BYTES if self.device.type == "cpu" else GROUP_BYTES
-            size = max(1, budget // (4 * modules[0].rows * modules[0].columns))
+            held = len(key[2]) or 1  # whole matrices, not factors, of every input
+            size = max(1, budget // (4 * modules[0].rows * modules[0].columns * held))
             groups += [modules[start : start + size] for start in range(0, len(modules), size)]
         return groups
 
-    def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[Factors], side: str) -> Source:
+    def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Task]], side: str) -> Source:
         """Slabs of the group in host memory, pinned if they go to a GPU; zeros where an adapter lacks a module."""
         numbers = _numbers(plan, group)
+        if any(isinstance(task, Difference) for task in factors[0]):
+            return self._moved(_pack_dense(group, numbers, factors), pin=True)
+        factors = cast(list[list[Any]], factors)
         found = [dict(zip(m.adapters, pairs, strict=True)) for m, pairs in zip(group, factors, strict=True)]
         if side == "delta":
             scalings = [dict(zip(module.adapters, module.scalings, strict=True)) for module in group]
@@ -75,6 +81,8 @@ class TritonBackend:
 
     def model_trims(self, plan: Plan, side: str) -> dict[str, Trim]:
         """Thresholds that span the model, by the first module of each group. All factors are on the device at once."""
+        if plan.ranks.world > 1:
+            raise RecipeError("scope: model over several ranks is not supported by triton; backend='torch' does it")
         groups = self.groups(plan)
         kept = torch.tensor([[plan.kept_of_model(number, side) for number in range(len(plan.adapters))]])
         order = [plan.modules.index(module) for group in groups for module in group]
@@ -105,6 +113,8 @@ class TritonBackend:
         *,
         scale: float,
         tied: int,
+        base: Sequence[Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
         """Out of memory on the device: the group is halved, which changes no number."""
         numbers = _numbers(plan, group)
@@ -113,7 +123,9 @@ class TritonBackend:
         while waiting:
             part, slabs, trim = waiting.pop()
             try:
-                merged += self._merge(plan, part, numbers, slabs, side, trim, scale=scale, tied=tied)
+                under = None if base is None else self._stacked(base[len(merged) : len(merged) + len(part)])
+                out = {} if under is None else {"base": under, "out": self._empty(under[None], dtype)}
+                merged += self._merge(plan, part, numbers, slabs, side, trim, scale=scale, tied=tied, **out)
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:
@@ -123,6 +135,18 @@ class TritonBackend:
             waiting.append((part[half:], _modules(slabs, half, None), _modules_of_trim(trim, half, None)))
             waiting.append((part[:half], _modules(slabs, 0, half), _modules_of_trim(trim, 0, half)))
         return merged
+
+    def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+        under = self._stacked([base])
+        lora = pack([[(A, B)]], [[1.0]], device=self.device)
+        return kernels.merge_deltas(lora, [[1.0]], base=under, out=self._empty(under[None], dtype))[0, 0]
+
+    def _stacked(self, base: Sequence[Tensor]) -> Tensor:
+        stacked = torch.stack(list(base)).to(self.device)
+        return stacked if stacked.dtype in PACKED else stacked.float()
+
+    def _empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(like.shape, dtype=dtype if dtype in PACKED else torch.float32, device=self.device)
 
     def _merge(
         self,
@@ -154,8 +178,10 @@ class TritonBackend:
         with torch.cuda.stream(self.copies):
             source = self._moved(packed)
         current.wait_stream(self.copies)
-        for tensor in (source.A, source.B, source.scaling) if isinstance(source, Lora) else (source.x,):
-            tensor.record_stream(current)
+        parts = (source.A, source.B, source.scaling) if isinstance(source, Lora) else (source.x, source.base)
+        for tensor in parts:
+            if tensor is not None:
+                tensor.record_stream(current)
         return source
 
     def _moved(self, source: T, *, pin: bool = False) -> T:
@@ -167,7 +193,30 @@ class TritonBackend:
 
         if isinstance(source, Lora):
             return replace(source, A=move(source.A), B=move(source.B), scaling=move(source.scaling))
-        return replace(source, x=move(source.x))
+        return replace(source, x=move(source.x), base=None if source.base is None else move(source.base))
+
+
+def _pack_dense(group: Sequence[ModulePlan], numbers: Sequence[int], tasks: Sequence[list[Task]]) -> Dense:
+    """Whole tasks of modules that full models take part in: x and base as stored, or x - base where factors mix in."""
+    shape = (len(group), len(numbers), group[0].rows, group[0].columns)
+    mine = [task for row in tasks for task in row]
+    dtypes = {task.x.dtype for task in mine if isinstance(task, Difference)}
+    bases = {task.base.dtype for task in mine if isinstance(task, Difference)}
+    alike = len(dtypes) == len(bases) == 1 and dtypes | bases <= set(PACKED)
+    pure = alike and all(isinstance(task, Difference) for task in mine) and len(mine) == shape[0] * shape[1]
+    x = torch.zeros(shape, dtype=dtypes.pop() if pure else torch.float32)
+    base = torch.zeros(shape[0], *shape[2:], dtype=bases.pop()) if pure else None
+    for i, (module, row) in enumerate(zip(group, tasks, strict=True)):
+        for number, scaling, task in zip(module.adapters, module.scalings, row, strict=True):
+            place = x[i, numbers.index(number)]
+            if not isinstance(task, Difference):
+                torch.addmm(place, task[1].float(), task[0].float(), beta=0, alpha=scaling, out=place)
+            elif base is not None:
+                place.copy_(task.x)
+                base[i].copy_(task.base)
+            else:
+                place.copy_(task.x).sub_(task.base.float())
+    return Dense(x, base)
 
 
 def _numbers(plan: Plan, group: Sequence[ModulePlan]) -> list[int]:
@@ -215,7 +264,7 @@ def _modules(source: T, start: int, stop: int | None) -> T:
     if isinstance(source, Lora):
         A, B, scaling = (tensor[start:stop] for tensor in (source.A, source.B, source.scaling))
         return replace(source, A=A, B=B, scaling=scaling)
-    return replace(source, x=source.x[start:stop])
+    return replace(source, x=source.x[start:stop], base=None if source.base is None else source.base[start:stop])
 
 
 def _modules_of_trim(trim: Trim | None, start: int, stop: int | None) -> Trim | None:

@@ -1,0 +1,415 @@
+"""Merges into a full model: base + scale * merged, streamed tensor by tensor from disk to disk.
+
+The inputs are adapters, whose deltas are never stored, or full models, whose tasks are finetuned - base. Each tensor of
+the base is read once, merged in float32, rounded once and written to its place in the shards; what no input touches is
+copied byte for byte. Reading, merging and writing overlap. A journal makes an interrupted run go on.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from merge_engine import __version__, ops
+from merge_engine.adapter import Adapter, open_adapter
+from merge_engine.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from merge_engine.engine import Preparation, prepare, work_of
+from merge_engine.errors import MergeError, ModelError, OutputError, RecipeError
+from merge_engine.finetuned import Finetuned, Target, open_finetuned, read_finite
+from merge_engine.journal import Journal, check_same, read_journal, remove_journal
+from merge_engine.model_files import write_companions
+from merge_engine.ops import ModelBackend
+from merge_engine.pipeline import ahead
+from merge_engine.place import check_space, place_folder, wipe, working_folder
+from merge_engine.plan import ModulePlan, Plan, make_plan
+from merge_engine.ranks import Ranks, join
+from merge_engine.recipe import DTYPES, Recipe
+from merge_engine.shards import SHARD_SIZE, Layout, ShardFiles, Slot, lay_out, parse_size
+from merge_engine.stream import tensor_bytes
+from merge_engine.targets import saved_tensors, targets_of_adapters, targets_of_models
+from merge_engine.tensors import StoredTensor
+
+logger = logging.getLogger(__name__)
+
+_HEAD = 1 << 20  # bytes of a file that say what it is
+
+Input = Adapter | Checkpoint
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A merged full model: where it is (None after a dry run), its size, and what became of its tensors."""
+
+    plan: Plan
+    path: Path | None
+    nbytes: int
+    merged: int  # tensors
+    copied: int
+    resumed: int  # of these, found finished from an earlier run
+    seconds: float  # that it took, or is estimated to take
+    shards: dict[str, int]  # bytes by file
+
+
+@dataclass(frozen=True)
+class Job:
+    """A plan bound to its base and to the layout of its output."""
+
+    base: Checkpoint
+    plan: Plan
+    targets: dict[str, Target]  # by module
+    saved: dict[str, StoredTensor]  # by key of the base: layers that adapters hold whole
+    layout: Layout
+    shard_size: int
+
+    @cached_property
+    def module_of(self) -> dict[str, str]:
+        """The module that is merged into a key; twins of a key are written with it."""
+        names = {target.stored.key: name for name, target in self.targets.items()}
+        twins = {key: names[first] for key, first in self.base.twins.items() if first in names}
+        return names | twins
+
+    def source(self, key: str) -> StoredTensor:
+        """What is copied to a key that no module is merged into."""
+        return self.saved.get(key, self.base.tensors[key])
+
+    def keys_of(self, module: str) -> list[str]:
+        """The keys that a module is merged into: one, and its twins."""
+        key = self.targets[module].stored.key
+        return [key, *(twin for twin, first in self.base.twins.items() if first == key)]
+
+
+class Item(NamedTuple):
+    """A tensor on its way to the disk: merged, or to be copied."""
+
+    keys: list[str]
+    merged: Tensor | None
+    cost: int  # elements, as the progress bar counts them
+
+
+def merge_into(
+    base: str | Path | Checkpoint,
+    adapters: Sequence[str | Path | Adapter],
+    output: str | Path,
+    *,
+    shard_size: int | str = SHARD_SIZE,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+    backend: str | None = None,
+    **recipe: Any,
+) -> MergedModel:
+    """base + scale * method(w_1 d_1, ..., w_n d_n): adapters merged into a full model, a folder for transformers.
+
+    base: a folder or hub id of a full model: sharded or single safetensors, or ``.bin`` files.
+    adapters: folders or hub ids of LoRA adapters trained on it.
+    output: the folder to write; it appears complete or not at all. What an interrupted run leaves beside it
+        (``.<name>.partial``) is taken up by the next run of the same merge, and refused by any other.
+    shard_size: of each weight file at most, as "5GB". dry_run: check and estimate, write nothing.
+    recipe: the fields of `Recipe`, without rank and energy; dtype is that of the output, None for the base's own.
+
+    Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError; all but a full disk
+    and unreadable files are found before anything is written.
+    """
+    return merge_models(
+        base,
+        [adapter if isinstance(adapter, Adapter) else open_adapter(adapter) for adapter in adapters],
+        output,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+        backend=backend,
+        **recipe,
+    )
+
+
+def merge_models(
+    base: str | Path | Checkpoint,
+    models: Sequence[str | Path | Input],
+    output: str | Path,
+    *,
+    shard_size: int | str = SHARD_SIZE,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+    backend: str | None = None,
+    **recipe: Any,
+) -> MergedModel:
+    """base + scale * method(w_1 (m_1 - base), ...): full models merged with each other, each tensor a task tensor.
+
+    models: folders or hub ids of full models fine-tuned from the base, and of adapters on it, in any mixture.
+    Other arguments, result and errors as in `merge_into`.
+    """
+    asked = Recipe.from_mapping(recipe)
+    size = parse_size(shard_size)
+    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    inputs = [model if isinstance(model, Adapter | Checkpoint) else open_input(model) for model in models]
+    job = make_job(opened, inputs, asked, size)
+    return run(job, Path(output), backend=ops.choose(backend), overwrite=overwrite, dry_run=dry_run, progress=progress)
+
+
+def open_input(source: str | Path) -> Input:
+    """An adapter if the folder has an adapter_config.json, else a full model."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and not folder.exists():  # a hub id: what it holds says what it is
+        try:
+            return open_adapter(source)
+        except MergeError:
+            return open_checkpoint(source)
+    return open_adapter(source) if (folder / "adapter_config.json").is_file() else open_checkpoint(source)
+
+
+def make_job(base: Checkpoint, inputs: Sequence[Input], recipe: Recipe, shard_size: int) -> Job:
+    """Check that the inputs fit the base and the recipe, and say where every tensor of the output goes."""
+    models = [each for each in inputs if isinstance(each, Checkpoint)]
+    adapters = [each for each in inputs if isinstance(each, Adapter)]
+    if recipe.rank != "auto" or recipe.energy is not None:
+        raise RecipeError("rank: a merge into a base model is not cut to a rank; wanted neither rank nor energy")
+    if models and (recipe.space == "factors" or recipe.method == "cat"):
+        raise RecipeError(f"space: {models[0].name} is a full model and has no factors; wanted space='delta', not cat")
+    if recipe.method == "cat":  # stacked factors multiply out to the sum of the deltas
+        recipe = replace(recipe, space="delta")
+    targets = targets_of_adapters(base, adapters)
+    if models:
+        targets = targets_of_models(base, targets)
+    described = {name: module for adapter in adapters for name, module in adapter.modules.items()}
+    bound = [each if isinstance(each, Adapter) else open_finetuned(each, base, targets, described) for each in inputs]
+    saved = saved_tensors(base, adapters)
+    plan = make_plan(bound, recipe)
+    for key in {target.stored.key for target in targets.values()} & saved.keys():
+        raise ModelError(f"{key} is both merged and saved whole by an adapter; such layers cannot be merged")
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    shapes = {
+        key: (dtype if dtype and stored.dtype in FLOATS else stored.dtype, stored.shape)
+        for key, stored in base.tensors.items()
+    }
+    return Job(base, plan, targets, saved, lay_out(shapes, shard_size), shard_size)
+
+
+def run(
+    job: Job,
+    output: Path,
+    *,
+    backend: ModelBackend,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> MergedModel:
+    """Carry out a job: see `merge_into`."""
+    start = time.perf_counter()
+    touched = len(job.module_of)
+    result = MergedModel(
+        job.plan, None, job.layout.nbytes, touched, len(job.layout.slots) - touched, 0, 0.0, job.layout.sizes
+    )
+    if dry_run:
+        return replace(result, seconds=_estimate(job, backend))
+    ranks = join()
+    place = place_folder(output, overwrite, resume=True) if ranks.rank == 0 else nullcontext(working_folder(output))
+    with place as folder:
+        if ranks.rank == 0:
+            _take_up(job, output, folder, backend)
+        ranks.wait()
+        try:
+            resumed = _write_tensors(job, folder, backend, ranks, progress)
+        except MergeError as error:
+            if ranks.rank == 0 and not isinstance(error, OutputError):
+                wipe(folder)  # a mistake in the inputs: there is nothing to go on with
+            raise
+        ranks.wait()
+        if ranks.rank == 0:
+            write_companions(folder, job.base, job.plan, job.layout, backend.name)
+            remove_journal(folder)
+    ranks.wait()
+    return replace(result, path=output, resumed=resumed, seconds=time.perf_counter() - start)
+
+
+def _take_up(job: Job, output: Path, folder: Path, backend: ModelBackend) -> None:
+    """Make the working folder ready: as an earlier run of the same merge left it, or new. Checks the disk's space."""
+    identity = _identity(job, backend)
+    found, _ = read_journal(folder)
+    if found is None:
+        wipe(folder)
+    else:
+        check_same(found, identity, output, folder)
+    files = ShardFiles(folder, job.layout)
+    try:
+        check_space(output, job.layout.nbytes - files.on_disk())
+        if found is None:
+            with Journal(folder) as journal:
+                journal.begin(identity)
+        files.create()
+    finally:
+        files.close()
+
+
+def _write_tensors(job: Job, folder: Path, backend: ModelBackend, ranks: Ranks, progress: bool | None) -> int:
+    """Write those of this rank's tensors that no earlier run has finished; how many of the model's were finished."""
+    from tqdm import tqdm
+
+    files = ShardFiles(folder, job.layout)
+    try:
+        with Journal(folder, ranks.rank) as journal:
+            done = _finished(job, files, folder)
+            ranks.wait()  # every rank has read the journal before one adds to it
+            keys = list(job.layout.slots)
+            keys = [keys[i] for i in ranks.share(_costs(job, keys))]
+            plan = replace(job.plan, ranks=ranks, share=_share(job, keys))
+            shown = None if progress is None and ranks.rank == 0 else not progress or ranks.rank > 0
+            with tqdm(total=work_of(plan), unit="element", unit_scale=True, disable=shown) as bar:
+                ready = prepare(plan, backend, bar.update)
+                items = _items(replace(job, plan=plan), keys, done, backend, ready)
+                for cost in ahead(lambda item: _write(job, files, journal, item), items):
+                    bar.update(cost)
+    finally:
+        files.close()
+    return len(done)
+
+
+def _finished(job: Job, files: ShardFiles, folder: Path) -> set[str]:
+    """The tensors that the journal says are finished, and that are on the disk as it says."""
+    done = set()
+    for key, digest in read_journal(folder)[1].items():
+        slot = job.layout.slots.get(key)
+        if slot is not None and files.digest(slot) == digest:
+            done.add(key)
+        else:
+            logger.warning("%s: %s is damaged, it is made again", folder, key)
+    return done
+
+
+def _items(job: Job, keys: Sequence[str], done: set[str], backend: ModelBackend, ready: Preparation) -> Iterator[Item]:
+    """Everything that is to be written: merged modules, and between them what is copied, as the base has them."""
+    groups = backend.groups(job.plan)
+    groups = [group for group in groups if not all(done.issuperset(job.keys_of(module.name)) for module in group)]
+    copies = [key for key in keys if key not in job.module_of and key not in done]
+    for number, (group, bases, packed) in enumerate(ahead(lambda group: _load(job, backend, group), groups), 1):
+        merged = _merge(job, backend, group, bases, packed, ready)
+        for module, tensor in zip(group, merged, strict=True):
+            yield Item(job.keys_of(module.name), job.targets[module.name].tensor(tensor.cpu()), module.cost)
+        yield from (Item([key], None, 0) for key in copies[number - 1 :: len(groups)])
+    if not groups:
+        yield from (Item([key], None, 0) for key in copies)
+
+
+def _load(
+    job: Job, backend: ModelBackend, group: Sequence[ModulePlan]
+) -> tuple[Sequence[ModulePlan], list[Tensor], dict[str, Any]]:
+    """A group with its base tensors as [M, N], and its tasks packed by side."""
+    mixed = any(isinstance(source, Finetuned) for source in job.plan.adapters)
+    bases = []
+    for module in group:
+        target = job.targets[module.name]
+        stored = target.stored
+        bases.append(target.matrix(read_finite(stored, job.base.name) if mixed else stored.read()))
+    tasks = [job.plan.read(module, base) for module, base in zip(group, bases, strict=True)]
+    return group, bases, {side: backend.pack(job.plan, group, tasks, side) for side in job.plan.sides}
+
+
+def _merge(
+    job: Job,
+    backend: ModelBackend,
+    group: Sequence[ModulePlan],
+    bases: Sequence[Tensor],
+    packed: dict[str, Any],
+    ready: Preparation,
+) -> list[Tensor]:
+    """base + merged of every module of a group, in the output's dtype."""
+    plan, dtype = job.plan, job.layout.slots[job.keys_of(group[0].name)[0]].dtype
+
+    def merge(side: str, scale: float, **onto: Any) -> list[Tensor]:
+        trims, tied = ready.trims[side], ready.tied[side]
+        return backend.merge(plan, group, packed[side], side, trims, scale=scale, tied=tied, **onto)
+
+    if plan.recipe.space == "delta":
+        return merge("delta", plan.recipe.scale, base=bases, dtype=dtype)
+    pairs = zip(merge("A", 1.0), merge("B", plan.recipe.scale), bases, strict=True)
+    return [backend.add_product(A, B, base, dtype) for A, B, base in pairs]
+
+
+def _write(job: Job, files: ShardFiles, journal: Journal, item: Item) -> int:
+    """Put a tensor to its places and say so in the journal; its cost."""
+    for key in item.keys:
+        slot, position, digest = job.layout.slots[key], 0, hashlib.sha256()
+        for piece in [item.merged] if item.merged is not None else job.source(key).pieces():
+            same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
+            data = tensor_bytes(piece if same else _cast(piece, slot))
+            digest.update(data)
+            files.write(slot, position, data)
+            position += data.nbytes
+        journal.finished(key, digest.hexdigest())
+    return item.cost
+
+
+def _cast(tensor: Tensor, slot: Slot) -> Tensor:
+    """The tensor in its place's dtype; raises ModelError where a value does not fit into float16."""
+    cast = tensor.to(slot.dtype)
+    if slot.dtype == torch.float16 and not torch.isfinite(cast).all():
+        raise ModelError(f"{slot.key} has a value beyond 65504, the largest of float16; wanted another dtype")
+    return cast
+
+
+def _share(job: Job, keys: Sequence[str]) -> frozenset[str]:
+    """The modules that are merged into these keys; that of twins goes with the first of them."""
+    mine = set(keys)
+    return frozenset(name for name, target in job.targets.items() if target.stored.key in mine)
+
+
+def _costs(job: Job, keys: Sequence[str]) -> list[int]:
+    """What each tensor takes, in elements of one task tensor: ten bytes are copied in the time of one of these."""
+    costs = {job.targets[module.name].stored.key: module.cost for module in job.plan.modules}
+    return [1 + costs.get(key, job.layout.slots[key].nbytes // 10) for key in keys]
+
+
+def _estimate(job: Job, backend: ModelBackend) -> float:
+    """Seconds that the job would take, from merging its module of middle size, and writing at 1 GB/s."""
+    seconds = job.layout.nbytes / 1e9
+    modules = sorted(job.plan.modules, key=lambda module: module.cost)
+    if modules:
+        one = replace(job.plan, share=frozenset([modules[len(modules) // 2].name]))
+        rule = replace(one.rule, scope="tensor", majority=False)
+        sample = replace(job, plan=replace(one, rule=rule))
+        ready = Preparation({side: {} for side in one.sides}, dict.fromkeys(one.sides, 1))
+        start = time.perf_counter()
+        for _ in _items(sample, [], set(), backend, ready):
+            pass
+        seconds += (time.perf_counter() - start) * work_of(job.plan) / work_of(sample.plan)
+    return seconds
+
+
+def _identity(job: Job, backend: ModelBackend) -> dict[str, Any]:
+    """What decides every byte of the output: recipe, layout, inputs (by size, time of change and header), versions."""
+    recipe = job.plan.recipe
+    weights = recipe.weights_for([source.name for source in job.plan.adapters])
+    return {
+        "recipe": {**recipe.as_dict(), "weights": list(weights)},
+        "shard_size": job.shard_size,
+        "backend": backend.name,
+        "base": _files(job.base.path, job.base.files),
+        "inputs": [_files_of(source) for source in job.plan.adapters],
+        "versions": {"merge-engine": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def _files_of(source: Adapter | Finetuned) -> dict[str, Any]:
+    if isinstance(source, Finetuned):
+        return _files(source.model.path, source.model.files)
+    return _files(source.path, [file for file in sorted(source.path.iterdir()) if file.name.startswith("adapter_")])
+
+
+def _files(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """{file: size, time of change, and the hash of its first bytes, a header} of what an input is read from."""
+    found: dict[str, Any] = {"folder": str(folder.resolve())}
+    for file in files:
+        stat = file.stat()
+        with open(file, "rb") as opened:
+            head = hashlib.sha256(opened.read(_HEAD)).hexdigest()
+        found[file.name] = f"{stat.st_size} bytes, {stat.st_mtime_ns}, {head[:16]}"
+    return found

@@ -1,0 +1,72 @@
+"""The processes that work on one merge together, as torchrun starts them; usually there is one."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+
+from merge_engine.errors import OutputError
+
+_PATIENCE = timedelta(days=7)  # a rank that has done its share waits for the others; one that dies is noticed at once
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them. `sum` and `wait` must be called by every rank, in the same order."""
+
+    rank: int = 0
+    world: int = 1
+
+    def sum(self, counts: np.ndarray) -> np.ndarray:
+        """The sum of every rank's int64 array, on every rank."""
+        if self.world == 1:
+            return counts
+        import torch
+        import torch.distributed as dist
+
+        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        values = torch.from_numpy(np.ascontiguousarray(counts, np.int64)).to(device)
+        self._together(dist.all_reduce, values)
+        return values.cpu().numpy()
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.sum(np.zeros(1, np.int64))
+
+    def share(self, costs: Sequence[int]) -> range:
+        """Which of a row of jobs are this rank's: one run of neighbours each, of costs as even as that allows."""
+        ends = np.concatenate([[0], np.cumsum(costs)])
+        edges = [ends[-1] * rank / self.world for rank in range(self.world + 1)]
+        places = [int(np.abs(ends - edge).argmin()) for edge in edges]
+        return range(places[self.rank], places[self.rank + 1])
+
+    def _together(self, operation: Any, *arguments: Any) -> None:
+        try:
+            operation(*arguments)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise OutputError(
+                f"rank {self.rank}: another rank is gone ({first}); run the same command to go on"
+            ) from error
+
+
+ALONE = Ranks()
+
+
+def join() -> Ranks:
+    """All processes that torchrun started (RANK and WORLD_SIZE in the environment), connected; ALONE where it did not.
+
+    A process group that exists already is used as it is; else one is made, by gloo: only counts go through it.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or "RANK" not in os.environ:
+        return ALONE
+    import torch.distributed as dist
+
+    ranks = Ranks(int(os.environ["RANK"]), world)
+    if not dist.is_initialized():
+        ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
+    return ranks

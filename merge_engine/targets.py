@@ -1,0 +1,133 @@
+"""Which tensor of a base model each module is merged into, and which way round."""
+
+from collections.abc import Sequence
+
+from merge_engine.adapter import KEY_PREFIX, Adapter, Module
+from merge_engine.checkpoint import FLOATS, Checkpoint, is_head
+from merge_engine.errors import ModelError
+from merge_engine.finetuned import Target
+from merge_engine.tensors import StoredTensor
+from merge_engine.vocabulary import vocabulary_keys
+
+
+def targets_of_adapters(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Target]:
+    """The weight ``<module>.weight`` of every module that an adapter has, checked against its delta.
+
+    An embedding [num, dim] takes its delta [dim, num] transposed, a Conv1D of transformers [in, out] likewise
+    (fan_in_fan_out), a convolution [out, in, ...] with its kernel in the columns.
+
+    Raises ModelError: there is no such tensor, it has another shape or is quantized, or it is shared with another
+    layer: an adapter of one of two tied layers would change both. (PEFT's merge_and_unload changes both, and warns.)
+    """
+    targets: dict[str, Target] = {}
+    for adapter in adapters:
+        flag = bool(adapter.config.get("fan_in_fan_out"))
+        for name, module in adapter.modules.items():
+            stored = _find(base, adapter, name)
+            _check_untied(base, adapter, name, module, stored.key)
+            transposed = _is_transposed(base, adapter, module, stored, flag)
+            if targets.setdefault(name, Target(stored, transposed)).transposed != transposed:
+                raise ModelError(f"{adapter.name}: fan_in_fan_out of {name} is {flag}, wanted as in the other adapters")
+    return targets
+
+
+def targets_of_models(base: Checkpoint, adapted: dict[str, Target]) -> dict[str, Target]:
+    """Every floating-point tensor of the base, by module: its key without ``.weight``. Twins are merged once."""
+    targets = {
+        key.removesuffix(".weight"): Target(stored, transposed=False)
+        for key, stored in base.tensors.items()
+        if stored.dtype in FLOATS and key not in base.twins and 0 not in stored.shape
+    }
+    return targets | adapted
+
+
+def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
+    """What adapters hold whole (modules_to_save, and embeddings saved beside them), by the key it replaces.
+
+    That all adapters have the same is checked by the plan. Copies of adapted base weights change nothing.
+    """
+    saved = {}
+    for adapter in adapters:
+        for extra, stored in adapter.extras.items():
+            key = extra.removeprefix(KEY_PREFIX)
+            if key.endswith((".base_layer.weight", ".base_layer.bias")):
+                continue
+            if key.endswith("trainable_tokens_delta"):
+                raise ModelError(f"{adapter.name}: {extra}: trained tokens cannot be merged into a base model")
+            if key not in base.tensors:
+                raise ModelError(f"{adapter.name}: {extra} would replace {key}, which {base.name} has not")
+            want = base.tensors[key].shape
+            if stored.shape != want:
+                raise ModelError(
+                    f"{adapter.name}: {key} is {list(stored.shape)}, wanted {list(want)} as in {base.name}"
+                    + (": vocabularies differ" if stored.shape[1:] == want[1:] else "")
+                )
+            if key in base.twins or key in base.twins.values() or (base.ties_embeddings and _in_vocabulary(base, key)):
+                raise ModelError(f"{adapter.name}: {key} is tied to another layer of {base.name}; untie them first")
+            saved[key] = stored
+    return saved
+
+
+def _find(base: Checkpoint, adapter: Adapter, name: str) -> StoredTensor:
+    key = f"{name}.weight"
+    if key not in base.tensors:
+        if is_head(key) and base.ties_embeddings:
+            raise ModelError(_tied(base, adapter, name))
+        like = [other for other in base.tensors if key.endswith(f".{other}") or other.endswith(f".{key}")]
+        hint = f"; it has {like[0]}: save it by the class that the adapter was trained on" if like else ""
+        raise ModelError(f"{adapter.name}: wanted tensor {key} in {base.name} for module {name}, got none{hint}")
+    stored = base.tensors[key]
+    if stored.dtype not in FLOATS:
+        raise ModelError(f"{base.name}: {key} is {stored.dtype}, wanted a floating-point weight to merge into")
+    return stored
+
+
+def _check_untied(base: Checkpoint, adapter: Adapter, name: str, module: Module, key: str) -> None:
+    if key in base.twins or key in base.twins.values():
+        raise ModelError(_tied(base, adapter, name))
+    if base.ties_embeddings and (is_head(key) or (module.kind == "embedding" and _in_vocabulary(base, key))):
+        raise ModelError(_tied(base, adapter, name))
+
+
+def _tied(base: Checkpoint, adapter: Adapter, name: str) -> str:
+    return (
+        f"{adapter.name}: {name} is tied to another layer of {base.name}, which the adapter does not mean to change; "
+        "wanted a base saved untied (tie_word_embeddings false, lm_head.weight in its files)"
+    )
+
+
+def _in_vocabulary(base: Checkpoint, key: str) -> bool:
+    return key in vocabulary_keys(base)
+
+
+def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: StoredTensor, flag: bool) -> bool:
+    """Whether the weight is [N, M] for a delta [M, N]; for a square one, what the flag and its fellows say."""
+    plain, turned = (module.rows, module.columns), (module.columns, module.rows)
+    if module.kind == "conv":
+        fits = stored.shape == (module.rows, *module.a_shape[1:])
+    else:
+        fits = stored.shape in ((turned,) if module.kind == "embedding" else (plain, turned))
+    if not fits:
+        delta = turned if module.kind == "embedding" else plain
+        raise ModelError(
+            f"{adapter.name}: the delta of {module.name} is {list(delta)}, wanted {list(stored.shape)} "
+            f"as {stored.key} in {base.name}" + (": vocabularies differ" if _in_vocabulary(base, stored.key) else "")
+        )
+    if module.kind != "linear" or plain != turned:
+        return module.kind == "embedding" or (module.kind == "linear" and stored.shape != plain)
+    seen = {
+        base.tensors[f"{other.name}.weight"].shape != (other.rows, other.columns)
+        for other in adapter.modules.values()
+        if other.kind == "linear" and other.rows != other.columns and _in_layer(other.name) == _in_layer(module.name)
+        if f"{other.name}.weight" in base.tensors
+    }
+    if seen not in (set(), {flag}):
+        raise ModelError(
+            f"{adapter.name}: {module.name} is square and fan_in_fan_out is {flag}, but layers beside it are laid out "
+            "the other way; wanted it set right in adapter_config.json"
+        )
+    return flag
+
+
+def _in_layer(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))

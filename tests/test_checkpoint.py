@@ -1,0 +1,200 @@
+"""Full models on disk: what is read, what is refused, and how shards are laid out."""
+
+import json
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import merge_engine
+from merge_engine.checkpoint import open_checkpoint
+from merge_engine.errors import MergeError, ModelError, RecipeError
+from merge_engine.shards import ShardFiles, lay_out, parse_size
+from merge_engine.stream import tensor_bytes
+
+KEYS = ("model.layers.0.q_proj.weight", "lm_head.weight")
+
+
+def save_model(folder, name="model.safetensors", save=save_file):
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    save({key: torch.randn(6, 4, generator=generator) for key in KEYS}, folder / name)
+    (folder / "config.json").write_text('{"vocab_size": 6, "tie_word_embeddings": false}')
+    return folder
+
+
+def save_adapter(folder):
+    folder.mkdir()
+    stem = "base_model.model.model.layers.0.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 4), f"{stem}.lora_B.weight": torch.ones(6, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    return folder
+
+
+def raw(header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(shape, start, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+FILES = {
+    "the header is longer than the file": (raw({}, length=10**9), "is truncated or damaged"),
+    "the header is longer than any memory": (raw({}, length=2**63), "is truncated or damaged"),
+    "offsets overlap": (
+        raw({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, bytes(6)),
+        "tensors overlap or leave holes",
+    ),
+    "a key twice": (
+        raw(
+            b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}',
+            bytes(2),
+        ),
+        "names a twice",
+    ),
+    "a billion elements": (raw({"a": entry([10**9], 0, 4 * 10**9)}, bytes(8)), "is truncated: "),
+    "a billion elements in no bytes": (
+        raw({"a": entry([10**9, 10**9], 0, 4)}, bytes(4)),
+        "has 4 bytes, wanted 4000000",
+    ),
+    "a negative shape": (raw({"a": entry([-1, -1], 0, 4)}, bytes(4)), "is damaged"),
+    "deep nesting": (raw(b"[" * 100_000), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_malicious_weights(tmp_path, case, sharded):
+    data, message = FILES[case]
+    base, adapter = save_model(tmp_path / "base"), save_adapter(tmp_path / "sql")
+    (base / "model.safetensors").unlink()
+    (base / ("shard.safetensors" if sharded else "model.safetensors")).write_bytes(data)
+    if sharded:
+        index = {"weight_map": {"a": "shard.safetensors", "b": "shard.safetensors"}}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(MergeError, match=message) as error:
+        merge_engine.merge_into(base, [adapter], tmp_path / "out")
+    assert "\n" not in str(error.value) and str(error.value).startswith("base: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "sql"}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            '{"weight_map": {"a": "../model.safetensors"}}',
+            r"names '\.\./model\.safetensors', wanted a file in the same",
+        ),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', wanted a file in the same folder"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "names a twice"),
+        ('{"weight_map": 3}', "wanted a weight_map"),
+        ("{", "wanted a weight_map"),
+        ('{"weight_map": {"a": "missing"}}', "missing is missing"),
+    ],
+)
+def test_malicious_indexes(tmp_path, index, message):
+    base, adapter = save_model(tmp_path / "base"), save_adapter(tmp_path / "sql")
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(MergeError, match=message):
+        merge_engine.merge_into(base, [adapter], tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "sql"}
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[1]", "[" * 100_000, ""])
+def test_malicious_configurations(tmp_path, text):
+    base = save_model(tmp_path / "base")
+    (base / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"^base: config\.json "):
+        open_checkpoint(base)
+
+
+def test_a_bin_file_with_more_elements_than_bytes(tmp_path):
+    base = save_model(tmp_path / "base", "pytorch_model.bin", torch.save)
+    torch.save({"a": torch.zeros(1).expand(10**9)}, base / "pytorch_model.bin")
+    with pytest.raises(MergeError, match=r"^base: a in pytorch_model\.bin is \[1000000000\], more than the file has"):
+        open_checkpoint(base)
+    torch.save({"a": print}, base / "pytorch_model.bin")
+    with pytest.raises(MergeError, match="is damaged or holds more than tensors"):
+        open_checkpoint(base)
+
+
+def test_no_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source, message in [
+        (tmp_path / "none", "does not exist"),
+        (tmp_path / "empty", r"has no config\.json"),
+        (save_adapter(tmp_path / "sql"), "is an adapter"),
+        (save_model(tmp_path / "other", "weights.safetensors"), "has no weights, wanted model.safetensors, "),
+    ]:
+        with pytest.raises(ModelError, match=message):
+            open_checkpoint(source)
+
+
+def test_companions_are_no_weights(tmp_path):
+    base = save_model(tmp_path / "base")
+    wanted = {"tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"}
+    wanted |= {"generation_config.json", "modeling_x.py", "LICENSE.md", "additional_chat_templates/tool.jinja"}
+    (base / "additional_chat_templates").mkdir()
+    for name in [*wanted, "tokenizer.bin", "consolidated.00.pth", "README.md", "x.gguf", ".env", "training_args.bin"]:
+        (base / name).write_text("x")
+    assert set(open_checkpoint(base).companions()) == wanted
+
+
+def test_shared_weights_of_a_bin_file(tmp_path):
+    base = save_model(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    weight = torch.randn(6, 4)
+    torch.save({"a.weight": weight, "b.weight": weight, "c.weight": weight.clone()}, base / "pytorch_model.bin")
+    assert open_checkpoint(base).twins == {"b.weight": "a.weight"}
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (7, 7), ("12", 12), ("3B", 3)])
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 apples", "0", None, "1e3"])
+def test_no_sizes(text):
+    with pytest.raises(RecipeError, match=r"^shard_size: wanted a size as 5GB or 200MB, got "):
+        parse_size(text)
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16]
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=12),
+    st.integers(1, 300),
+    st.randoms(use_true_random=False),
+)
+def test_shards_written_in_any_order_are_read_by_safetensors(tmp_path_factory, specs, shard_size, chance):
+    folder = tmp_path_factory.mktemp("shards")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(specs)
+    }
+    layout = lay_out({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}, shard_size)
+    files = ShardFiles(folder, layout)
+    files.create()
+    order = list(tensors)
+    chance.shuffle(order)
+    for key in order:
+        data, cut = tensor_bytes(tensors[key]), chance.randint(0, tensors[key].numel() * tensors[key].itemsize)
+        files.write(layout.slots[key], cut, data[cut:])
+        files.write(layout.slots[key], 0, data[:cut])
+    files.close()
+    found = {}
+    for name in layout.headers:
+        shard = load_file(folder / name)
+        assert len(shard) == 1 or sum(t.numel() * t.itemsize for t in shard.values()) <= shard_size
+        assert (folder / name).stat().st_size == layout.sizes[name]
+        found |= shard
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
