@@ -321,8 +321,10 @@ def _merge(
     packed: dict[str, Any],
     ready: Preparation,
 ) -> list[Tensor]:
-    """base + merged of every module of a group, in the output's dtype."""
-    plan, dtype = job.plan, job.layout.slots[job.keys_of(group[0].name)[0]].dtype
+    """base + merged of every module of a group, in the output's dtype, or float32 where its modules differ in that."""
+    plan = job.plan
+    dtypes = {job.layout.slots[job.targets[module.name].stored.key].dtype for module in group}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # rounded by the writer then
 
     def merge(side: str, scale: float, **onto: Any) -> list[Tensor]:
         trims, tied = ready.trims[side], ready.tied[side]

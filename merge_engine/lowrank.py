@@ -26,6 +26,8 @@ _MAX_STEPS = 24
 _BEST_RATIO = 0.1
 # An excess of less than this share of |D|_F^2 is not looked for: products in float32 blur captured energy by more.
 _NOISE = 2.0**-32
+_CONVERGED = 2.0**-20  # of a vector's norm: float32 products leave more than that of one that has not converged
+_BLUR = 2.0**-26  # how far float32 products move captured energy, as a share of |D|_F^2
 
 
 class LowRank(NamedTuple):
@@ -87,7 +89,8 @@ def from_matrix(
     ``matrix`` is [M, N] float32; ``start`` [p, N], of any floating dtype and with any p, holds rows that D is near to
     being made of, as the stacked A of the merged adapters: the better they are, the fewer the steps.
     ``tolerance`` bounds the excess (|D - B A|_F^2 - best) / best, so the error itself ends within tolerance / 2; it is
-    an estimate (`_excess`), and below about 1e-8 |D|_F^2 float32 hides what is missing. Where 24 steps do not reach it
+    an estimate (`_excess`), which a flat spectrum can deceive, and below about 1e-8 |D|_F^2 float32
+    hides what is missing. Where 24 steps do not reach it
     a warning is logged. With ``energy`` in (0, 1], k is the smallest rank, up to the above, that keeps this share of
     |D|_F^2, or the above where none does.
 
@@ -158,12 +161,16 @@ def _krylov(matrix: Tensor, start: Tensor, k: int, total: float, tolerance: floa
         u = _orthonormal(w @ torch.linalg.eigh(gram).eigenvectors[:, -k:])
         z = _times(matrix.T, u)
         captured.append(float(z.square().sum()))
-        excess = _excess(captured)
+        excess = _excess(captured, total)
         if excess <= max(tolerance * (total - captured[-1]), _NOISE * total):
             return u, z
-        new = z
-        for _ in range(2):
-            new = _orthonormal(new - v @ (v.T @ new))
+        # A vector that has converged leaves nothing but rounding, which no projection could keep orthogonal to V.
+        rest = z - v @ (v.T @ z)
+        rest = rest[:, rest.norm(dim=0) > _CONVERGED * z.norm(dim=0)]
+        if rest.shape[1] == 0:
+            return u, z
+        new = _orthonormal(rest)
+        new = _orthonormal(new - v @ (v.T @ new))
     logger.warning(
         "rank %d of a matrix %s: after %d steps the squared error is about %.1e of the least above it, wanted %.1e",
         *(k, list(matrix.shape), _MAX_STEPS, excess / max(total - captured[-1], _NOISE * total), tolerance),
@@ -171,18 +178,19 @@ def _krylov(matrix: Tensor, start: Tensor, k: int, total: float, tolerance: floa
     return u, z
 
 
-def _excess(captured: Sequence[float]) -> float:
+def _excess(captured: Sequence[float], total: float) -> float:
     """The energy that further steps would still capture: gain * q / (1 - q), a geometric series of ratio q.
 
     q is the ratio of the last two gains. Krylov spaces converge faster than any geometric series, so q falls from step
     to step and the estimate errs on the high side, once the first steps have done away with what is easy: for these q
-    is bounded from below. With one gain only, q = 1/2.
+    is bounded from below. With one gain only, q = 1/2. The energy may fall for a step, since the Ritz vectors are the
+    best for D V and not for D: that tells nothing, unless it is rounding.
     """
     if len(captured) < 2:
         return math.inf
     gain = captured[-1] - captured[-2]
     if gain <= 0:
-        return 0.0
+        return 0.0 if -gain <= _BLUR * total else math.inf
     if len(captured) == 2:
         return gain
     before = captured[-2] - captured[-3]

@@ -85,11 +85,11 @@ def add_weighted_adapter(
     layer has; layers of a smaller rank are filled up with zeros, so that the saved adapter loads everywhere. It is not
     active and not trainable, and nothing else of the model changes. After an error the model is as it was.
     Memory beside the result: for factors and cat a few MiB; for svd types the factors in float32 and the merged deltas
-    of at most `engine.MAX_RECOMPRESSIONS` + 2 layers.
+    of at most `engine.MAX_RECOMPRESSIONS` + 2 layers; with rng="torch" a byte an element and adapter for the masks.
 
     Raises what PEFT raises where it checks (ValueError, TypeError, RuntimeError, in its words); MergeError, a
     ValueError, for what it gets wrong: adapters with DoRA, lora_bias, trained biases, modules_to_save or trained
-    tokens, NaN and Inf, density 0 for DARE, as many weights as adapters, unequal ranks within a layer.
+    tokens, NaN and Inf, density 0 for DARE, fewer or more weights than adapters, unequal ranks within a layer.
     """
     tuner = _lora_model(model)
     if adapter_name in tuner.peft_config:

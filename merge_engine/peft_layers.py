@@ -1,5 +1,6 @@
 """The LoRA layers of a live PEFT model: found, described, and given room for one more adapter."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +171,7 @@ def _describe(layer: Layer, part: Part) -> Module:
 
 def _targets(given: Sequence[Any], wanted: set[str]) -> list[Any]:
     """Target modules to try: PEFT's union of what the adapters have, full names, and a pattern of full names."""
-    pattern = "|".join(name.replace(".", r"\.") for name in sorted(wanted))
+    pattern = "|".join(map(re.escape, sorted(wanted)))
     if isinstance(given[0], str):
         return ["|".join(f"({targets})" for targets in given), pattern]
     return [set().union(*given), set(wanted), pattern]

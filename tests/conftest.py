@@ -11,11 +11,14 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import hypothesis
 import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
 HAS_GPU = torch.cuda.is_available()
+hypothesis.settings.register_profile("same everywhere", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same everywhere")
 if not HAS_GPU:
     # Read when a kernel is decorated, and triton's own helpers are when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

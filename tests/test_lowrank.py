@@ -317,6 +317,18 @@ def test_any_shape_rank_and_start(seed, m, n, p, rank, dtype):
     check_against_svd(matrix, start, rank)
 
 
+@pytest.mark.parametrize(
+    ("seed", "m", "n", "p", "rank"),
+    [(390708, 311, 263, 4, 5), (558077, 311, 263, 3, 5), (759126, 150, 263, 1, 2), (568239, 311, 128, 1, 2)],
+)
+def test_vectors_that_have_converged_do_not_spoil_the_rest(seed, m, n, p, rank):
+    """Their residuals are rounding alone: kept in the space, they made it lose its orthogonality, and energy fell."""
+    g = generator(seed)
+    start = torch.randn(p, n, generator=g).bfloat16()
+    matrix = torch.randn(m, n, generator=g) * 0.1 + torch.randn(m, p, generator=g) @ start.float()
+    check_against_svd(matrix, start, rank)
+
+
 @pytest.mark.parametrize("shape", [(260, 200), (1, 9), (9, 1), (30, 30)])
 @pytest.mark.parametrize("energy", [None, 0.99])
 def test_a_zero_matrix(shape, energy):
