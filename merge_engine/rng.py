@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from merge_engine import jit
+
 Words = npt.NDArray[np.uint32]
 _Wide = npt.NDArray[np.uint64]  # 32-bit words held in 64 bits, so that a product keeps its high half
 _Key = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
@@ -104,6 +106,10 @@ def keep_mask(
         raise ValueError(f"out is {list(out.shape)} {out.dtype} on {out.device}, wanted {list(shape)} bool on the CPU")
     if threshold == 2**32:
         return out.fill_(True)
+    if loops := jit.loops():
+        seeds = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
+        loops.keep_mask(out.numpy(), row0, col0, np.uint64(stream), np.uint64(adapter), *seeds, np.uint64(threshold))
+        return out
     mask, limit = out.numpy(), np.uint32(threshold)
     keys = _round_keys(seed & 0xFFFFFFFF, seed >> 32)
 

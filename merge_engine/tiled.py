@@ -4,20 +4,25 @@ A task tensor is seen through a `Source`, which fills one tile at a time: of ``s
 is looked at, or of a plain matrix. Selection and merge both look at the same fixed tiles, computed by the same call on
 one thread each, so they see the same bits whoever computes them; tiles are shared out over ``torch.get_num_threads()``
 threads. An output element is written once.
+
+What is done with a tile is written twice: as operators of torch and numpy, and as one compiled loop (`loops`) for where
+Numba is installed. The bits are the same.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from merge_engine import rng
+from merge_engine import jit, rng
 from merge_engine.rule import Rule
 
 TILE_ROWS = 64
@@ -28,6 +33,7 @@ EVERY_ROW = 1 << 62  # a position that no row reaches
 # from rows and columns of different norms): 1 / BRACKET of the elements to either side holds nearly every k-th.
 SAMPLE, BRACKET, LARGEST_SAMPLED = 1 << 14, 32, 1 << 27
 COARSE_BINS, FINE_BINS = 1 << (31 - LOW_BITS), 1 << LOW_BITS
+_LARGEST = 0x7FFFFFFF  # bits of a magnitude
 
 R = TypeVar("R")
 
@@ -189,32 +195,42 @@ def trims(
         return [Trim(float("inf"), 0, 0) for _ in mine]
     only = sources[0] if len(sources) == 1 else None
     found = _kth_by_sample(only, k) if isinstance(only, Sampled) else None
-    bits, quota, equal = found or _kth_by_histogram(sources, k, mine, total)
-    value = float(np.int32(bits).view(np.float32))
-    if ties == "keep" or quota == equal:
+    kth = found or _kth_by_histogram(sources, k, mine, total)
+    value, quota = float(np.int32(kth.bits).view(np.float32)), kth.quota
+    if ties == "keep" or quota == kth.equal:
         return [Trim(value, EVERY_ROW, 0) for _ in mine]
-    tied = {i: tied_rows(sources[i], value) for i in mine}
+    tied = {i: tied_rows(sources[i], value, kth.tiles) for i in mine}
     counts = total(np.array([tied[i].sum() if i in tied else 0 for i in range(len(sources))], np.int64))
     left = (quota - (np.cumsum(counts) - counts)).clip(0, counts)
     return [_cut(sources[i], value, tied[i], int(left[i])) for i in mine]
 
 
+class Kth(NamedTuple):
+    """The k-th largest magnitude: its bits, how many of its equals are among the k, how many there are, and in which
+    tiles (None: any)."""
+
+    bits: int
+    quota: int
+    equal: int
+    tiles: Sequence[Tile] | None
+
+
 def _kth_by_histogram(
     sources: Sequence[Source], k: int, mine: Sequence[int], total: Callable[[np.ndarray], np.ndarray]
-) -> tuple[int, int, int]:
-    """(bits of the k-th largest magnitude, how many of its equals are among the k, how many there are).
+) -> Kth:
+    """The k-th largest magnitude of all sources together, in two sweeps.
 
     Exact without a sort: bits(|x|) as an integer is monotone in |x|, so a histogram of its upper 15 bits finds the bin
-    that holds the k-th, and one of the lower 16 bits within that bin finds the k-th itself. Two sweeps.
+    that holds the k-th, and one of the lower 16 bits within that bin finds the k-th itself.
     """
     coarse = total(sum((coarse_histogram(sources[i]) for i in mine), start=np.zeros(COARSE_BINS, np.int64)))
     high, inside = locate(coarse, k)
     fine = total(sum((fine_histogram(sources[i], high) for i in mine), start=np.zeros(FINE_BINS, np.int64)))
     low, quota = locate(fine, inside)
-    return high << LOW_BITS | low, quota, int(fine[low])
+    return Kth(high << LOW_BITS | low, quota, int(fine[low]), None)
 
 
-def _kth_by_sample(source: Sampled, k: int) -> tuple[int, int, int] | None:
+def _kth_by_sample(source: Sampled, k: int) -> Kth | None:
     """The same in one sweep of cheaper steps: a sample says where the k-th lies, within a bracket.
 
     The sweep counts what is above the bracket and collects what is inside. None, for a small tensor, one whose bracket
@@ -227,10 +243,15 @@ def _kth_by_sample(source: Sampled, k: int) -> tuple[int, int, int] | None:
     columns = _spread(source.columns, SAMPLE // len(rows))
     sample = np.sort(source.part(rows, columns).abs().flatten().numpy())[::-1].copy().view(np.int32)
     place, margin = k * len(sample) // numel, len(sample) // BRACKET
-    high = int(sample[place - margin]) if place >= margin else 2**31 - 1
+    high = int(sample[place - margin]) if place >= margin else _LARGEST
     low = int(sample[place + margin]) if place + margin < len(sample) else 0
 
     def look(tile: Tile) -> tuple[int, np.ndarray]:
+        if loops := jit.loops():
+            bits = _bits(source, tile).reshape(-1)
+            found = _scratch("found", (len(bits) + 1,), torch.int32).numpy()
+            above, inside = loops.bracket(bits, np.uint32(low), np.uint32(high - low), found.view(np.uint32))
+            return int(above), found[: int(inside)].copy()
         bits = _magnitude_bits(source, tile)
         above = _scratch("mask", bits.shape, torch.bool).numpy()
         inside = _scratch("other mask", bits.shape, torch.bool).numpy()
@@ -240,11 +261,17 @@ def _kth_by_sample(source: Sampled, k: int) -> tuple[int, int, int] | None:
         return int(np.count_nonzero(above)), bits.reshape(-1)[np.flatnonzero(inside)]
 
     counts, pieces = zip(*_for_each_tile(source, look), strict=True)
-    rank, collected = k - sum(counts), np.concatenate(pieces)
-    if not 0 < rank <= len(collected):
+    rank, inside = k - sum(counts), np.concatenate(pieces).view(np.uint32)
+    if not 0 < rank <= len(inside):
         return None
-    bits = np.partition(collected, len(collected) - rank)[len(collected) - rank]
-    return int(bits), rank - int((collected > bits).sum()), int((collected == bits).sum())
+    shift = max(0, (high - low).bit_length() - LOW_BITS)
+    place, rank = locate(_count_bins(inside, low, high - low, shift), rank)
+    low += place << shift
+    finest = _count_bins(inside, low, (1 << shift) - 1, 0)
+    place, rank = locate(finest, rank)
+    bits = low + place
+    tiles = [tile for tile, piece in zip(_tiles_of(source), pieces, strict=True) if (piece == bits).any()]
+    return Kth(bits, rank, int(finest[place]), tiles)
 
 
 def _spread(size: int, count: int) -> Tensor:
@@ -255,38 +282,51 @@ def _spread(size: int, count: int) -> Tensor:
 def coarse_histogram(source: Source) -> np.ndarray:
     """How many elements have each value of the upper 15 bits of |x|: int64 [COARSE_BINS]."""
 
-    def count(tile: Tile, bits: np.ndarray, total: np.ndarray) -> None:
-        bits >>= LOW_BITS
-        total += _bincount(bits, COARSE_BINS)
+    def count(tile: Tile, total: np.ndarray) -> None:
+        _count_bins(_bits(source, tile), 0, _LARGEST, LOW_BITS, total)
 
     return _count_over_tiles(source, count, COARSE_BINS)
 
 
 def fine_histogram(source: Source, high: int) -> np.ndarray:
     """Of the elements whose upper 15 bits are `high`, how many have each value of the lower 16: int64 [FINE_BINS]."""
-    first, last = np.int32(high << LOW_BITS), np.int32((high << LOW_BITS) + FINE_BINS - 1)
 
-    def count(tile: Tile, bits: np.ndarray, total: np.ndarray) -> None:
-        inside = _scratch("mask", bits.shape, torch.bool).numpy()
-        below = _scratch("other mask", bits.shape, torch.bool).numpy()
-        np.greater_equal(bits, first, out=inside)
-        np.less_equal(bits, last, out=below)
-        inside &= below
-        total += _bincount(bits[inside] - first, FINE_BINS)
+    def count(tile: Tile, total: np.ndarray) -> None:
+        _count_bins(_bits(source, tile), high << LOW_BITS, FINE_BINS - 1, 0, total)
 
     return _count_over_tiles(source, count, FINE_BINS)
 
 
-def tied_rows(source: Source, value: float) -> np.ndarray:
-    """How many elements of each row have |x| = value: int64 [rows]."""
+def _count_bins(bits: np.ndarray, low: int, width: int, shift: int, total: np.ndarray | None = None) -> np.ndarray:
+    """total[(|x| - low) >> shift] += 1 for every |x| from low to low + width, all as bits; total is new if None."""
+    bits = bits.reshape(-1)
+    if total is None:
+        total = np.zeros((width >> shift) + 1, np.int64)
+    if loops := jit.loops():
+        loops.count_bins(bits, np.uint32(low), np.uint32(width), np.uint32(shift), total)
+        return total
+    magnitude = (bits & np.uint32(_LARGEST)).view(np.int32)
+    if width < _LARGEST:
+        magnitude = magnitude[(magnitude >= low) & (magnitude <= low + width)] - np.int32(low)
+    total += torch.bincount(torch.from_numpy(magnitude >> shift), minlength=len(total)).numpy()
+    return total
+
+
+def tied_rows(source: Source, value: float, tiles: Sequence[Tile] | None = None) -> np.ndarray:
+    """How many elements of each row have |x| = value: int64 [rows]. tiles: where they are, if that is known."""
     target = np.float32(value).view(np.int32)
 
-    def count(tile: Tile, bits: np.ndarray, total: np.ndarray) -> None:
+    def count(tile: Tile, total: np.ndarray) -> None:
+        rows = total[tile.top : tile.bottom]
+        if loops := jit.loops():
+            loops.count_equal(_bits(source, tile), np.uint32(target), rows)
+            return
+        bits = _magnitude_bits(source, tile)
         equal = _scratch("mask", bits.shape, torch.bool).numpy()
         np.equal(bits, target, out=equal)
-        total[tile.top : tile.bottom] += np.count_nonzero(equal, axis=1)
+        rows += np.count_nonzero(equal, axis=1)
 
-    return _count_over_tiles(source, count, source.rows)
+    return _count_over_tiles(source, count, source.rows, tiles)
 
 
 def locate(histogram: np.ndarray, k: int) -> tuple[int, int]:
@@ -321,7 +361,8 @@ def vote_balance(sources: Sequence[Source], weights: Sequence[float], keeps: Seq
     def balance(tile: Tile) -> int:
         votes = _scratch("votes", _shape(tile)).zero_()
         for source, weight, keep in zip(sources, weights, keeps, strict=True):
-            _cast(votes, _kept(source, keep, tile), weight, rule)
+            values = _times(_kept(source, keep, tile), weight if rule.vote_weighted else 1.0)
+            votes.add_(values.sign_() if rule.elect == "frequency" else values)
         return int(votes.sign_().sum(dtype=torch.float64).item())
 
     return sum(_for_each_tile(sources[0], balance))
@@ -337,8 +378,12 @@ def _sum_tile(
     """scale * sum_i w_i keep(t_i), in this thread's scratch."""
     total = _scratch("votes", _shape(tile)).zero_()
     for source, weight, keep in zip(sources, weights, keeps, strict=True):
-        total.add_(_kept(source, keep, tile), alpha=weight)
-    return total.mul_(scale)
+        if loops := jit.loops():
+            values = _dropped_only(source, keep, tile)
+            loops.add_kept(values.numpy(), *_limits(keep, tile), np.float32(weight), total.numpy())
+        else:
+            total.add_(_times(_kept(source, keep, tile), weight))
+    return _times(total, scale)
 
 
 def _elect_tile(
@@ -357,37 +402,59 @@ def _elect_tile(
     shape = _shape(tile)
     counter = torch.float32 if rule.divisor == "weight" else torch.uint8 if len(sources) < 256 else torch.int32
     votes = _scratch("votes", shape).zero_()
-    sums = [_scratch(f"sum {side}", shape).zero_() for side in "+-"]
-    shares = [_scratch(f"share {side}", shape, counter).zero_() for side in "+-"]
-    part, mask = _scratch("part", shape), _scratch("mask", shape, torch.bool)
+    sums = _scratch("sums", (2, *shape)).zero_()
+    shares = _scratch("shares", (2, 0, 0) if rule.divisor == "one" else (2, *shape), counter).zero_()
     for source, weight, keep in zip(sources, weights, keeps, strict=True):
-        values = _kept(source, keep, tile)
-        _cast(votes, values, weight, rule)
-        gain = 1.0 if rule.vote_weighted else weight
+        ballot, gain = (weight, 1.0) if rule.vote_weighted else (1.0, weight)
         share = weight if rule.divisor == "weight" else 1
-        for side, clamp, compare in ((0, torch.clamp_min, np.greater), (1, torch.clamp_max, np.less)):
-            sums[side].add_(clamp(values, 0, out=part), alpha=gain)
-            if rule.divisor != "one":
-                compare(values.numpy(), np.float32(0), out=mask.numpy())
-                shares[side].add_(mask.view(torch.uint8), alpha=share)
+        if loops := jit.loops():
+            loops.cast_kept(
+                _dropped_only(source, keep, tile).numpy(),
+                *_limits(keep, tile),
+                np.float32(ballot),
+                np.float32(gain),
+                rule.elect == "frequency",
+                shares.numpy().dtype.type(share),
+                *(votes.numpy(), sums.numpy(), shares.numpy()),
+            )
+        else:
+            values = _times(_kept(source, keep, tile), ballot)
+            _cast(values, gain, rule.elect == "frequency", share, votes, sums, shares)
+    part = _scratch("part", shape)
+    if loops := jit.loops():
+        loops.elected(votes.numpy(), sums.numpy(), shares.numpy(), tied > 0, np.float32(scale), part.numpy())
+        return part
+    return _times(_elected(votes, sums, shares, tied, part), scale)
+
+
+def _cast(
+    values: Tensor, gain: float, by_sign: bool, share: float, votes: Tensor, sums: Tensor, shares: Tensor
+) -> None:
+    """votes += values, or their signs; sums[side] += gain * values and shares[side] += share, where these are on it."""
+    part, mask = _scratch("part", values.shape), _scratch("mask", values.shape, torch.bool)
+    votes.add_(torch.sign(values, out=part) if by_sign else values)
+    for side, clamp, compare in ((0, torch.clamp_min, np.greater), (1, torch.clamp_max, np.less)):
+        sums[side].add_(_times(clamp(values, 0, out=part), gain))
+        if shares.shape[1]:
+            compare(values.numpy(), np.float32(0), out=mask.numpy())
+            shares[side].add_(mask.view(torch.uint8), alpha=share)
+
+
+def _elected(votes: Tensor, sums: Tensor, shares: Tensor, tied: int, out: Tensor) -> Tensor:
+    """out = the sum of the side that is elected / its share, or 1 where that is 0."""
+    mask = _scratch("mask", votes.shape, torch.bool)
     elects_plus = np.greater_equal if tied > 0 else np.greater
     elects_plus(votes.numpy(), np.float32(0), out=mask.numpy())
-    numerator = _chosen(mask, sums[0], sums[1], part)
-    if rule.divisor != "one":
+    _chosen(mask, sums[0], sums[1], out)
+    if shares.shape[1]:
         divisor = _chosen(mask, shares[0], shares[1], votes)
-        if rule.divisor == "count":
-            divisor.clamp_min_(1)
-        else:
-            divisor.masked_fill_(divisor == 0, 1)
-        numerator.div_(divisor)
-    return numerator.mul_(scale)
+        out.div_(divisor.masked_fill_(divisor == 0, 1))
+    return out
 
 
-def _cast(votes: Tensor, values: Tensor, weight: float, rule: Rule) -> None:
-    """Add one adapter's ballot to the votes; values are weighted in place where the convention weighs the vote."""
-    if rule.vote_weighted and weight != 1:
-        values.mul_(weight)
-    votes.add_(torch.sign(values, out=_scratch("part", values.shape)) if rule.elect == "frequency" else values)
+def _times(values: Tensor, factor: float) -> Tensor:
+    """values * factor in place."""
+    return values if factor == 1 else values.mul_(factor)
 
 
 def _chosen(mask: Tensor, yes: Tensor, no: Tensor, out: Tensor) -> Tensor:
@@ -399,33 +466,48 @@ def _chosen(mask: Tensor, yes: Tensor, no: Tensor, out: Tensor) -> Tensor:
 
 def _kept(source: Source, keep: KeepTile, tile: Tile) -> Tensor:
     """The tile of keep(t), in this thread's scratch."""
+    values = _dropped_only(source, keep, tile)
+    return _trimmed(values, keep, tile) if isinstance(keep, Trim) else values
+
+
+def _dropped_only(source: Source, keep: KeepTile, tile: Tile) -> Tensor:
+    """The tile of keep(t), but for a trim, which is still to be done; in this thread's scratch."""
     values = _filled(source, tile)
     if isinstance(keep, Drop):
         _dropped(values, keep, tile)
         return values.div_(keep.density) if keep.factor is None else values.mul_(keep.factor)
-    return values if keep is None else _trimmed(values, keep, tile)
-
-
-def _trimmed(values: Tensor, keep: Trim, tile: Tile) -> Tensor:
-    """hardshrink at the threshold itself drops equal magnitudes; at the next smaller float it keeps them."""
-    keeping = float(np.nextafter(np.float32(keep.value), np.float32(-1)))
-    if keeping < 0:
-        return values
-    above, cut = keep.row - tile.top, keep.column - tile.left
-    if above >= len(values):
-        return _shrink(values, keeping)
-    if above < 0:
-        return _shrink(values, keep.value)
-    _shrink(values[:above], keeping)
-    _shrink(values[above, : max(cut, 0)], keeping)
-    _shrink(values[above, max(cut, 0) :], keep.value)
-    _shrink(values[above + 1 :], keep.value)
     return values
 
 
-def _shrink(values: Tensor, threshold: float) -> Tensor:
-    """values where |values| > threshold, else 0, in place."""
-    return torch.ops.aten.hardshrink.out(values, threshold, out=values)
+def _limits(keep: KeepTile, tile: Tile) -> tuple[np.float32, np.float32, int, int]:
+    """(below, above, row, column): a trim keeps |t| > below before that place of the tile, |t| > above from there on.
+
+    A smaller float than the threshold keeps equal magnitudes too; what is less than zero keeps everything.
+    """
+    if not isinstance(keep, Trim):
+        return np.float32(-1), np.float32(-1), 0, 0
+    value = np.float32(keep.value)
+    column = min(max(keep.column - tile.left, 0), tile.right - tile.left)
+    return np.nextafter(value, np.float32(-1)), value, keep.row - tile.top, column
+
+
+def _trimmed(values: Tensor, keep: Trim, tile: Tile) -> Tensor:
+    """values where `_limits` keeps them, else 0, in place."""
+    below, above, row, column = _limits(keep, tile)
+    if row >= len(values):
+        return _shrink(values, below)
+    if row < 0:
+        return _shrink(values, above)
+    _shrink(values[:row], below)
+    _shrink(values[row, :column], below)
+    _shrink(values[row, column:], above)
+    _shrink(values[row + 1 :], above)
+    return values
+
+
+def _shrink(values: Tensor, limit: np.float32) -> Tensor:
+    """values where |values| > limit, else 0, in place."""
+    return values if limit < 0 else torch.ops.aten.hardshrink.out(values, float(limit), out=values)
 
 
 def _cut(source: Source, value: float, tied: np.ndarray, quota: int) -> Trim:
@@ -451,10 +533,15 @@ def _filled(source: Source, tile: Tile) -> Tensor:
     return values
 
 
+def _bits(source: Source, tile: Tile) -> np.ndarray:
+    """The bits of the tile's values: uint32 [rows, columns]."""
+    return _filled(source, tile).numpy().view(np.uint32)
+
+
 def _magnitude_bits(source: Source, tile: Tile) -> np.ndarray:
-    """bits(|x|) of the tile, int32, flat: monotone in |x|."""
-    bits = _filled(source, tile).view(torch.int32).numpy()
-    bits &= np.int32(0x7FFFFFFF)
+    """bits(|x|) of the tile, int32 [rows, columns]: monotone in |x|."""
+    bits = _bits(source, tile).view(np.int32)
+    bits &= np.int32(_LARGEST)
     return bits
 
 
@@ -472,18 +559,17 @@ def _dropped(values: Tensor, drop: Drop, tile: Tile) -> Tensor:
     return values.mul_(_scratch("part", values.shape).copy_(mask.view(torch.uint8)))
 
 
-def _bincount(values: np.ndarray, bins: int) -> np.ndarray:
-    return torch.bincount(torch.from_numpy(values.reshape(-1)), minlength=bins).numpy()
+def _count_over_tiles(
+    source: Source, count: Callable[[Tile, np.ndarray], None], bins: int, tiles: Sequence[Tile] | None = None
+) -> np.ndarray:
+    """The sum of what `count(tile, total)` adds to a total for every tile; each thread has its own total."""
+    threads = torch.get_num_threads()
+    tiles = list(_tiles_of(source)) if tiles is None else tiles
 
-
-def _count_over_tiles(source: Source, count: Callable[[Tile, np.ndarray, np.ndarray], None], bins: int) -> np.ndarray:
-    """The sum of what `count(tile, bits(|x|), total)` adds to a total for every tile; each thread has its own total."""
-    tiles, threads = list(_tiles(source.rows, source.columns)), torch.get_num_threads()
-
-    def count_share(share: list[Tile]) -> np.ndarray:
+    def count_share(share: Sequence[Tile]) -> np.ndarray:
         total = np.zeros(bins, np.int64)
         for tile in share:
-            count(tile, _magnitude_bits(source, tile), total)
+            count(tile, total)
         return total
 
     return sum(
@@ -506,9 +592,20 @@ def _tiles(rows: int, columns: int) -> Iterator[Tile]:
             yield Tile(top, min(top + height, rows), left, min(left + width, columns))
 
 
+def _tiles_of(source: Source) -> Iterator[Tile]:
+    return _tiles(source.rows, source.columns)
+
+
 def _for_each_tile(source: Source, work: Callable[[Tile], R]) -> list[R]:
     """work(tile) for every tile of the source's shape, in their order, shared out over the threads."""
-    return list(_workers(torch.get_num_threads()).map(work, _tiles(source.rows, source.columns)))
+    tiles, threads = list(_tiles_of(source)), torch.get_num_threads()
+    left = iter(range(len(tiles)))  # each thread takes the next as it gets to it: one hand-over a thread, not a tile
+
+    def share(_: int) -> list[tuple[int, R]]:
+        return [(i, work(tiles[i])) for i in left]
+
+    done = [pair for pairs in _workers(threads).map(share, range(min(threads, len(tiles)))) for pair in pairs]
+    return [result for _, result in sorted(done, key=itemgetter(0))]
 
 
 @lru_cache(maxsize=1)
@@ -534,8 +631,8 @@ _local = threading.local()
 def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """This thread's buffer of that name, seen as [shape]: what it holds is undefined."""
     buffers: dict[str, Tensor] = _local.__dict__
-    rows, columns = shape
+    size = math.prod(shape)
     buffer = buffers.get(name)
-    if buffer is None or buffer.numel() < rows * columns or buffer.dtype != dtype:
-        buffer = buffers[name] = torch.empty(max(rows * columns, TILE_ELEMENTS), dtype=dtype)
-    return buffer[: rows * columns].view(rows, columns)
+    if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
+        buffer = buffers[name] = torch.empty(max(size, TILE_ELEMENTS), dtype=dtype)
+    return buffer[:size].view(shape)

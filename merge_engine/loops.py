@@ -1,0 +1,190 @@
+"""The innermost loops of the torch backend, compiled for this CPU by Numba where that is installed.
+
+Each gives bit for bit what `tiled` and `rng` compute by torch's and numpy's operators: the same float32 operations in
+the same order, no product fused into a sum. One loop goes over a tile where operators go over it a dozen times, and it
+runs without Python's interpreter lock, so that threads do not wait for each other between operators.
+
+Tiles are [rows, columns], float32, and contiguous; what is added to is owned by the calling thread.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+
+_F0, _F1 = np.float32(0), np.float32(1)
+_SIGN_OFF = np.uint32(0x7FFFFFFF)
+_LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MUL0, _MUL1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WEYL0, _WEYL1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+
+
+def _options() -> dict[str, Any]:
+    """Numba's options. Machine code is kept beside this file or in the user's cache, if either can be written."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        numba.njit(cache=True, **options)(_options)
+    except RuntimeError:  # no place for it
+        return options
+    return options | {"cache": True}
+
+
+_compiled = numba.njit(**_options())
+
+
+@_compiled
+def add_kept(values, below, above, row, column, weight, total):
+    """total += weight * x, where x is what a trim leaves of values.
+
+    It keeps |t| > below before (row, column) of the tile, and |t| > above from there on.
+    """
+    for i in range(values.shape[0]):
+        cut = _cut(i, row, column, values.shape[1])
+        _add_span(values[i, :cut], below, weight, total[i, :cut])
+        _add_span(values[i, cut:], above, weight, total[i, cut:])
+
+
+@_compiled
+def cast_kept(values, below, above, row, column, ballot, gain, by_sign, share, votes, sums, shares):
+    """One adapter's part in an election, x = ballot * what a trim leaves of values (as in `add_kept`).
+
+    votes += x, or its sign; sums[side] += gain * x and shares[side] += share where x is on that side: 0 is +, 1 is -.
+    shares is [2, rows, columns], or [2, 0, 0] where nobody counts.
+    """
+    counts = shares.shape[1] > 0
+    for i in range(values.shape[0]):
+        cut = _cut(i, row, column, values.shape[1])
+        for start, stop, limit in ((0, cut, below), (cut, values.shape[1], above)):
+            t = values[i, start:stop]
+            vote, plus, minus = votes[i, start:stop], sums[0, i, start:stop], sums[1, i, start:stop]
+            _cast_span(t, limit, ballot, gain, by_sign, vote, plus, minus)
+            if counts:
+                _count_span(t, limit, ballot, share, shares[0, i, start:stop], shares[1, i, start:stop])
+
+
+@_compiled
+def elected(votes, sums, shares, tied_plus, scale, out):
+    """out = scale * the sum of the side that votes elects / its share (1 where that is 0, or where nobody counts)."""
+    for i in range(votes.shape[0]):
+        if shares.shape[1] > 0:
+            _mean_row(votes[i], sums[0, i], sums[1, i], shares[0, i], shares[1, i], tied_plus, scale, out[i])
+        else:
+            _sum_row(votes[i], sums[0, i], sums[1, i], tied_plus, scale, out[i])
+
+
+@_compiled
+def bracket(bits, low, width, found):
+    """(how many magnitudes are above low + width, how many are from low to that); the latter go to the head of found.
+
+    bits: of float32 values, uint32 [n]. found: uint32 [n + 1].
+    """
+    above, high = np.uint32(0), low + width
+    for i in range(len(bits)):
+        above += np.uint32((bits[i] & _SIGN_OFF) > high)
+    count = np.uint64(0)
+    for i in range(len(bits)):  # without a branch, which would be mispredicted too often
+        magnitude = bits[i] & _SIGN_OFF
+        found[count] = magnitude
+        count += np.uint64(np.uint32(magnitude - low) <= width)
+    return above, count
+
+
+@_compiled
+def count_bins(bits, low, width, shift, total):
+    """total[(magnitude - low) >> shift] += 1 for every magnitude from low to low + width; bits is uint32 [n]."""
+    for i in range(len(bits)):
+        place = np.uint32((bits[i] & _SIGN_OFF) - low)
+        if place <= width:
+            total[place >> shift] += 1
+
+
+@_compiled
+def count_equal(bits, magnitude, total):
+    """total[i] += how many of row i of bits, uint32 [rows, columns], have that magnitude."""
+    for i in range(bits.shape[0]):
+        row, equal = bits[i], np.uint32(0)
+        for j in range(len(row)):
+            equal += np.uint32((row[j] & _SIGN_OFF) == magnitude)
+        total[i] += equal
+
+
+@_compiled
+def keep_mask(mask, top, left, stream, adapter, key0, key1, threshold):
+    """mask[i, j] = u32(top + i, left + j) < threshold: see `rng.keep_mask`. stream to threshold are uint64."""
+    columns = mask.shape[1]
+    head = min(-left % 4, columns)  # up to the first whole quad
+    tail = (columns - head) % 4
+    first, quads = (left + head) // 4, (columns - head) // 4
+    for i in range(mask.shape[0]):
+        row = np.uint64(top + i)
+        if head:
+            words = _quad(np.uint64(left // 4), row, stream, adapter, key0, key1)
+            for j in range(head):
+                mask[i, j] = words[left % 4 + j] < threshold
+        whole = mask[i, head:]
+        for quad in range(quads):
+            a, b, c, d = _quad(np.uint64(first + quad), row, stream, adapter, key0, key1)
+            whole[4 * quad] = a < threshold
+            whole[4 * quad + 1] = b < threshold
+            whole[4 * quad + 2] = c < threshold
+            whole[4 * quad + 3] = d < threshold
+        if tail:
+            words = _quad(np.uint64(first + quads), row, stream, adapter, key0, key1)
+            for j in range(tail):
+                mask[i, columns - tail + j] = words[j] < threshold
+
+
+@numba.njit(inline="always")  # a call would not be vectorised
+def _quad(quad, row, stream, adapter, key0, key1):
+    a, b, c, d = quad, row, stream, adapter
+    for _ in range(10):
+        p, q = a * _MUL0, c * _MUL1
+        a, b, c, d = (q >> _HALF) ^ b ^ key0, q & _LOW, (p >> _HALF) ^ d ^ key1, p & _LOW
+        key0, key1 = (key0 + _WEYL0) & _LOW, (key1 + _WEYL1) & _LOW
+    return a, b, c, d
+
+
+@_compiled
+def _cut(i, row, column, columns):
+    return columns if i < row else column if i == row else 0
+
+
+@_compiled
+def _add_span(t, limit, weight, total):
+    for j in range(len(t)):
+        total[j] += (t[j] if abs(t[j]) > limit else _F0) * weight
+
+
+@_compiled
+def _cast_span(t, limit, ballot, gain, by_sign, votes, plus, minus):
+    for j in range(len(t)):
+        x = (t[j] if abs(t[j]) > limit else _F0) * ballot
+        votes[j] += np.float32(x > _F0) - np.float32(x < _F0) if by_sign else x
+        part = x * gain
+        plus[j] += part if x > _F0 else _F0
+        minus[j] += part if x < _F0 else _F0
+
+
+@_compiled
+def _count_span(t, limit, ballot, share, plus, minus):
+    none = share - share
+    for j in range(len(t)):
+        x = (t[j] if abs(t[j]) > limit else _F0) * ballot
+        plus[j] += share if x > _F0 else none
+        minus[j] += share if x < _F0 else none
+
+
+@_compiled
+def _sum_row(votes, plus, minus, tied_plus, scale, out):
+    for j in range(len(votes)):
+        yes, no = plus[j], minus[j]  # both are loaded, so that the choice needs no branch
+        out[j] = (yes if (votes[j] > _F0) | ((votes[j] == _F0) & tied_plus) else no) * scale
+
+
+@_compiled
+def _mean_row(votes, plus, minus, for_it, against, tied_plus, scale, out):
+    for j in range(len(votes)):
+        yes, no, ayes, noes = plus[j], minus[j], np.float32(for_it[j]), np.float32(against[j])
+        elects_plus = (votes[j] > _F0) | ((votes[j] == _F0) & tied_plus)
+        divisor = ayes if elects_plus else noes
+        out[j] = (yes if elects_plus else no) / (divisor if divisor != _F0 else _F1) * scale

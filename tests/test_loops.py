@@ -1,0 +1,172 @@
+"""The compiled loops against the operators that they stand for: the same bits."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge_engine import jit, rng, tiled
+from merge_engine.rule import make_rule
+from merge_engine.tiled import Dense, Difference, Drop, Product
+
+loops = pytest.importorskip("merge_engine.loops", exc_type=ImportError)
+examples = settings(deadline=None, derandomize=True, max_examples=60)
+METHODS = ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
+
+
+def both(monkeypatch, compute):
+    """What `compute` gives with the loops and without."""
+    assert jit.loops() is loops
+    compiled = compute()
+    with monkeypatch.context() as patch:
+        patch.setattr(jit, "loops", lambda: None)
+        return compiled, compute()
+
+
+def same_bits(a, b):
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 128)
+    monkeypatch.setattr(tiled, "SAMPLE", 64)
+
+
+@pytest.mark.parametrize("convention", ["peft", "mergekit", "paper"])
+@pytest.mark.parametrize("method", METHODS)
+def test_merges_are_the_same(method, convention, monkeypatch, small_tiles):
+    @examples
+    @given(data=st.data())
+    def check(data):
+        rows, columns, count = (data.draw(st.integers(1, most)) for most in (37, 61, 5))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        integers = data.draw(st.booleans())  # thousands of equal magnitudes, and votes of zero
+
+        def draw(*shape):
+            values = torch.randn(*shape, generator=generator)
+            return values.round() if integers else values
+
+        sources = []
+        for _ in range(count):
+            kind = data.draw(st.sampled_from(["product", "dense", "difference"]))
+            if kind == "product":
+                sources.append(Product(draw(4, columns), draw(rows, 4), 0.7))
+            elif kind == "dense":
+                sources.append(Dense(draw(rows, columns).bfloat16()))
+            else:
+                sources.append(Difference(draw(rows, columns), draw(rows, columns)))
+        rule = make_rule(
+            method,
+            convention=convention,
+            election=data.draw(st.sampled_from(["total", "frequency"])),
+            trim_ties=data.draw(st.sampled_from(["exact", "keep"])),
+        )
+        weights = data.draw(st.lists(st.sampled_from([1.0, 0.7, -1.3, 0.0]), min_size=count, max_size=count))
+        density = data.draw(st.sampled_from([0.01, 0.3, 0.9, 1.0]))
+        scale, tied = data.draw(st.sampled_from([1.0, 0.3, -2.0])), data.draw(st.sampled_from([1, -1]))
+
+        def compute():
+            keeps = [None] * count
+            if rule.keep == "magnitude" and density < 1:
+                keeps = [tiled.trims([s], rule.kept(density, rows * columns), rule.trim_ties)[0] for s in sources]
+            elif rule.keep == "bernoulli":
+                keeps = [Drop(density, 7, 5, i, data_factor) for i in range(count)]
+            return keeps, tiled.merge_deltas(sources, weights, keeps, rule, scale=scale, tied=tied)
+
+        data_factor = data.draw(st.sampled_from([None, 1.7]))
+        (keeps, compiled), (other_keeps, operators) = both(monkeypatch, compute)
+        assert keeps == other_keeps
+        assert same_bits(compiled, operators)
+
+    check()
+
+
+def test_more_adapters_than_a_byte_counts(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    sources = [Dense(torch.randn(5, 9, generator=generator)) for _ in range(300)]
+    rule = make_rule("ties")
+    compiled, operators = both(monkeypatch, lambda: tiled.merge_deltas(sources, [1.0] * 300, [None] * 300, rule))
+    assert same_bits(compiled, operators)
+    stacked = torch.stack([source.matrix for source in sources]).double()
+    agree = stacked.sign() == stacked.sum(0).sign()
+    assert int(agree.sum(0).max()) > 255 / 2
+    assert torch.allclose(compiled.double(), (stacked * agree).sum(0) / agree.sum(0), atol=1e-5)
+
+
+@examples
+@given(
+    values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.5, 3.0e-40, -3.0e-40, 2.0**-126, 3.0e38]), max_size=40),
+    k=st.integers(1, 40),
+    shape=st.sampled_from([(1, 1), (2, 1), (1, 2)]),
+)
+def test_thresholds_are_the_same_for_awkward_values(values, k, shape):
+    values = torch.tensor(values or [0.0]).repeat(shape)
+    k = min(k, values.numel())
+    with pytest.MonkeyPatch.context() as patch:
+        compiled, operators = both(patch, lambda: tiled.trims([Dense(values)], k, "exact"))
+    assert compiled == operators
+
+
+@pytest.mark.parametrize("ties", ["exact", "keep"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_sampled_bracket_is_the_same(ties, rounded, monkeypatch):
+    generator = torch.Generator().manual_seed(11)
+    A, B = torch.randn(8, 700, generator=generator), torch.randn(300, 8, generator=generator)
+    source = Product(A.round() if rounded else A, B.round() if rounded else B, 0.5)
+    assert source.rows * source.columns >= 4 * tiled.SAMPLE
+    for k in (1, 1000, 42000, 209_999):
+        compiled, operators = both(monkeypatch, lambda k=k: tiled.trims([source], k, ties))
+        assert compiled == operators
+
+
+@examples
+@given(
+    density=st.sampled_from([2**-30, 0.2, 0.5, 1 - 2**-20]),
+    seed=st.integers(0, 2**64 - 1),
+    stream=st.integers(0, 2**32 - 1),
+    adapter=st.integers(0, 2**32 - 1),
+    top=st.integers(0, 2**32 - 8),
+    left=st.integers(0, 2**32 - 40),
+    rows=st.integers(0, 7),
+    columns=st.integers(0, 39),
+)
+def test_masks_are_the_same(density, seed, stream, adapter, top, left, rows, columns):
+    with pytest.MonkeyPatch.context() as patch:
+        compiled, operators = both(
+            patch,
+            lambda: rng.keep_mask(
+                density,
+                seed=seed,
+                stream=stream,
+                adapter=adapter,
+                rows=range(top, top + rows),
+                columns=range(left, left + columns),
+            ),
+        )
+    assert torch.equal(compiled, operators)
+
+
+def test_a_mask_may_have_any_strides(monkeypatch):
+    def compute():
+        out = torch.zeros(9, 30, dtype=torch.bool)
+        rng.keep_mask(0.5, seed=1, stream=2, adapter=3, rows=range(9), columns=range(3, 13), out=out[:, 1:30:3])
+        return out
+
+    compiled, operators = both(monkeypatch, compute)
+    assert torch.equal(compiled, operators) and not compiled[:, 2::3].any()
+
+
+def test_bracket_finds_what_is_inside():
+    generator = np.random.default_rng(5)
+    values = generator.standard_normal(1003).astype(np.float32)
+    low, high = np.float32(0.4).view(np.uint32), np.float32(0.9).view(np.uint32)
+    found = np.zeros(1004, np.uint32)
+    above, count = loops.bracket(values.view(np.uint32), low, np.uint32(high - low), found)
+    magnitude = np.abs(values)
+    inside = (magnitude >= np.float32(0.4)) & (magnitude <= np.float32(0.9))
+    assert above == (magnitude > np.float32(0.9)).sum() and count == inside.sum()
+    assert np.array_equal(found[:count].view(np.float32), magnitude[inside])
