@@ -91,6 +91,14 @@ class Plan:
         source = self.adapters[number]
         return source.difference(module.name, base) if isinstance(source, Finetuned) else source.factors(module.name)
 
+    def of_one_weight(self, group: Sequence[ModulePlan]) -> list[list[ModulePlan]]:
+        """The group in parts whose modules have the same weight for each adapter, as one launch takes them."""
+        table = self.recipe.module_weights
+        parts: dict[tuple[float, ...], list[ModulePlan]] = {}
+        for module in group:
+            parts.setdefault(() if table is None else tuple(table[module.name]), []).append(module)
+        return list(parts.values())
+
     def kept_of_model(self, adapter: int, side: str) -> int:
         """How many elements of this adapter a trim over the whole model keeps, from the headers."""
         modules = self.having(adapter)
@@ -102,23 +110,25 @@ class Plan:
         return self.rule.kept(modules[0].densities[modules[0].adapters.index(adapter)], numel)
 
 
-def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
+def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe, *, by_module: bool = False) -> Plan:
     """Check that the adapters can be merged by the recipe, and say module by module how.
 
     Reads the adapters' headers, and their values once, to refuse NaN and Inf; those of full models are checked when
-    they are merged, since reading them takes as long as merging them. Raises RecipeError or AdapterError with
+    they are merged, since reading them takes as long as merging them. by_module: the caller takes groups of modules in
+    the parts that `Plan.of_one_weight` says. Raises RecipeError or AdapterError with
     subject, wanted and got; warns (UserWarning) where adapters name different base models.
     """
     if not adapters:
         raise RecipeError("adapters: wanted at least one, got none")
+    if recipe.module_weights is not None and not by_module:
+        raise RecipeError("module_weights: are of merges into a full model; wanted weights")
     names = [adapter.name for adapter in adapters]
-    weights = recipe.weights_for(names)
     rule = recipe.rule()
     only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]
     _warn_of_different_bases(only_adapters)
     shared_extras(only_adapters)
     modules = tuple(
-        _plan_module(name, adapters, weights, recipe)
+        _plan_module(name, adapters, recipe)
         for name in sorted({module for adapter in adapters for module in adapter.modules})
     )
     if rule.keep == "magnitude" and rule.scope == "model":
@@ -130,9 +140,7 @@ def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
     return Plan(tuple(adapters), recipe, rule, modules, dtype)
 
 
-def _plan_module(
-    name: str, adapters: Sequence[Adapter | Finetuned], weights: Sequence[float], recipe: Recipe
-) -> ModulePlan:
+def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> ModulePlan:
     having = [number for number, adapter in enumerate(adapters) if name in adapter.modules]
     parts = [adapters[number].modules[name] for number in having]
     first, first_owner = parts[0], adapters[having[0]].name
@@ -157,7 +165,8 @@ def _plan_module(
         rank = first.rank if recipe.space == "factors" else min(ranks, first.rows, first.columns)
     else:
         rank = min(recipe.rank, first.rows, first.columns)
-    densities = recipe.densities_for(name, [adapter.name for adapter in adapters])
+    names = [adapter.name for adapter in adapters]
+    weights, densities = recipe.weights_for(names, name), recipe.densities_for(name, names)
     return ModulePlan(
         name=name,
         rows=first.rows,

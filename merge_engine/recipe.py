@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from merge_engine.errors import RecipeError
-from merge_engine.rule import Rule, make_rule
+from merge_engine.rule import CONVENTIONS, METHODS, Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 
@@ -32,6 +33,11 @@ class Recipe:
     rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: instead of rank, the
         smallest rank (up to "auto") whose kept energy |BA|^2 / |delta|^2 is at least this.
     dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.
+    normalize: whether the mean of methods that elect is divided at all; None: as the convention says.
+    rescale: what random drops are made up for by: "density" (1/density), "l1" (the norm before the drop), or None: as
+        the convention says.
+    module_weights, module_densities: tables {module: one number an adapter} by the exact name of every module; these
+        weights come on top of `weights`, these densities in place of `density`.
 
     Raises RecipeError naming the field, what was wanted and what was got.
     """
@@ -49,6 +55,10 @@ class Recipe:
     rank: int | Literal["auto"] = "auto"
     energy: float | None = None
     dtype: str | None = None
+    normalize: bool | None = None
+    rescale: Literal["density", "l1"] | None = None
+    module_weights: Mapping[str, Sequence[float]] | None = None
+    module_densities: Mapping[str, Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         rule = self.rule()
@@ -59,7 +69,14 @@ class Recipe:
                 self, "weights", tuple(_finite("weights", w) for w in _sequence("weights", self.weights))
             )
         object.__setattr__(self, "scale", _finite("scale", self.scale))
-        for density in _numbers(self.density):
+        if self.module_weights is not None and rule.keep == "magnitude" and rule.scope == "model":
+            raise RecipeError("module_weights: wanted scope='tensor', got scope='model'")
+        for module, weights in (self.module_weights or {}).items():
+            for weight in _sequence(f"module_weights: {module}", weights):
+                _finite(f"module_weights: {module}", weight)
+        if self.density is not None and self.module_densities is not None:
+            raise RecipeError("density: wanted density or module_densities, got both")
+        for density in _numbers(self.density if self.module_densities is None else self.module_densities):
             _check_density(density, self.method, rule)
         if isinstance(self.density, Mapping):
             for pattern in self.density:
@@ -89,30 +106,47 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data, for a model card or a report."""
         plain = asdict(self)
+        for key in ("module_weights", "module_densities"):
+            if plain[key] is not None:
+                plain[key] = {module: list(numbers) for module, numbers in plain[key].items()}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
     def rule(self) -> Rule:
         """The arithmetic that this recipe names."""
-        return make_rule(
+        rule = make_rule(
             self.method,
             election=self.election,
             convention=self.convention,
             scope=self.scope,
             trim_ties=self.trim_ties,
         )
+        if self.normalize is not None:
+            if not isinstance(self.normalize, bool) or not METHODS[self.method].averages:
+                raise RecipeError(f"normalize: wanted true or false, of ties or dare_ties, got {self.normalize!r}")
+            mean = CONVENTIONS[self.convention].divisor["magnitude"]
+            rule = replace(rule, divisor=mean if self.normalize else "one")
+        if self.rescale is not None:
+            if self.rescale not in ("density", "l1") or rule.keep != "bernoulli":
+                raise RecipeError(f"rescale: wanted density or l1, of random drops, got {self.rescale!r}")
+            rule = replace(rule, l1_rescale=self.rescale == "l1")
+        return rule
 
-    def weights_for(self, adapters: Sequence[str]) -> tuple[float, ...]:
-        """One weight an adapter. Raises RecipeError where their number differs."""
-        if self.weights is None:
-            return (1.0,) * len(adapters)
-        if len(self.weights) != len(adapters):
+    def weights_for(self, adapters: Sequence[str], module: str | None = None) -> tuple[float, ...]:
+        """One weight an adapter, of the whole model or in one module. Raises RecipeError where their number differs."""
+        weights = (1.0,) * len(adapters) if self.weights is None else self.weights
+        if len(weights) != len(adapters):
             raise RecipeError(
-                f"weights: wanted {len(adapters)}, one for each of {', '.join(adapters)}, got {len(self.weights)}"
+                f"weights: wanted {len(adapters)}, one for each of {', '.join(adapters)}, got {len(weights)}"
             )
-        return self.weights
+        if module is None or self.module_weights is None:
+            return weights
+        own = _of_module("module_weights", self.module_weights, module, adapters)
+        return tuple(weight * factor for weight, factor in zip(weights, own, strict=True))
 
     def densities_for(self, module: str, adapters: Sequence[str]) -> tuple[float, ...]:
         """One density an adapter for this module. Raises RecipeError where the number differs or no pattern matches."""
+        if self.module_densities is not None:
+            return _of_module("module_densities", self.module_densities, module, adapters)
         density = self.density
         if isinstance(density, Mapping):
             found = [value for pattern, value in density.items() if _compiled(pattern).match(module)]
@@ -128,6 +162,26 @@ class Recipe:
                 raise RecipeError(f"density: wanted one number or {len(adapters)}, got {len(density)}")
             return tuple(density)
         return (density,) * len(adapters)
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file holds, as plain data. Raises RecipeError where it cannot be read."""
+    import yaml
+
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _of_module(
+    what: str, table: Mapping[str, Sequence[float]], module: str, adapters: Sequence[str]
+) -> tuple[float, ...]:
+    if module not in table:
+        raise RecipeError(f"{what}: wanted an entry for every module, got none for {module}")
+    if len(table[module]) != len(adapters):
+        raise RecipeError(f"{what}: wanted {len(adapters)} numbers for {module}, got {len(table[module])}")
+    return tuple(table[module])
 
 
 def _check_density(density: Any, method: str, rule: Rule) -> None:
