@@ -5,7 +5,7 @@ whole or not at all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 from merge_engine import lowrank, ops
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.adapter_writer import AdapterWriter
+from merge_engine.errors import RecipeError
 from merge_engine.finetuned import Finetuned
 from merge_engine.lowrank import LowRank
 from merge_engine.ops import Backend
@@ -24,8 +25,10 @@ from merge_engine.pipeline import ahead
 from merge_engine.place import place_folder
 from merge_engine.plan import Factors, ModulePlan, Plan, make_plan
 from merge_engine.recipe import Recipe
+from merge_engine.stacked import Stack
 
 MAX_RECOMPRESSIONS = 4  # at a time: each holds a merged delta
+WIDEST_START = 256  # rows that an iteration starts from, unless the rank asked for wants more
 
 Loaded = tuple[list[ModulePlan], list[Factors], dict[str, Any]]  # a group, its factors, and these packed by side
 
@@ -96,29 +99,59 @@ def run(
     progress: bool | None = None,
 ) -> Merged:
     """Carry out a plan: see `merge`."""
-    path = None if output is None else Path(output)
+    with output_of(plan, backend, None if output is None else Path(output), overwrite) as result:
+        for name, factors in merged_modules(plan, backend, progress):
+            result.add(name, factors)
+    return result.merged
+
+
+class Output:
+    """What a merge makes, module by module: kept, or written into a folder."""
+
+    def __init__(self, plan: Plan, backend: Backend, path: Path | None, folder: Path | None) -> None:
+        self.plan, self.backend, self.path = plan, backend, path
+        self.writer = None if folder is None else _writer(plan, folder)
+        self.energy: dict[str, float] = {}
+        self.kept: dict[str, LowRank] = {}
+        self.norms = _Norms()
+
+    def add(self, name: str, result: LowRank) -> None:
+        """Take one module's factors, in any order."""
+        self.energy[name] = result.energy
+        self.norms.add(result)
+        if self.writer is None:
+            self.kept[name] = result
+        else:
+            self.writer.add(name, result.A, result.B)
+
+    def finish(self) -> None:
+        """Complete the folder: every module is there."""
+        if self.writer is not None:
+            _finish(self.writer, self.plan, self.backend, self.energy, self.norms.kept_energy)
+
+    def abandon(self) -> None:
+        if self.writer is not None:
+            self.writer.abandon()
+
+    @property
+    def merged(self) -> Merged:
+        energy, modules = dict(sorted(self.energy.items())), dict(sorted(self.kept.items()))
+        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules)
+
+
+@contextmanager
+def output_of(plan: Plan, backend: Backend, path: Path | None, overwrite: bool = False) -> Iterator[Output]:
+    """The output of a plan: the folder appears when the block ends, and does not where it raises."""
     place: AbstractContextManager[Path | None]
-    place = nullcontext() if path is None else place_folder(path, overwrite, _output_bytes(plan))
-    energy: dict[str, float] = {}
-    kept: dict[str, LowRank] = {}
-    norms = _Norms()
+    place = nullcontext() if path is None else place_folder(path, overwrite, output_bytes(plan))
     with place as folder:
-        writer = None if folder is None else _writer(plan, folder)
+        output = Output(plan, backend, path, folder)
         try:
-            for name, result in merged_modules(plan, backend, progress):
-                energy[name] = result.energy
-                norms.add(result)
-                if writer is None:
-                    kept[name] = result
-                else:
-                    writer.add(name, result.A, result.B)
-            if writer is not None:
-                _finish(writer, plan, backend, energy, norms.kept_energy)
+            yield output
+            output.finish()
         except BaseException:
-            if writer is not None:
-                writer.abandon()
+            output.abandon()
             raise
-    return Merged(plan, path, dict(sorted(energy.items())), norms.kept_energy, dict(sorted(kept.items())))
 
 
 def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -> Iterator[tuple[str, LowRank]]:
@@ -167,7 +200,7 @@ def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[W
                 packed[side],
                 side,
                 ready.trims[side],
-                scale=1.0 if side == "A" else plan.recipe.scale,
+                scale=1.0,  # the recipe's comes last: see `scaled`
                 tied=ready.tied[side],
             )
             for side in packed
@@ -177,21 +210,59 @@ def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[W
 
 
 def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, LowRank]:
-    """The factors of one module's result: stacked, cut by QR, or cut by subspace iteration; on the CPU."""
+    """The factors of one module's result, on the CPU."""
+    return work.module, scaled(cut(plan, backend, work), plan.recipe.scale, work.module.name)
+
+
+def cut(
+    plan: Plan,
+    backend: Backend,
+    work: Work,
+    stack: Callable[[Sequence[Tensor], Sequence[Tensor]], Stack] = Stack,
+) -> LowRank:
+    """The factors of one module's result before `scaled`: stacked, cut by QR, or cut by subspace iteration.
+
+    stack: makes a `Stack` of As and Bs, or knows it already.
+    """
     recipe, module = plan.recipe, work.module
-    strengths = [recipe.scale * w * s for w, s in zip(module.weights, module.scalings, strict=True)]
+    strengths = [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
     As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
     if recipe.method == "cat":
-        result = LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
-    elif "delta" in work.merged:
-        result = lowrank.from_matrix(work.merged["delta"], torch.cat(As), module.rank, recipe.energy)
-    elif recipe.space == "delta":
-        result = lowrank.from_products(As, Bs, strengths, module.rank, recipe.energy)
-    elif recipe.energy is None and module.rank >= len(work.merged["A"]):
-        result = LowRank(work.merged["A"], work.merged["B"], 1.0)
-    else:
-        result = lowrank.from_products([work.merged["A"]], [work.merged["B"]], [1.0], module.rank, recipe.energy)
-    return module, LowRank(result.A.cpu(), result.B.cpu(), result.energy)
+        return LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
+    if "delta" in work.merged:
+        return lowrank.from_matrix(work.merged["delta"], _start(As, module.rank), module.rank, recipe.energy)
+    if recipe.space == "delta":
+        return stack(As, Bs).cut(strengths, module.rank, recipe.energy)
+    A, B = work.merged["A"], work.merged["B"]
+    if recipe.energy is None and module.rank >= len(A):
+        return LowRank(A, B, 1.0)
+    return lowrank.from_products([A], [B], [1.0], module.rank, recipe.energy)
+
+
+def scaled(result: LowRank, scale: float, name: str) -> LowRank:
+    """scale * B @ A, on the CPU: B times scale, rounded to float32; merges that differ in scale share all before it.
+
+    Raises RecipeError, naming the module, where that leaves float32.
+    """
+    A, B = result.A.cpu(), result.B.cpu()
+    if scale != 1:
+        B = B * scale
+        if not bool(B.isfinite().all()):
+            raise RecipeError(f"scale: {scale} times {name}, which reaches {result.B.abs().max():.1e}, is no float32")
+    return LowRank(A, B, result.energy)
+
+
+def _start(As: Sequence[Tensor], rank: int) -> Tensor:
+    """Rows that a merged delta is near to being made of: the stacked A [sum r_i, N], or so many random sums of them
+    that the iteration starts twice as wide as it has to."""
+    rows, widest = sum(map(len, As)), max(2 * rank, WIDEST_START)
+    if rows <= widest:
+        return torch.cat(list(As))
+    generator = torch.Generator().manual_seed(0)
+    start = As[0].new_zeros(widest, As[0].shape[1])
+    for A in As:
+        start.addmm_(torch.randn(widest, len(A), generator=generator).to(A), A)
+    return start
 
 
 def _load(
@@ -224,7 +295,8 @@ def work_of(plan: Plan) -> int:
     return sum(module.cost for module in plan.mine) * (1 + sweeps)
 
 
-def _output_bytes(plan: Plan) -> int:
+def output_bytes(plan: Plan) -> int:
+    """Bytes of the factors of the result, at most."""
     return sum(module.rank * (module.rows + module.columns) for module in plan.modules) * plan.dtype.itemsize
 
 

@@ -16,6 +16,7 @@ _F0, _F1 = np.float32(0), np.float32(1)
 _SIGN_OFF = np.uint32(0x7FFFFFFF)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MUL0, _MUL1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_WIDE = 16  # quads in a row from which on they are computed side by side; fewer, and rows are
 _WEYL0, _WEYL1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
@@ -121,17 +122,41 @@ def keep_mask(mask, top, left, stream, adapter, key0, key1, threshold):
             words = _quad(np.uint64(left // 4), row, stream, adapter, key0, key1)
             for j in range(head):
                 mask[i, j] = words[left % 4 + j] < threshold
-        whole = mask[i, head:]
-        for quad in range(quads):
-            a, b, c, d = _quad(np.uint64(first + quad), row, stream, adapter, key0, key1)
-            whole[4 * quad] = a < threshold
-            whole[4 * quad + 1] = b < threshold
-            whole[4 * quad + 2] = c < threshold
-            whole[4 * quad + 3] = d < threshold
+        if quads >= _WIDE:
+            _quads_of_row(mask[i, head:], first, quads, row, stream, adapter, key0, key1, threshold)
         if tail:
             words = _quad(np.uint64(first + quads), row, stream, adapter, key0, key1)
             for j in range(tail):
                 mask[i, columns - tail + j] = words[j] < threshold
+    if quads < _WIDE:
+        for quad in range(quads):
+            part = mask[:, head + 4 * quad : head + 4 * quad + 4]
+            _quads_of_column(part, top, np.uint64(first + quad), stream, adapter, key0, key1, threshold)
+
+
+@_compiled
+def _quads_of_row(mask, first, quads, row, stream, adapter, key0, key1, threshold):
+    for quad in range(quads):
+        a, b, c, d = _quad(np.uint64(first + quad), row, stream, adapter, key0, key1)
+        mask[4 * quad] = a < threshold
+        mask[4 * quad + 1] = b < threshold
+        mask[4 * quad + 2] = c < threshold
+        mask[4 * quad + 3] = d < threshold
+
+
+@_compiled
+def _quads_of_column(mask, top, quad, stream, adapter, key0, key1, threshold):
+    lanes = np.empty((4, len(mask)), np.bool_)  # one after the other, so that the loop can be vectorised
+    lane0, lane1, lane2, lane3 = lanes[0], lanes[1], lanes[2], lanes[3]
+    for i in range(len(mask)):
+        a, b, c, d = _quad(quad, np.uint64(top + i), stream, adapter, key0, key1)
+        lane0[i] = a < threshold
+        lane1[i] = b < threshold
+        lane2[i] = c < threshold
+        lane3[i] = d < threshold
+    for i in range(len(mask)):
+        for lane in range(4):
+            mask[i, lane] = lanes[lane, i]
 
 
 @numba.njit(inline="always")  # a call would not be vectorised

@@ -25,6 +25,7 @@ from merge_engine.pipeline import ahead
 from merge_engine.rule import Rule
 
 SIDES = ("A", "B")
+IN_ORDER = 4  # torch.sum adds so many rows one after the other
 CPU_BATCH, DEVICE_BATCH = 1 << 18, 1 << 26  # elements of all adapters that are merged at once
 
 Mask = Callable[[Layer, int, str], Tensor]  # of a layer, the place of a part in it, and a side
@@ -125,23 +126,50 @@ def _batches(layers: Sequence[Layer], weights: Sequence[float]) -> Iterator[Batc
 
 def _merge(batch: Batch, rule: Rule, density: float, rank: int, mask: Mask) -> list[Tensor]:
     layers, side = batch.layers, batch.side
+    dtype = layers[0].parts[0].A.dtype
+    if rule.elect == "none" and (rule.keep != "magnitude" or density >= 1) and len(batch.weights) <= IN_ORDER:
+        drops = rule.keep == "bernoulli" and density < 1
+        tensors = [_added(layer, side, batch.weights, density, mask if drops else None).to(dtype) for layer in layers]
+    else:
+        tensors = _combined(batch, rule, density, mask).to(dtype).unbind()
+    for tensor in tensors:
+        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+            _blame(batch, dtype)
+    missing = rank - layers[0].parts[0].A.shape[0]
+    if missing and any(layer.grouped for layer in layers):
+        raise AdapterError(f"{layers[0].name} is a convolution in groups, whose rank cannot be raised to {rank}")
+    shape = _factor(layers[0], 0, side).shape
+    return [_padded(tensor.view(shape), SIDES.index(side), missing) for tensor in tensors]
+
+
+def _added(layer: Layer, side: str, weights: Sequence[float], density: float, mask: Mask | None) -> Tensor:
+    """sum_i w_i x_i, or w_i drop(x_i), of one layer, flat: added one after the other, as torch adds up to four rows."""
+    total: Tensor | None = None
+    device = _factor(layer, 0, side).device
+    for place, weight in enumerate(weights):
+        x = _factor(layer, place, side).to(device).flatten()
+        if mask is not None:
+            x = x.clone()
+            drop(x, mask(layer, place, side).flatten(), density)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        term = wide * float(np.float32(weight))
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total
+
+
+def _combined(batch: Batch, rule: Rule, density: float, mask: Mask) -> Tensor:
+    """combine(elect(keep(x))) of every layer: [layers, numel]."""
+    layers, side = batch.layers, batch.side
     places = range(len(batch.weights))
-    first = _factor(layers[0], 0, side)
-    x = _stacked([_factor(layer, place, side).to(first.device).flatten() for place in places for layer in layers])
+    device = _factor(layers[0], 0, side).device
+    x = _stacked([_factor(layer, place, side).to(device).flatten() for place in places for layer in layers])
     if density < 1 and rule.keep == "magnitude":
         trim(x, rule.kept(density, x.shape[1]))
     elif density < 1 and rule.keep == "bernoulli":
         for row, (place, layer) in zip(x, ((place, layer) for place in places for layer in layers), strict=True):
             drop(row, mask(layer, place, side).flatten(), density)
-    merged = _combine(x.view(len(places), len(layers), -1), batch.weights, rule).to(layers[0].parts[0].A.dtype)
-    if not bool(merged.sum().isfinite()) and not bool(merged.isfinite().all()):
-        _blame(batch, merged.dtype)
-    missing = rank - layers[0].parts[0].A.shape[0]
-    if missing and any(layer.grouped for layer in layers):
-        raise AdapterError(f"{layers[0].name} is a convolution in groups, whose rank cannot be raised to {rank}")
-    if len(layers) == 1 and not missing:
-        return [merged.view(first.shape)]
-    return [_padded(tensor.view(first.shape), SIDES.index(side), missing) for tensor in merged.unbind()]
+    return _combine(x.view(len(places), len(layers), -1), batch.weights, rule)
 
 
 def _blame(batch: Batch, dtype: torch.dtype) -> None:
@@ -206,9 +234,9 @@ def _times(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """x.sum(0). torch adds more than four rows in an order that depends on the place of a column: layer by layer then,
-    as PEFT does."""
-    return x.sum(0) if len(x) <= 4 else torch.stack([layer.sum(0) for layer in x.unbind(1)])
+    """x.sum(0). torch adds more rows than `IN_ORDER` in an order that depends on the place of a column: layer by layer
+    then, as PEFT does."""
+    return x.sum(0) if len(x) <= IN_ORDER else torch.stack([layer.sum(0) for layer in x.unbind(1)])
 
 
 def _factor(layer: Layer, place: int, side: str) -> Tensor:
@@ -217,7 +245,9 @@ def _factor(layer: Layer, place: int, side: str) -> Tensor:
 
 
 def _padded(tensor: Tensor, dim: int, missing: int) -> Tensor:
-    """A copy of its own storage, with so many rows (dim 0) or columns (dim 1) of zeros at the end."""
+    """Of its own storage, with so many rows (dim 0) or columns (dim 1) of zeros at the end."""
+    if not missing and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
     shape = list(tensor.shape)
     shape[dim] += missing
     out = tensor.new_zeros(shape) if missing else tensor.new_empty(shape)

@@ -130,9 +130,9 @@ def test_the_sampled_bracket_is_the_same(ties, rounded, monkeypatch):
     stream=st.integers(0, 2**32 - 1),
     adapter=st.integers(0, 2**32 - 1),
     top=st.integers(0, 2**32 - 8),
-    left=st.integers(0, 2**32 - 40),
+    left=st.integers(0, 2**32 - 91),
     rows=st.integers(0, 7),
-    columns=st.integers(0, 39),
+    columns=st.integers(0, 90),
 )
 def test_masks_are_the_same(density, seed, stream, adapter, top, left, rows, columns):
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,97 @@
+"""What several merges need alike, made once and kept while there is room. Safe from threads."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from threading import Lock
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Cache:
+    """Values by key, of `limit` bytes at most.
+
+    What no merge has used for longest goes first, but nothing that this merge or the one before it used: a sweep over
+    all modules that is larger than the cache would else throw out each value just before it is wanted again.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._merge = 0
+        self._entries: OrderedDict[Hashable, tuple[Any, int, int]] = (
+            OrderedDict()
+        )  # value, bytes, last used by; in order
+        self._making: dict[Hashable, Future[Any]] = {}
+        self._lock = Lock()
+
+    def begin(self, limit: int) -> None:
+        """The next merge begins, with this much room for the cache."""
+        with self._lock:
+            self._merge += 1
+            self.limit = limit
+            while self.held > limit:
+                self._drop_oldest()
+
+    def get(self, key: Hashable, make: Callable[[], T], size: Callable[[T], int]) -> T:
+        """The value of a key, made by the first who asks; others wait for it. It is kept if there is room."""
+        with self._lock:
+            if key in self._entries:
+                found: T = self._used(key)
+                return found
+            making = self._making.get(key)
+            mine = making is None
+            if making is None:
+                making = self._making[key] = Future()
+        if not mine:
+            result: T = making.result()
+            return result
+        try:
+            made = make()
+        except BaseException as error:
+            with self._lock:
+                del self._making[key]
+            making.set_exception(error)
+            raise
+        with self._lock:
+            del self._making[key]
+            self._keep(key, made, size(made))
+        making.set_result(made)
+        return made
+
+    def put(self, key: Hashable, value: Any, nbytes: int) -> None:
+        """Keep a value if there is room."""
+        with self._lock:
+            if key not in self._entries:
+                self._keep(key, value, nbytes)
+
+    def find(self, key: Hashable) -> Any:
+        """The value of a key, None if there is none."""
+        with self._lock:
+            return self._used(key) if key in self._entries else None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+            self.held = 0
+
+    def _used(self, key: Hashable) -> Any:
+        value, nbytes, _ = self._entries[key]
+        self._entries[key] = value, nbytes, self._merge
+        self._entries.move_to_end(key)
+        return value
+
+    def _keep(self, key: Hashable, value: Any, nbytes: int) -> None:
+        while self.held + nbytes > self.limit and self._entries:
+            _, _, used = next(iter(self._entries.values()))
+            if used >= self._merge - 1:
+                return
+            self._drop_oldest()
+        if self.held + nbytes <= self.limit:
+            self._entries[key] = value, nbytes, self._merge
+            self.held += nbytes
+
+    def _drop_oldest(self) -> None:
+        _, (_, nbytes, _) = self._entries.popitem(last=False)
+        self.held -= nbytes

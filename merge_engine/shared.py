@@ -1,0 +1,244 @@
+"""Several plans over the same adapters, carried out in one pass over their modules.
+
+On the torch backend a module's factors are read and packed once for all plans, thresholds of all densities come from
+one sweep, products are made once a tile, and plans that differ in scale or dtype only are one until the last step.
+Other backends carry out one plan after the other, from factors that were read once.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from merge_engine import engine, shared_tiles
+from merge_engine.engine import Preparation, Work
+from merge_engine.lowrank import LowRank
+from merge_engine.ops import Backend
+from merge_engine.pipeline import ahead
+from merge_engine.plan import Factors, ModulePlan, Plan
+from merge_engine.pool import Pool, Room, seed_of
+from merge_engine.shared_tiles import Ask
+from merge_engine.torch_backend import TorchBackend
+
+T = TypeVar("T")
+Numbers = list[int]  # of plans that are still one
+
+
+class Member(NamedTuple):
+    """One module of plans that have the same of it, but for scale and dtype."""
+
+    numbers: Numbers
+    plan: Plan
+    module: ModulePlan
+    ready: Preparation
+
+
+class Family(NamedTuple):
+    """Members that merge one module of the same adapters, in one space, with what these adapters bring."""
+
+    members: list[Member]
+    factors: Factors
+    packed: dict[str, Any]  # by side
+
+
+class Job(NamedTuple):
+    """A member on its way to its factors: merged, found, or failed."""
+
+    member: Member
+    state: Work | LowRank | Exception
+
+
+Outcome = LowRank | Exception
+
+
+def merged_modules(
+    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room, failed: set[int]
+) -> Iterator[tuple[int, ModulePlan, Outcome]]:
+    """(number of the plan, module, its merged factors) for every module of every plan, with the bits `engine` gives.
+
+    Where something goes wrong with a plan, one of its modules comes with an exception, and no other comes any more, as
+    for the plans that the caller counts as failed.
+    """
+    if isinstance(backend, TorchBackend):
+        outcomes = _module_by_module(plans, backend, pool, room, failed)
+    else:
+        outcomes = _plan_by_plan(plans, backend, pool, room)
+    for numbers, module, outcome in outcomes:
+        for number in numbers:
+            if number not in failed:
+                own = outcome if isinstance(outcome, Exception) else _attempt(_own, outcome, plans[number], module)
+                if isinstance(own, Exception):
+                    failed.add(number)
+                yield number, module, own
+
+
+def _plan_by_plan(
+    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room
+) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
+    alike: dict[Hashable, Numbers] = {}
+    for number, plan in enumerate(plans):
+        alike.setdefault((plan.adapters, plan.modules, _way(plan)), []).append(number)
+    for numbers in alike.values():
+        plan = plans[numbers[0]]
+        try:
+            works = engine.merge_groups(plan, backend, pool.prepared(plan, backend))
+            cut = partial(_cut, plan, backend)
+            for work, result in ahead(cut, works, room.workers):
+                yield numbers, work.module, result
+        except Exception as error:
+            yield numbers, plan.modules[0], error
+
+
+def _cut(plan: Plan, backend: Backend, work: Work) -> tuple[Work, LowRank]:
+    return work, engine.cut(plan, backend, work)
+
+
+def _module_by_module(
+    plans: Sequence[Plan], backend: TorchBackend, pool: Pool, room: Room, failed: set[int]
+) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
+    modules = [{module.name: module for module in plan.modules} for plan in plans]
+    ready: dict[int, Preparation] = {}
+    for number, plan in enumerate(plans):
+        found = _attempt(pool.prepared, plan, backend)
+        if isinstance(found, Exception):
+            yield [number], plan.modules[0], found
+        else:
+            ready[number] = found
+
+    def load(name: str) -> list[Family | Job]:
+        """The families of a module; what has been found already, or cannot be read, needs no family."""
+        having = [number for number in ready if number not in failed and name in modules[number]]
+        members = [Member([number], plans[number], modules[number][name], ready[number]) for number in having]
+        alike: dict[Hashable, list[Member]] = {}
+        loaded: list[Family | Job] = []
+        for member in _as_one(members):
+            result = pool.cache.find(_result_key(member)) if pool.keeps_results else None
+            if result is not None:
+                loaded.append(Job(member, result))
+            else:
+                alike.setdefault((_adapters(member), member.plan.recipe.space), []).append(member)
+        for family in alike.values():
+            try:
+                loaded.append(_read(family, backend))
+            except Exception as error:
+                loaded += [Job(member, error) for member in family]
+        return loaded
+
+    def jobs() -> Iterator[Job]:
+        names = sorted({name for known in modules for name in known})
+        for loaded in ahead(load, names):
+            for each in loaded:
+                if isinstance(each, Job):
+                    yield each
+                    continue
+                try:
+                    yield from _merge(each, pool, room.together)
+                except Exception as error:
+                    yield from (Job(member, error) for member in each.members)
+
+    for job, outcome in ahead(partial(_finished, backend, pool), jobs(), room.workers):
+        yield job.member.numbers, job.member.module, outcome
+
+
+def _as_one(members: Sequence[Member]) -> list[Member]:
+    """Members with the same result before its scale, as one."""
+    found: dict[Hashable, Member] = {}
+    for member in members:
+        found.setdefault(_result_key(member), member._replace(numbers=[])).numbers.extend(member.numbers)
+    return list(found.values())
+
+
+def _read(members: list[Member], backend: TorchBackend) -> Family:
+    """Factors are read, and packed if any member merges more than the factors say."""
+    _, plan, module, _ = members[0]
+    factors = plan.read(module)
+    merges = [member for member in members if not _alone(member.plan)]
+    packed = {side: backend.pack(plan, [module], [factors], side) for side in (plan.sides if merges else ())}
+    return Family(members, factors, packed)
+
+
+def _merge(family: Family, pool: Pool, together: int) -> Iterator[Job]:
+    """Every member merged, so many matrices at once; members that differ in what they are cut to share theirs."""
+    for member in family.members:
+        if _alone(member.plan):
+            yield Job(member, Work(member.module, family.factors, {}))
+    asked: dict[tuple[Ask, ...], list[Member]] = {}
+    merging = [member for member in family.members if not _alone(member.plan)]
+    sides = [_asks(merging, family, side, pool) for side in family.packed]
+    for member, *asks in zip(merging, *sides, strict=True):
+        asked.setdefault(tuple(asks), []).append(member)
+    waiting = list(asked.items())
+    while waiting:
+        part, waiting = waiting[:together], waiting[together:]
+        merged = {
+            side: shared_tiles.merge_deltas(sources, [asks[i] for asks, _ in part])
+            for i, (side, sources) in enumerate(family.packed.items())
+        }
+        for i, (_, members) in enumerate(part):
+            tensors = {side: _taken(results, i) for side, results in merged.items()}
+            for member in members:
+                yield Job(member, Work(member.module, family.factors, tensors))
+
+
+def _asks(members: Sequence[Member], family: Family, side: str, pool: Pool) -> list[Ask]:
+    """What is asked for of one side, by every member."""
+    keeps = pool.keeps([member[1:] for member in members], family.packed[side], side)
+    return [
+        Ask(tuple(module.weights_of(side)), kept, plan.rule, ready.tied[side])
+        for (_, plan, module, ready), kept in zip(members, keeps, strict=True)
+    ]
+
+
+def _taken(results: list[Tensor], i: int) -> Tensor:
+    """A result that is held by whoever takes it only."""
+    tensor, results[i] = results[i], results[i][:0]
+    return tensor
+
+
+def _finished(backend: Backend, pool: Pool, job: Job) -> tuple[Job, Outcome]:
+    member, state = job
+    if not isinstance(state, Work):
+        return job, state
+    stack = partial(pool.stack, member.plan, member.module)
+    made = _attempt(engine.cut, member.plan, backend, state, stack)
+    if pool.keeps_results and not isinstance(made, Exception):
+        pool.cache.put(_result_key(member), made, _result_bytes(made))
+    return job, made
+
+
+def _own(result: LowRank, plan: Plan, module: ModulePlan) -> LowRank:
+    """The plan's result, in memory of its own."""
+    A, B, energy = engine.scaled(result, plan.recipe.scale, module.name)
+    return LowRank(A.clone(), B.clone() if B is result.B else B, energy)
+
+
+def _alone(plan: Plan) -> bool:
+    """Whether the factors say it all."""
+    return plan.recipe.method == "cat" or (plan.rule.keep == "all" and plan.recipe.space == "delta")
+
+
+def _way(plan: Plan) -> Hashable:
+    """All that a plan says of how its modules are merged and cut, but for the scale."""
+    return plan.rule, plan.recipe.space, plan.recipe.method == "cat", plan.recipe.energy, seed_of(plan)
+
+
+def _result_key(member: Member) -> Hashable:
+    _, plan, module, ready = member
+    return "result", _adapters(member), module, _way(plan), tuple(ready.tied.values())
+
+
+def _result_bytes(result: LowRank) -> int:
+    return 4 * (result.A.numel() + result.B.numel())
+
+
+def _adapters(member: Member) -> Hashable:
+    return tuple(member.plan.adapters[number] for number in member.module.adapters)
+
+
+def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
+    """What the function returns, or raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
