@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from merge_engine.adapter import open_adapter
     from merge_engine.checkpoint import open_checkpoint
+    from merge_engine.compare import interference
+    from merge_engine.compare_figures import Interference
     from merge_engine.engine import Merged, merge
     from merge_engine.errors import AdapterError, MergeError, ModelError, OutputError, RecipeError
     from merge_engine.into import MergedModel, merge_into, merge_models
+    from merge_engine.many import Failed, merge_many
+    from merge_engine.mergekit_recipe import merge_recipe
     from merge_engine.recipe import Recipe
+    from merge_engine.session import Session
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
+    "Failed",
+    "Interference",
     "MergeError",
     "Merged",
     "MergedModel",
@@ -25,9 +32,13 @@ __all__ = [
     "OutputError",
     "Recipe",
     "RecipeError",
+    "Session",
+    "interference",
     "merge",
     "merge_into",
+    "merge_many",
     "merge_models",
+    "merge_recipe",
     "open_adapter",
     "open_checkpoint",
 ]
@@ -43,8 +54,14 @@ _HOMES = {
     "MergedModel": "into",
     "merge_into": "into",
     "merge_models": "into",
+    "merge_many": "many",
+    "Failed": "many",
+    "merge_recipe": "mergekit_recipe",
+    "Session": "session",
     "open_adapter": "adapter",
     "open_checkpoint": "checkpoint",
+    "Interference": "compare_figures",
+    "interference": "compare",
     "AdapterError": "errors",
     "MergeError": "errors",
     "ModelError": "errors",

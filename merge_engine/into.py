@@ -8,7 +8,7 @@ copied byte for byte. Reading, merging and writing overlap. A journal makes an i
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +23,7 @@ from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from merge_engine.engine import Preparation, prepare, work_of
 from merge_engine.errors import MergeError, ModelError, OutputError, RecipeError
-from merge_engine.finetuned import Finetuned, Target, open_finetuned, read_finite
+from merge_engine.finetuned import Finetuned, Target, added_rows, open_finetuned, read_finite
 from merge_engine.journal import Journal, check_same, read_journal, remove_journal
 from merge_engine.model_files import write_companions
 from merge_engine.ops import ModelBackend
@@ -34,8 +34,15 @@ from merge_engine.ranks import Ranks, join
 from merge_engine.recipe import DTYPES, Recipe
 from merge_engine.shards import SHARD_SIZE, Layout, ShardFiles, Slot, lay_out, parse_size
 from merge_engine.stream import tensor_bytes
-from merge_engine.targets import saved_tensors, targets_of_adapters, targets_of_models
+from merge_engine.targets import (
+    check_tokens,
+    saved_tensors,
+    saved_vocabulary,
+    targets_of_adapters,
+    targets_of_models,
+)
 from merge_engine.tensors import StoredTensor
+from merge_engine.vocabulary import Union, unite
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +75,7 @@ class Job:
     saved: dict[str, StoredTensor]  # by key of the base: layers that adapters hold whole
     layout: Layout
     shard_size: int
+    union: Union | None = None  # of the vocabularies, where they are united
 
     @cached_property
     def module_of(self) -> dict[str, str]:
@@ -79,6 +87,21 @@ class Job:
     def source(self, key: str) -> StoredTensor:
         """What is copied to a key that no module is merged into."""
         return self.saved.get(key, self.base.tensors[key])
+
+    def pieces(self, key: str, merged: Tensor | None) -> Iterable[Tensor]:
+        """What is written to a key, in order: a copy, or the merged tensor, and behind it rows that the base lacks.
+
+        Rows of added tokens come into the merged tensor too, in place of the base's padding.
+        """
+        if merged is None:
+            return self.source(key).pieces()
+        if self.union is None or not self.union.added or key not in self.union.keys:
+            return [merged]
+        models = [source for source in self.plan.adapters if isinstance(source, Finetuned)]
+        added = added_rows(models, self.base.twins.get(key, key))
+        inside = self.union.base_rows - self.union.first
+        merged[self.union.first :][: len(added)] = added[:inside].to(merged.dtype)
+        return [merged, added[inside:]]
 
     def keys_of(self, module: str) -> list[str]:
         """The keys that a module is merged into: one, and its twins."""
@@ -104,6 +127,7 @@ def merge_into(
     dry_run: bool = False,
     progress: bool | None = None,
     backend: str | None = None,
+    vocab: str = "base",
     **recipe: Any,
 ) -> MergedModel:
     """base + scale * method(w_1 d_1, ..., w_n d_n): adapters merged into a full model, a folder for transformers.
@@ -113,6 +137,7 @@ def merge_into(
     output: the folder to write; it appears complete or not at all. What an interrupted run leaves beside it
         (``.<name>.partial``) is taken up by the next run of the same merge, and refused by any other.
     shard_size: of each weight file at most, as "5GB". dry_run: check and estimate, write nothing.
+    vocab: as in `merge_models`.
     recipe: the fields of `Recipe`, without rank and energy; dtype is that of the output, None for the base's own.
 
     Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError; all but a full disk
@@ -127,6 +152,7 @@ def merge_into(
         dry_run=dry_run,
         progress=progress,
         backend=backend,
+        vocab=vocab,
         **recipe,
     )
 
@@ -141,18 +167,24 @@ def merge_models(
     dry_run: bool = False,
     progress: bool | None = None,
     backend: str | None = None,
+    vocab: str = "base",
     **recipe: Any,
 ) -> MergedModel:
     """base + scale * method(w_1 (m_1 - base), ...): full models merged with each other, each tensor a task tensor.
 
     models: folders or hub ids of full models fine-tuned from the base, and of adapters on it, in any mixture.
+    vocab: whose tokens the output has: the "base"'s, which every model has to share, or the "union" of all. In a union
+        rows of embedding and head are aligned by the strings of their tokens, as tokenizer.json has them. The base's
+        tokens keep their indices, and merge as everything does; a model that lacks one counts as unchanged there.
+        Others come behind them in order of first appearance, each with the mean of its rows in the models that have it.
+        An adapter that holds embedding and head whole, as PEFT saves them with added tokens, is a model in these.
     Other arguments, result and errors as in `merge_into`.
     """
     asked = Recipe.from_mapping(recipe)
     size = parse_size(shard_size)
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     inputs = [model if isinstance(model, Adapter | Checkpoint) else open_input(model) for model in models]
-    job = make_job(opened, inputs, asked, size)
+    job = make_job(opened, inputs, asked, size, vocab)
     return run(job, Path(output), backend=ops.choose(backend), overwrite=overwrite, dry_run=dry_run, progress=progress)
 
 
@@ -167,31 +199,49 @@ def open_input(source: str | Path) -> Input:
     return open_adapter(source) if (folder / "adapter_config.json").is_file() else open_checkpoint(source)
 
 
-def make_job(base: Checkpoint, inputs: Sequence[Input], recipe: Recipe, shard_size: int) -> Job:
+def make_job(base: Checkpoint, inputs: Sequence[Input], recipe: Recipe, shard_size: int, vocab: str = "base") -> Job:
     """Check that the inputs fit the base and the recipe, and say where every tensor of the output goes."""
-    models = [each for each in inputs if isinstance(each, Checkpoint)]
+    if vocab not in ("base", "union"):
+        raise RecipeError(f"vocab: wanted base or union, got {vocab!r}")
     adapters = [each for each in inputs if isinstance(each, Adapter)]
+    held = {}  # of adapters, as models of their own
+    if vocab == "union":
+        held = {each: model for each in adapters if (model := saved_vocabulary(base, each)) is not None}
+    found = [each if isinstance(each, Checkpoint) else held.get(each) for each in inputs]
+    models = [model for model in found if model is not None]
     if recipe.rank != "auto" or recipe.energy is not None:
         raise RecipeError("rank: a merge into a base model is not cut to a rank; wanted neither rank nor energy")
     if models and (recipe.space == "factors" or recipe.method == "cat"):
-        raise RecipeError(f"space: {models[0].name} is a full model and has no factors; wanted space='delta', not cat")
+        what = "is a full model" if models[0] in inputs else "holds its vocabulary whole"
+        raise RecipeError(f"space: {models[0].name} {what} and has no factors; wanted space='delta', not cat")
     if recipe.method == "cat":  # stacked factors multiply out to the sum of the deltas
         recipe = replace(recipe, space="delta")
-    targets = targets_of_adapters(base, adapters)
-    if models:
-        targets = targets_of_models(base, targets)
+    targets = targets_of_models(base, models, targets_of_adapters(base, adapters))
     described = {name: module for adapter in adapters for name, module in adapter.modules.items()}
-    bound = [each if isinstance(each, Adapter) else open_finetuned(each, base, targets, described) for each in inputs]
-    saved = saved_tensors(base, adapters)
-    plan = make_plan(bound, recipe)
+    union = unite(base, models) if vocab == "union" else None
+
+    def bind(each: Input) -> Adapter | Finetuned:
+        if isinstance(each, Checkpoint):
+            return open_finetuned(each, base, targets, described, union)
+        return open_finetuned(held[each], base, targets, described, union, each) if each in held else each
+
+    bound = [bind(each) for each in inputs]
+    plain = [each for each in adapters if each not in held]
+    if union is not None:
+        check_tokens(base, plain, targets, union)
+    saved = saved_tensors(base, plain)
+    plan = make_plan(bound, recipe, by_module=True)
     for key in {target.stored.key for target in targets.values()} & saved.keys():
         raise ModelError(f"{key} is both merged and saved whole by an adapter; such layers cannot be merged")
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     shapes = {
-        key: (dtype if dtype and stored.dtype in FLOATS else stored.dtype, stored.shape)
+        key: (
+            dtype if dtype and stored.dtype in FLOATS else stored.dtype,
+            (union.rows, *stored.shape[1:]) if union is not None and key in union.keys else stored.shape,
+        )
         for key, stored in base.tensors.items()
     }
-    return Job(base, plan, targets, saved, lay_out(shapes, shard_size), shard_size)
+    return Job(base, plan, targets, saved, lay_out(shapes, shard_size), shard_size, union)
 
 
 def run(
@@ -225,7 +275,7 @@ def run(
             raise
         ranks.wait()
         if ranks.rank == 0:
-            write_companions(folder, job.base, job.plan, job.layout, backend.name)
+            write_companions(folder, job.base, job.plan, job.layout, backend.name, job.union)
             remove_journal(folder)
     ranks.wait()
     return replace(result, path=output, resumed=resumed, seconds=time.perf_counter() - start)
@@ -287,7 +337,7 @@ def _finished(job: Job, files: ShardFiles, folder: Path) -> set[str]:
 
 def _items(job: Job, keys: Sequence[str], done: set[str], backend: ModelBackend, ready: Preparation) -> Iterator[Item]:
     """Everything that is to be written: merged modules, and between them what is copied, as the base has them."""
-    groups = backend.groups(job.plan)
+    groups = [part for group in backend.groups(job.plan) for part in job.plan.of_one_weight(group)]
     groups = [group for group in groups if not all(done.issuperset(job.keys_of(module.name)) for module in group)]
     copies = [key for key in keys if key not in job.module_of and key not in done]
     for number, (group, bases, packed) in enumerate(ahead(lambda group: _load(job, backend, group), groups), 1):
@@ -340,7 +390,7 @@ def _write(job: Job, files: ShardFiles, journal: Journal, item: Item) -> int:
     """Put a tensor to its places and say so in the journal; its cost."""
     for key in item.keys:
         slot, position, digest = job.layout.slots[key], 0, hashlib.sha256()
-        for piece in [item.merged] if item.merged is not None else job.source(key).pieces():
+        for piece in job.pieces(key, item.merged):
             same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
             data = tensor_bytes(piece if same else _cast(piece, slot))
             digest.update(data)
@@ -393,6 +443,7 @@ def _identity(job: Job, backend: ModelBackend) -> dict[str, Any]:
     return {
         "recipe": {**recipe.as_dict(), "weights": list(weights)},
         "shard_size": job.shard_size,
+        "vocab": "base" if job.union is None else f"union of {len(job.union.tokens)} tokens {job.union.digest[:16]}",
         "backend": backend.name,
         "base": _files(job.base.path, job.base.files),
         "inputs": [_files_of(source) for source in job.plan.adapters],
@@ -402,7 +453,9 @@ def _identity(job: Job, backend: ModelBackend) -> dict[str, Any]:
 
 def _files_of(source: Adapter | Finetuned) -> dict[str, Any]:
     if isinstance(source, Finetuned):
-        return _files(source.model.path, source.model.files)
+        if source.adapter is None:
+            return _files(source.model.path, source.model.files)
+        source = source.adapter
     return _files(source.path, [file for file in sorted(source.path.iterdir()) if file.name.startswith("adapter_")])
 
 

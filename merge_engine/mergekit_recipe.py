@@ -9,7 +9,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
-from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,10 +63,6 @@ def merge_recipe(
         fields["dtype"] = _promoted(asked.file, base, [each for each in inputs if isinstance(each, Checkpoint)])
     if asked.vocab == "base":
         _check_tokens(asked, base, [each for each in inputs if isinstance(each, Checkpoint)])
-    if asked.vocab == "union":
-        if "vocab" not in signature(merge_models).parameters:
-            raise RecipeError(f"{asked.file}: tokenizer_source: union is not supported yet; wanted base")
-        fields["vocab"] = asked.vocab
     return merge_models(
         base,
         inputs,
@@ -77,6 +72,7 @@ def merge_recipe(
         dry_run=dry_run,
         progress=progress,
         backend=backend,
+        vocab=asked.vocab or "base",
         seed=seed,
         **fields,
     )

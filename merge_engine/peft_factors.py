@@ -131,7 +131,7 @@ def _merge(batch: Batch, rule: Rule, density: float, rank: int, mask: Mask) -> l
         drops = rule.keep == "bernoulli" and density < 1
         tensors = [_added(layer, side, batch.weights, density, mask if drops else None).to(dtype) for layer in layers]
     else:
-        tensors = _combined(batch, rule, density, mask).to(dtype).unbind()
+        tensors = list(_combined(batch, rule, density, mask).to(dtype).unbind())
     for tensor in tensors:
         if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
             _blame(batch, dtype)

@@ -1,13 +1,13 @@
 """Which tensor of a base model each module is merged into, and which way round."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from merge_engine.adapter import KEY_PREFIX, Adapter, Module
 from merge_engine.checkpoint import FLOATS, Checkpoint, is_head
 from merge_engine.errors import ModelError
 from merge_engine.finetuned import Target
 from merge_engine.tensors import StoredTensor
-from merge_engine.vocabulary import vocabulary_keys
+from merge_engine.vocabulary import Union, in_layer, token_keys, tokens, vocabulary_keys
 
 
 def targets_of_adapters(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Target]:
@@ -31,12 +31,16 @@ def targets_of_adapters(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[s
     return targets
 
 
-def targets_of_models(base: Checkpoint, adapted: dict[str, Target]) -> dict[str, Target]:
-    """Every floating-point tensor of the base, by module: its key without ``.weight``. Twins are merged once."""
+def targets_of_models(base: Checkpoint, models: Sequence[Checkpoint], adapted: dict[str, Target]) -> dict[str, Target]:
+    """Every floating-point tensor of the base that a model has too, by module: its key without ``.weight``.
+
+    Twins are merged once. adapted: the targets of adapters, which are as they say.
+    """
     targets = {
         key.removesuffix(".weight"): Target(stored, transposed=False)
         for key, stored in base.tensors.items()
         if stored.dtype in FLOATS and key not in base.twins and 0 not in stored.shape
+        if any(key in model.tensors for model in models)
     }
     return targets | adapted
 
@@ -66,6 +70,45 @@ def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, St
                 raise ModelError(f"{adapter.name}: {key} is tied to another layer of {base.name}; untie them first")
             saved[key] = stored
     return saved
+
+
+def saved_vocabulary(base: Checkpoint, adapter: Adapter) -> Checkpoint | None:
+    """All the layers with a row a token, as a model of these alone, if an adapter holds them whole.
+
+    PEFT saves them beside the factors where tokens were added. Of tied layers the second is left out.
+
+    Raises ModelError: tied layers differ; or other layers are held whole too, or the same ones adapted.
+    """
+    wanted = [key for key in token_keys(base) if key not in base.twins]
+    held = {extra.removeprefix(KEY_PREFIX): stored for extra, stored in adapter.extras.items()}
+    if not held.keys() >= set(wanted):
+        return None
+    saved = {key: held.pop(key) for key in wanted}
+    for key in [key for key in held if key in base.twins or (is_head(key) and base.ties_embeddings)]:
+        first = base.twins.get(key, wanted[0])
+        if not held[key].same_as(saved[first]):
+            raise ModelError(f"{adapter.name}: {key} is tied to {first} in {base.name}, wanted the same rows in both")
+        del held[key]
+    others = [key for key in held if not key.endswith((".base_layer.weight", ".base_layer.bias"))]
+    others += [key for key in saved if key.removesuffix(".weight") in adapter.modules]
+    if others:
+        raise ModelError(f"{adapter.name}: wanted only {', '.join(wanted)} held whole and not adapted, got {others[0]}")
+    return Checkpoint(adapter.name, adapter.source, adapter.path, {}, saved)
+
+
+def check_tokens(base: Checkpoint, adapters: Sequence[Adapter], targets: Mapping[str, Target], union: Union) -> None:
+    """Raise ModelError where an adapter changes rows of the vocabulary and has tokens that the base lacks.
+
+    Its rows are the base's, whatever the strings: a token of its own would have a row of the base's padding.
+    """
+    for adapter in adapters:
+        keys = {targets[name].stored.key for name in adapter.modules} | saved_tensors(base, [adapter]).keys()
+        added = [token for token in tokens(adapter.path) if token not in union.tokens or token in union.added]
+        if added and keys & union.keys:
+            raise ModelError(
+                f"{adapter.name}: it changes {min(keys & union.keys)} and has tokens that {base.name} has not "
+                f"({', '.join(added[:8])}); wanted {', '.join(token_keys(base))} saved whole in it"
+            )
 
 
 def _find(base: Checkpoint, adapter: Adapter, name: str) -> StoredTensor:
@@ -118,7 +161,7 @@ def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: S
     seen = {
         base.tensors[f"{other.name}.weight"].shape != (other.rows, other.columns)
         for other in adapter.modules.values()
-        if other.kind == "linear" and other.rows != other.columns and _in_layer(other.name) == _in_layer(module.name)
+        if other.kind == "linear" and other.rows != other.columns and in_layer(other.name) == in_layer(module.name)
         if f"{other.name}.weight" in base.tensors
     }
     if seen not in (set(), {flag}):
@@ -127,7 +170,3 @@ def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: S
             "the other way; wanted it set right in adapter_config.json"
         )
     return flag
-
-
-def _in_layer(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))

@@ -117,7 +117,7 @@ def test_recipe_file_and_options_over_it(three, tmp_path, capsys):
     [
         ("method: ties", "recipe.yaml: wanted a table of keys with a list of adapters"),
         ("[1, 2", "recipe.yaml: cannot be read: "),
-        ("adapters: [a]\nmerge_method: ties\noutput: o", "recipe: wanted one of method, .*, got 'merge_method'"),
+        ("adapters: [a]\nmethods: ties\noutput: o", "recipe: wanted one of method, .*, got 'methods'"),
         ("adapters: [a]", "output: wanted a folder to write to"),
     ],
 )
