@@ -107,9 +107,10 @@ def keep_mask(
     if threshold == 2**32:
         return out.fill_(True)
     if loops := jit.loops():
-        seeds = np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)
-        loops.keep_mask(out.numpy(), row0, col0, np.uint64(stream), np.uint64(adapter), *seeds, np.uint64(threshold))
-        return out
+        whole = out if out.is_contiguous() else torch.empty(shape, dtype=torch.bool)
+        words = map(np.uint64, (stream, adapter, seed & 0xFFFFFFFF, seed >> 32, threshold))
+        loops.keep_mask(whole.numpy(), row0, col0, *words)
+        return out if whole is out else out.copy_(whole)
     mask, limit = out.numpy(), np.uint32(threshold)
     keys = _round_keys(seed & 0xFFFFFFFF, seed >> 32)
 

@@ -67,8 +67,8 @@ def _merge_weighted(
     held: Sequence[Source], products: Tensor, ballot: Ask, weights: Sequence[tuple[float, ...]], tile: Tile
 ) -> Tensor:
     """The tile by each of the weights [s, rows, columns], in a scratch of this thread."""
-    from merge_engine import shared_loops
-
+    loops = jit.loops()
+    assert loops is not None
     values = products
     if any(isinstance(keep, Drop) for keep in ballot.keeps):
         values = _scratches("kept", held, tile)
@@ -76,7 +76,7 @@ def _merge_weighted(
             target.copy_(tiled._dropped_only(source, keep, tile))
     below, above, row, column = zip(*(tiled._limits(keep, tile) for keep in ballot.keeps), strict=True)
     out = tiled._scratch("merged", (len(weights), *tiled._shape(tile)))
-    shared_loops.merge_weighted(
+    loops.merge_weighted(
         *(values.numpy(), np.array(below), np.array(above), np.array(row), np.array(column)),
         *(ballot.rule.elect != "none", ballot.rule.elect == "frequency", ballot.tied > 0),
         *(ballot.rule.elect != "none" and ballot.rule.divisor == "count", np.array(weights, np.float32), out.numpy()),

@@ -400,7 +400,7 @@ def _elect_tile(
     Both sides are carried along, and one is chosen at the end.
     """
     shape = _shape(tile)
-    counter = torch.float32 if rule.divisor == "weight" else torch.uint8 if len(sources) < 256 else torch.int32
+    counter = torch.uint8 if rule.divisor == "count" and len(sources) < 256 else torch.float32
     votes = _scratch("votes", shape).zero_()
     sums = _scratch("sums", (2, *shape)).zero_()
     shares = _scratch("shares", (2, 0, 0) if rule.divisor == "one" else (2, *shape), counter).zero_()
