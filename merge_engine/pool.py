@@ -24,7 +24,9 @@ from merge_engine.stacked import Stack
 from merge_engine.tensors import StoredTensor
 from merge_engine.tiled import TILE_ELEMENTS, KeepTile, Source
 
-OWN = 384 << 20  # bytes of a process that has imported torch and triton and merged something small
+# Bytes of a process that has imported torch, triton and Numba and merged something small, some 450 MB, and of what
+# allocators keep.
+OWN = 544 << 20
 _SCRATCHES = 12  # tiles that `tiled` works with on each thread
 
 Request = Recipe | Mapping[str, Any]

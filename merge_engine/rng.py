@@ -108,8 +108,8 @@ def keep_mask(
         return out.fill_(True)
     if loops := jit.loops():
         whole = out if out.is_contiguous() else torch.empty(shape, dtype=torch.bool)
-        words = map(np.uint64, (stream, adapter, seed & 0xFFFFFFFF, seed >> 32, threshold))
-        loops.keep_mask(whole.numpy(), row0, col0, *words)
+        arguments = [np.uint64(word) for word in (stream, adapter, seed & 0xFFFFFFFF, seed >> 32, threshold)]
+        loops.keep_mask(whole.numpy(), row0, col0, *arguments)
         return out if whole is out else out.copy_(whole)
     mask, limit = out.numpy(), np.uint32(threshold)
     keys = _round_keys(seed & 0xFFFFFFFF, seed >> 32)
