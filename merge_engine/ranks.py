@@ -1,5 +1,6 @@
 """The processes that work on one merge together, as torchrun starts them; usually there is one."""
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,4 +70,13 @@ def join() -> Ranks:
     ranks = Ranks(int(os.environ["RANK"]), world)
     if not dist.is_initialized():
         ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
+        atexit.register(_leave)
     return ranks
+
+
+def _leave() -> None:
+    """Take the process group down while Python still runs: its threads would abort a process that merely ends."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
