@@ -12,25 +12,22 @@ import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-LAYERS, HIDDEN, MLP, HEADS, VOCABULARY, RANK = 12, 768, 2048, 12, 32000, 16
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN, HIDDEN),
-    "self_attn.v_proj": (HIDDEN, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (MLP, HIDDEN),
-    "mlp.up_proj": (MLP, HIDDEN),
-    "mlp.down_proj": (HIDDEN, MLP),
-}
+from bench.agreement import Disagreement
+from bench.inputs import SCALING, llama, make_adapter
+from bench.measure import Clock, Contestant, Sample, interleaved, spread, whole_process
+
+LAYERS, HIDDEN, MLP, HEADS, VOCABULARY = 12, 768, 2048, 12, 32000
+SHAPES = llama(HIDDEN, HIDDEN, MLP)
 METHODS: dict[str, dict[str, Any]] = {"ties": {"density": 0.2}, "dare_ties": {"density": 0.2}}
 TARGETS = {"ties": 10, "dare_ties": 6}
+PROGRAM = "MERGEKIT_YAML"  # the environment variable with the command that starts mergekit-yaml
 
 
 def make_base(folder: Path, seed: int = 0, layers: int = LAYERS) -> None:
@@ -59,43 +56,75 @@ def make_base(folder: Path, seed: int = 0, layers: int = LAYERS) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
-def make_adapter(folder: Path, seed: int, base: Path, layers: int = LAYERS) -> None:
-    """An adapter folder as PEFT writes it: A ~ N(0, 1/in), B ~ N(0, 0.01^2), float32, alpha = 2 r."""
+def make_inputs(folder: Path, layers: int = LAYERS) -> tuple[Path, list[Path]]:
+    """(base, three adapters) in a new folder, where outputs have a place too."""
+    base, adapters = folder / "base", [folder / each for each in "abc"]
+    make_base(base, layers=layers)
+    for seed, adapter in enumerate(adapters, 1):
+        make_adapter(adapter, seed, layers, SHAPES, base)
+    return base, adapters
+
+
+def mergekit() -> list[str]:
+    """The command that starts mergekit-yaml: as MERGEKIT_YAML says, or from the path; empty without one."""
+    return shlex.split(os.environ.get(PROGRAM) or shutil.which("mergekit-yaml") or "")
+
+
+def output_of(base: Path, rival: str) -> Path:
+    return base.with_name(f"{rival} output")
+
+
+def run_ours(base: Path, adapters: list[Path], method: str) -> Sample:
+    """A whole process, from its start to its end; its output stays for a check."""
+    output = output_of(base, "ours")
+    shutil.rmtree(output, ignore_errors=True)
+    return whole_process(ours(base, adapters, output, method))._replace(result=output)
+
+
+def run_mergekit(base: Path, adapters: list[Path], method: str) -> Sample:
+    """The same by mergekit, whose cache of materialised adapters is removed before."""
+    program, output = mergekit(), output_of(base, "mergekit")
+    if not program:
+        raise RuntimeError(f"mergekit: wanted its command in {PROGRAM} or mergekit-yaml on the path, got neither")
+    for leftover in (output, base.with_name("cache")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return whole_process(mergekits(program, base, adapters, output, method))._replace(result=output)
+
+
+RIVALS = {"ours": run_ours, "mergekit": run_mergekit}
+
+
+def check(base: Path, adapters: list[Path], method: str, output: Path) -> None:
+    """Raise Disagreement unless one module of the output is base + merged delta by `reference`, rounded to bfloat16.
+
+    float32 products are summed in another order, so an element near the threshold or with a vote near 0 may differ:
+    one in ten thousand; the others by one rounding to bfloat16.
+    """
     import torch
-    from safetensors.torch import save_file
+    from safetensors import safe_open
 
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(layers):
-        for name, (rows, columns) in SHAPES.items():
-            stem = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / columns**0.5
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.01
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK}
-    config |= {"target_modules": sorted({name.split(".")[1] for name in SHAPES}), "base_model_name_or_path": str(base)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+    from merge_engine import reference, rng
+    from merge_engine.rule import make_rule
 
+    def tensors(folder: Path, *names: str) -> list[torch.Tensor]:
+        (file,) = folder.glob("*.safetensors")
+        with safe_open(file, "pt") as opened:
+            return [opened.get_tensor(name) for name in names]
 
-# A child's peak starts at that of its parent when it forks: a small process in between starts the one that counts.
-LAUNCHER = """
-import json, os, subprocess, sys, time
-start = time.perf_counter()
-child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(child.pid, 0)
-seconds = time.perf_counter() - start
-print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss * 1024 / 1e6, usage.ru_utime]))
-"""
-
-
-def timed(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident MB) of a whole process."""
-    done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
-    code, seconds, peak, _ = json.loads(done.stdout)
-    if code:
-        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-    return seconds, peak
+    module = "model.layers.0.self_attn.q_proj"
+    sides = [f"base_model.model.{module}.lora_{side}.weight" for side in "AB"]
+    rule, density = make_rule(method), METHODS[method]["density"]
+    deltas = {number: reference.delta(*tensors(folder, *sides), SCALING) for number, folder in enumerate(adapters)}
+    rows, columns = map(range, deltas[0].shape)
+    place = {"seed": 0, "stream": rng.stream_id(module, "delta"), "rows": rows, "columns": columns}
+    masks = {"": {number: rng.keep_mask(density, adapter=number, **place) for number in deltas}}
+    ones, densities = [1.0] * len(adapters), {"": [density] * len(adapters)}
+    merged = reference.merge_model({"": deltas}, ones, densities, rule, masks=masks)[""]
+    ((under,), (got,)) = (tensors(folder, f"{module}.weight") for folder in (base, output))
+    wanted = under.double() + merged.double()
+    off = int(((got.double() - wanted).abs() > 2.0**-8 * wanted.abs() + 1e-12).sum())
+    if off > 1e-4 * wanted.numel():
+        raise Disagreement(f"{method} into a base: {off} of {wanted.numel()} elements of {module} are off")
 
 
 def ours(base: Path, adapters: list[Path], output: Path, method: str, *extra: str) -> list[str]:
@@ -105,7 +134,7 @@ def ours(base: Path, adapters: list[Path], output: Path, method: str, *extra: st
     return [sys.executable, "-m", "merge_engine", *arguments, *options, *extra]
 
 
-def mergekits(program: list[str], base: Path, adapters: list[Path], scratch: Path, method: str) -> list[str]:
+def mergekits(program: list[str], base: Path, adapters: list[Path], output: Path, method: str) -> list[str]:
     """The command that merges them with mergekit, in float32 where it lets one ask for it."""
     import yaml
 
@@ -117,10 +146,10 @@ def mergekits(program: list[str], base: Path, adapters: list[Path], scratch: Pat
         "parameters": {"normalize": True},
         "dtype": "bfloat16",
     }
-    file = scratch / f"{method}.yaml"
+    file = base.with_name(f"{method}.yaml")
     file.write_text(yaml.safe_dump(recipe))
-    options = ["--lora-merge-cache", str(scratch / "cache"), "--no-copy-tokenizer", "--no-write-model-card"]
-    return [*program, str(file), str(scratch / f"mergekit-{method}"), *options]
+    options = ["--lora-merge-cache", str(base.with_name("cache")), "--no-copy-tokenizer", "--no-write-model-card"]
+    return [*program, str(file), str(output), *options]
 
 
 def du(folder: Path) -> float:
@@ -138,55 +167,50 @@ def main() -> None:
     parser.add_argument("--skip-mergekit", action="store_true")
     parser.add_argument("--ranks", action="store_true", help="also two ranks of one thread against one")
     options = parser.parse_args()
-    program = shlex.split(options.mergekit or shutil.which("mergekit-yaml") or "")
-    if not program:
-        print("mergekit: not installed")
+    if options.mergekit:
+        os.environ[PROGRAM] = options.mergekit
+    rivals = ["ours"]
+    if not options.skip_mergekit:
+        if mergekit():
+            rivals.append("mergekit")
+        else:
+            print("mergekit: not installed")
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        base, adapters = scratch / "base", [scratch / each for each in "abc"]
-        make_base(base, layers=options.layers)
-        for seed, folder in enumerate(adapters, 1):
-            make_adapter(folder, seed, base, layers=options.layers)
-        _, bare = timed([sys.executable, "-c", "import torch"])
-        print(f"an interpreter with torch: {bare:.0f} MB; load {os.getloadavg()[0]:.1f} before the start")
+        base, adapters = make_inputs(Path(name, "inputs"), options.layers)
+        bare = whole_process([sys.executable, "-c", "import torch"]).peak_mib or 0.0
+        print(f"an interpreter with torch: {bare:.0f} MiB; load {os.getloadavg()[0]:.1f} before the start")
         for method in options.methods:
-            seconds: dict[str, list[float]] = {"ours": [], "mergekit": []}
-            peaks = {"ours": 0.0, "mergekit": 0.0}
-            for _ in range(options.runs):
-                rivals = [("ours", ours(base, adapters, scratch / "out", method))]
-                if program and not options.skip_mergekit:
-                    rivals.append(("mergekit", mergekits(program, base, adapters, scratch, method)))
-                for rival, command in rivals:
-                    for leftover in ("out", "cache", f"mergekit-{method}"):
-                        shutil.rmtree(scratch / leftover, ignore_errors=True)
-                    before = du(scratch)
-                    took, peak = timed(command)
-                    seconds[rival].append(took)
-                    peaks[rival] = max(peaks[rival], peak)
-                    written = du(scratch) - before
-                    size = du(scratch / ("out" if rival == "ours" else f"mergekit-{method}"))
-                    print(f"  {method} {rival}: {took:.2f} s, {peak:.0f} MB, wrote {written:.0f} MB for {size:.0f}")
-            middle = {rival: statistics.median(times) for rival, times in seconds.items() if times}
-            line = f"{method}: ours {middle['ours']:.2f} s, {peaks['ours'] - bare:.0f} MB above torch"
+            contestants = {rival: _contestant(rival, base, adapters, method) for rival in rivals}
+            taken = interleaved(contestants, Clock(), seconds=0, least=options.runs, most=options.runs)
+            middle = {rival: spread([sample.seconds for sample in samples]) for rival, samples in taken.items()}
+            peaks = {rival: max(sample.peak_mib or 0.0 for sample in samples) for rival, samples in taken.items()}
+            for rival, (median, low, high, _) in middle.items():
+                print(
+                    f"{method}: {rival} {median:.2f} s ({low:.2f} to {high:.2f}), {peaks[rival]:.0f} MiB, of these "
+                    f"{peaks[rival] - bare:.0f} above torch; {du(output_of(base, rival)):.0f} MB of output"
+                )
             if "mergekit" in middle:
-                line += f"; mergekit {middle['mergekit']:.2f} s, {middle['mergekit'] / middle['ours']:.1f}x "
-                line += f"(wanted {TARGETS[method]}x), {peaks['mergekit']:.0f} MB"
-            print(line)
+                times = middle["mergekit"].median / middle["ours"].median
+                print(f"{method}: {times:.1f}x as fast as mergekit (wanted {TARGETS[method]}x)")
             if method == "ties":
-                compare_errors(base, adapters, scratch, "mergekit" in middle)
+                compare_errors(base, adapters, "mergekit" in middle)
         if options.ranks:
-            compare_ranks(base, adapters, scratch, options.runs)
+            compare_ranks(base, adapters, options.runs)
 
 
-def compare_errors(base: Path, adapters: list[Path], scratch: Path, with_mergekit: bool) -> None:
+def _contestant(rival: str, base: Path, adapters: list[Path], method: str) -> Contestant:
+    return Contestant(lambda: RIVALS[rival](base, adapters, method), own_clock=True)
+
+
+def compare_errors(base: Path, adapters: list[Path], with_mergekit: bool) -> None:
     """How far each bfloat16 result is from the float32 merge, and how many elements are not that merge rounded once."""
     from safetensors.torch import load_file
 
-    truth = scratch / "truth"
-    timed(ours(base, adapters, truth, "ties", "--convention", "mergekit", "--dtype", "float32"))
-    timed(ours(base, adapters, scratch / "once", "ties", "--convention", "mergekit"))
+    truth, once = base.with_name("truth"), base.with_name("once")
+    whole_process(ours(base, adapters, truth, "ties", "--convention", "mergekit", "--dtype", "float32"))
+    whole_process(ours(base, adapters, once, "ties", "--convention", "mergekit"))
     exact, before = load_file(truth / "model.safetensors"), load_file(base / "model.safetensors")
-    rivals = {"ours": scratch / "once"} | ({"mergekit": scratch / "mergekit-ties"} if with_mergekit else {})
+    rivals = {"ours": once} | ({"mergekit": output_of(base, "mergekit")} if with_mergekit else {})
     for rival, folder in rivals.items():
         got = {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
         error = delta = other = count = 0.0
@@ -201,27 +225,21 @@ def compare_errors(base: Path, adapters: list[Path], scratch: Path, with_mergeki
         )
 
 
-def compare_ranks(base: Path, adapters: list[Path], scratch: Path, runs: int) -> None:
+def compare_ranks(base: Path, adapters: list[Path], runs: int) -> None:
     """Two ranks of one thread against one rank of one thread, by the time that the merge itself reports."""
-    took: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(runs):
-        for ranks in took:
-            shutil.rmtree(scratch / "out", ignore_errors=True)
-            start = [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(ranks),
-                "-m",
-                "merge_engine",
-            ]
-            command = [sys.executable, *start, *ours(base, adapters, scratch / "out", "dare_ties")[3:]]
-            done = subprocess.run(
-                command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
-            )
-            took[ranks].append(float(done.stdout.strip().splitlines()[-1].split(", ")[-1].removesuffix(" s")))
-    one, two = statistics.median(took[1]), statistics.median(took[2])
+    output = output_of(base, "ours")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(ranks: int) -> Sample:
+        shutil.rmtree(output, ignore_errors=True)
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "merge_engine"]
+        command = [sys.executable, *start, *ours(base, adapters, output, "dare_ties")[3:]]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return Sample(float(done.stdout.strip().splitlines()[-1].split(", ")[-1].removesuffix(" s")), None)
+
+    contestants = {ranks: Contestant(partial(run, ranks), own_clock=True) for ranks in (1, 2)}
+    taken = interleaved(contestants, Clock(), seconds=0, least=runs, most=runs)
+    one, two = (spread([sample.seconds for sample in samples]).median for samples in taken.values())
     print(f"dare_ties, one thread a rank: 1 rank {one:.2f} s, 2 ranks {two:.2f} s, {one / two:.2f}x (wanted 1.6x)")
 
 

@@ -11,7 +11,6 @@ Then each way is taken apart: the stages one after the other instead of overlapp
 import argparse
 import hashlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.whole_merge import LAYERS, RANK, make_adapter
+from bench.inputs import LAYERS, RANK, make_adapter
+from bench.measure import status
 
 DENSITIES, SCALES = (0.1, 0.2, 0.3, 0.5), (0.5, 0.7, 1.0, 1.5)
 WEIGHTS = [[round(0.4 + 0.2 * ((3 * i + j) % 5), 1) for i in range(8)] for j in range(4)]
@@ -90,7 +90,7 @@ def work(way: str, adapters: list[str], recipes: list[dict[str, Any]], memory: s
     for result in results:
         for name, factors in sorted(result.modules.items()):
             digest.update(name.encode() + factors.A.numpy().tobytes() + factors.B.numpy().tobytes())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = status("VmHWM") * 1024 / 1e9  # since this program began, not since its parent forked
     done = {"seconds": seconds, "processor": processor, "peak_gb": peak, "digest": digest.hexdigest(), "stages": stages}
     print(json.dumps(done))
 

@@ -13,50 +13,25 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-LAYERS, HIDDEN, KEYS, MLP, RANK = 22, 2048, 256, 5632, 16
-SHAPES = {
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (KEYS, HIDDEN),
-    "self_attn.v_proj": (KEYS, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (MLP, HIDDEN),
-    "mlp.up_proj": (MLP, HIDDEN),
-    "mlp.down_proj": (HIDDEN, MLP),
-}
+from bench.inputs import LAYERS, RANK, SCALING, TINY_LLAMA, adapted, hollow, make_adapter
+
 WORKER = """
-import json, resource, sys, time
+import json, re, sys, time
+from pathlib import Path
 import merge_engine
 start = time.perf_counter()
 result = merge_engine.merge(json.loads(sys.argv[1]), sys.argv[2], **json.loads(sys.argv[3]))
 print(json.dumps({
     "seconds": time.perf_counter() - start,
-    "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    "peak_gb": int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9,
     "kept_energy": result.total_energy,
 }))
 """
 
 
-def make_adapter(folder: Path, seed: int, layers: int) -> None:
-    """An adapter folder as PEFT writes it: A ~ N(0, 1/in), B ~ N(0, 0.01^2), float32, alpha = 2 r."""
-    import torch
-    from safetensors.torch import save_file
-
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(layers):
-        for name, (rows, columns) in SHAPES.items():
-            stem = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(RANK, columns, generator=generator) / columns**0.5
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, RANK, generator=generator) * 0.01
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK}
-    config |= {"target_modules": sorted({name.split(".")[1] for name in SHAPES}), "base_model_name_or_path": None}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def ours(folders: list[Path], output: Path, recipe: dict[str, object]) -> dict[str, float]:
+def ours(folders: list[Path], output: Path, recipe: dict[str, Any]) -> dict[str, float]:
     """Seconds, peak memory and kept energy of one merge in a new process."""
     arguments = [json.dumps([str(folder) for folder in folders]), str(output), json.dumps(recipe)]
     done = subprocess.run([sys.executable, "-c", WORKER, *arguments], check=True, stdout=subprocess.PIPE, text=True)
@@ -64,23 +39,45 @@ def ours(folders: list[Path], output: Path, recipe: dict[str, object]) -> dict[s
     return result
 
 
+def excess(folders: list[Path], output: Path, method: str, density: float, rank: int) -> float:
+    """By how much |D - B A| of one module of the output exceeds the best cut of its merged delta D by `reference`."""
+    import torch
+    from safetensors import safe_open
+
+    from merge_engine import reference
+    from merge_engine.rule import make_rule
+
+    stem = "base_model.model.model.layers.0.self_attn.k_proj"
+
+    def pair(folder: Path) -> list[torch.Tensor]:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            return [file.get_tensor(f"{stem}.lora_{side}.weight") for side in "AB"]
+
+    deltas = {number: reference.delta(*pair(folder), SCALING) for number, folder in enumerate(folders)}
+    count = len(folders)
+    exact = reference.merge_model({"": deltas}, [1.0] * count, {"": [density] * count}, make_rule(method))[""].double()
+    scaling = json.loads((output / "adapter_config.json").read_text())
+    A, B = pair(output)
+    error = (exact - scaling["lora_alpha"] / scaling["r"] * (B.double() @ A.double())).norm()
+    best = torch.linalg.svdvals(exact)[rank:].norm()
+    return float(error / best) - 1
+
+
 def pefts(rows: int, columns: int, combination: str, density: float) -> float:
     """Seconds of PEFT's add_weighted_adapter on a model of one layer [rows, columns], three adapters."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False)),
-        LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["0"], init_lora_weights=False),
-        adapter_name="a",
-    )
-    for name in ("b", "c"):
-        model.add_adapter(name, model.peft_config["a"])
+    names = ["sql", "chat", "ads"]
+    model = adapted(torch.nn.ModuleDict({"layer": hollow(rows, columns)}), ["layer"], names)
     start = time.perf_counter()
-    model.add_weighted_adapter(
-        ["a", "b", "c"], [1.0] * 3, "merged", combination_type=combination, svd_rank=RANK, density=density
-    )
+    model.add_weighted_adapter(names, [1.0] * 3, "merged", combination_type=combination, svd_rank=RANK, density=density)
     return time.perf_counter() - start
+
+
+def extrapolated(combination: str, density: float, layers: int) -> dict[tuple[int, int], tuple[int, float]]:
+    """{shape: (how many layers the model has of it, PEFT's seconds for one)}."""
+    shapes = list(TINY_LLAMA.values())
+    return {shape: (layers * shapes.count(shape), pefts(*shape, combination, density)) for shape in sorted(set(shapes))}
 
 
 def main() -> None:
@@ -94,7 +91,7 @@ def main() -> None:
         folders = [Path(scratch, name) for name in ("a", "b", "c")]
         for seed, folder in enumerate(folders):
             make_adapter(folder, seed, options.layers)
-        recipe: dict[str, object] = {"method": "ties", "density": 0.2, "rank": RANK}
+        recipe: dict[str, Any] = {"method": "ties", "density": 0.2, "rank": RANK}
         runs = sorted(
             (ours(folders, Path(scratch, f"out{run}"), recipe) for run in range(options.runs)),
             key=lambda run: run["seconds"],
@@ -106,12 +103,10 @@ def main() -> None:
             f"peak {max(run['peak_gb'] for run in runs):.2f} GB, kept energy {middle['kept_energy']:.3f}"
         )
     if not options.skip_peft:
-        total = 0.0
-        for rows, columns in sorted(set(SHAPES.values())):
-            count = options.layers * sum(shape == (rows, columns) for shape in SHAPES.values())
-            seconds = pefts(rows, columns, "ties_svd", 0.2)
-            total += count * seconds
+        by_shape = extrapolated("ties_svd", 0.2, options.layers)
+        for (rows, columns), (count, seconds) in by_shape.items():
             print(f"PEFT ties_svd, one {rows} x {columns} layer: {seconds:.2f} s; the model has {count}")
+        total = sum(count * seconds for count, seconds in by_shape.values())
         print(f"PEFT ties_svd, {options.layers} layers, extrapolated from these: {total:.0f} s")
 
 

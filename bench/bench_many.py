@@ -1,0 +1,9 @@
+"""Many recipes of the same adapters: one by one, at once, and in a session."""
+
+from typing import Any
+
+KINDS = ("many",)
+
+
+def test_many(case: Any, benchmark: Any) -> None:
+    case.time(benchmark)

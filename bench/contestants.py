@@ -1,0 +1,466 @@
+"""Who takes part in each kind of benchmark, what their results are checked against, and what they are compared with."""
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench import into_base, many, peft_backend, whole_merge
+from bench.agreement import Disagreement, Habit, check_kth, check_merge
+from bench.inputs import LAYERS, SCALING, make_adapter, peft_layer
+from bench.measure import LEAST, MIB, Contestant, Sample
+from bench.workloads import STREAM, Task, Workload
+from merge_engine import reference, tiled
+
+Build = Callable[[Workload, str], Contestant]  # of a workload, on a device
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One contestant. ns: nanoseconds an element and adapter, seconds: besides, as two CPU cores were seen to take;
+    the first guess of a run's time. asked: only takes part on request. methods: those that it knows, all if empty."""
+
+    build: Build
+    ns: float = 0.0
+    seconds: float = 0.0
+    asked: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    methods: tuple[str, ...] = ()
+
+    def expected(self, work: Workload) -> float:
+        """Seconds of one run."""
+        return self.seconds + 1e-9 * self.ns * work.elements * work.adapters
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of benchmark. check(workload, results, device): raises Disagreement unless the results of contestants
+    agree, and returns, where there is one, the excess of each one's approximation error. baseline: ratios are to it.
+    forks: whether memory is measured in a forked process. checking: nanoseconds an element and adapter of the check.
+    roofs: whether what it does is known in bytes and flops. least: rounds."""
+
+    entries: Mapping[str, Entry]
+    check: Callable[[Workload, Results, str], Mapping[str, float] | None]
+    baseline: tuple[str, ...] = ("PEFT", "reference")
+    forks: bool = True
+    checking: float = 80.0
+    roofs: bool = True
+    least: int = LEAST
+
+
+def taking_part(work: Workload, device: str, asked: tuple[str, ...] = ()) -> dict[str, Entry]:
+    """The contestants of a workload: those of its kind that it names, or that are asked for, and that can run here."""
+    return {
+        name: entry
+        for name, entry in KINDS[work.kind].entries.items()
+        if device in entry.devices
+        and (name in asked if entry.asked else not work.only or name in work.only)
+        and (not entry.methods or work.method in entry.methods)
+    }
+
+
+def build(work: Workload, name: str, device: str) -> Contestant:
+    """One contestant, ready to run: see `measure.peak_memory`, which builds it in another process."""
+    return KINDS[work.kind].entries[name].build(work, device)
+
+
+# Deltas: from the factors to the merged [M, N], selection included.
+
+
+def _tiled(work: Workload, device: str) -> Contestant:
+    task = Task(work)
+    return Contestant(lambda: _tiled_merge(task))
+
+
+def _tiled_merge(task: Task) -> Tensor:
+    work, rule = task.workload, task.rule
+    sources = [tiled.Product(A, B, SCALING) for A, B in task.pairs]
+    keeps: list[tiled.KeepTile] = [None] * work.adapters
+    if rule.keep == "magnitude":
+        keeps = [tiled.trims([source], task.kept, rule.trim_ties)[0] for source in sources]
+    elif rule.keep == "bernoulli":
+        keeps = [tiled.Drop(work.density, 0, STREAM, adapter) for adapter in range(work.adapters)]
+    return tiled.merge_deltas(sources, task.weights, keeps, rule)
+
+
+def _triton(work: Workload, device: str) -> Contestant:
+    from merge_engine.kernels import merge as kernels
+    from merge_engine.kernels import select
+    from merge_engine.kernels.source import Drop, pack
+
+    task = Task(work, device)
+    rule, adapters = task.rule, work.adapters
+
+    def run() -> Tensor:
+        source = pack([task.pairs], [[SCALING] * adapters])
+        keep = None
+        if rule.keep == "magnitude":
+            keep = select.trims(source, torch.tensor([[[task.kept] * adapters]]), ties=rule.trim_ties)
+        elif rule.keep == "bernoulli":
+            density = torch.full((1, 1, adapters), work.density, dtype=torch.float64)
+            keep = Drop(density, [0], torch.tensor([STREAM]), torch.arange(adapters))
+        options = {"elect": rule.elect, "divisor": rule.divisor, "vote_weighted": rule.vote_weighted}
+        return kernels.merge_deltas(source, [task.weights], keep, **options)[0, 0]
+
+    return Contestant(run)
+
+
+def _reference_merge(task: Task) -> Tensor:
+    deltas = {adapter: reference.delta(A, B, SCALING) for adapter, (A, B) in enumerate(task.pairs)}
+    masks = {adapter: task.mask(adapter) for adapter in deltas} if task.rule.keep == "bernoulli" else {}
+    densities = {"layer": [task.workload.density] * len(deltas)}
+    masked = {"layer": masks} if masks else None
+    return reference.merge_model({"layer": deltas}, task.weights, densities, task.rule, masks=masked)["layer"]
+
+
+def _reference(work: Workload, device: str) -> Contestant:
+    task = Task(work, device)
+    return Contestant(lambda: _reference_merge(task))
+
+
+def _compiled(work: Workload, device: str) -> Contestant:
+    task, merge = Task(work, device), torch.compile(_reference_merge)
+    run = partial(merge, task)
+    return Contestant(run, checked=run)  # the first run compiles, however long it takes
+
+
+def _peft(work: Workload, device: str) -> Contestant:
+    """get_delta_weight of a LoRA layer, and the function of PEFT's merge_utils that is named as the method."""
+    from peft.utils import merge_utils
+
+    task, names = Task(work, device), [f"adapter{number}" for number in range(work.adapters)]
+    layer, weights = peft_layer(task.pairs, names), torch.tensor(task.weights, device=device)
+    merge = merge_utils.task_arithmetic if work.method == "linear" else getattr(merge_utils, work.method)
+    arguments = () if work.method == "linear" else (work.density,)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return merge([layer.get_delta_weight(name) for name in names], weights, *arguments)
+
+    def run_with_our_masks() -> Tensor:
+        masks = [task.mask(adapter) for adapter in range(work.adapters)]
+        with mock.patch.object(torch, "bernoulli", lambda like: masks.pop(0).to(like.dtype)):
+            return run()
+
+    return Contestant(run, checked=run_with_our_masks if task.rule.keep == "bernoulli" else None)
+
+
+def _mergekit(work: Workload, device: str) -> Contestant:
+    from mergekit.merge_methods.api import merge_tensors
+
+    task = Task(work, device)
+    base = torch.zeros(work.rows, work.columns, device=device)
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        deltas = [reference.delta(A, B, SCALING) for A, B in task.pairs]
+        parameters = {"weight": task.weights, "density": work.density}
+        return merge_tensors([base, *deltas], work.method, parameters=parameters, base_index=0)
+
+    return Contestant(run)
+
+
+def _check_deltas(work: Workload, results: Results, device: str) -> None:
+    narrow = Habit(unit=torch.finfo(getattr(torch, work.dtype)).eps / 2)  # PEFT rounds deltas to the factors' dtype
+    check_merge(results, Task(work), {"PEFT": narrow, "mergekit": Habit("mergekit")})
+
+
+HAS_MERGEKIT = importlib.util.find_spec("mergekit") is not None
+DELTAS = Kind(
+    {
+        "tiled": Entry(_tiled, ns=5, devices=("cpu",)),
+        "triton": Entry(_triton, ns=0.05, devices=("cuda",)),
+        "PEFT": Entry(_peft, ns=100),
+        "reference": Entry(_reference, ns=200),
+        "compiled": Entry(_compiled, ns=200, asked=True),
+        "mergekit": Entry(_mergekit, ns=100, asked=True, methods=("ties",)),
+    },
+    _check_deltas,
+)
+
+
+# Selection: the k-th largest magnitude of one delta, from the factors.
+
+
+def _select_tiled(work: Workload, device: str) -> Contestant:
+    task = Task(work)
+    A, B = task.pairs[0]
+    return Contestant(lambda: tiled.trims([tiled.Product(A, B, SCALING)], task.kept, "exact")[0].value)
+
+
+def _bare_product(work: Workload, device: str) -> Contestant:
+    """Every tile of the product, computed and forgotten: what selection cannot do without."""
+    A, B = Task(work).pairs[0]
+
+    def run() -> None:
+        source = tiled.Product(A, B, SCALING)
+        tiled._for_each_tile(source, lambda tile: source.fill(tile, tiled._scratch("values", tiled._shape(tile))))
+
+    return Contestant(run)
+
+
+def _select_triton(work: Workload, device: str) -> Contestant:
+    from merge_engine.kernels import select
+    from merge_engine.kernels.source import pack
+
+    task = Task(work, device)
+    kept = torch.tensor([[[task.kept]]])
+    return Contestant(lambda: select.trims(pack([task.pairs[:1]], [[SCALING]]), kept).value)
+
+
+def _kth(find: Callable[[Tensor, int], Tensor]) -> Build:
+    def build_it(work: Workload, device: str) -> Contestant:
+        task = Task(work, device)
+        A, B = task.pairs[0]
+        return Contestant(lambda: find(reference.delta(A, B, SCALING).abs_().flatten(), task.kept))
+
+    return build_it
+
+
+def _check_select(work: Workload, results: Results, device: str) -> None:
+    for name, value in results.items():
+        if value is not None:
+            check_kth(float(value), Task(work), name)
+
+
+SELECT = Kind(
+    {
+        "tiled": Entry(_select_tiled, ns=4, devices=("cpu",)),
+        "bare product": Entry(_bare_product, ns=0.7, devices=("cpu",)),
+        "triton": Entry(_select_triton, ns=0.05, devices=("cuda",)),
+        "topk": Entry(_kth(lambda magnitudes, k: magnitudes.topk(k).values[-1]), ns=110),
+        "kthvalue": Entry(_kth(lambda magnitudes, k: magnitudes.kthvalue(magnitudes.numel() + 1 - k).values), ns=20),
+    },
+    _check_select,
+    baseline=("topk",),
+)
+
+
+# Threads: the same merge on one thread and on more.
+
+
+def _on_threads(count: int) -> Build:
+    def build_it(work: Workload, device: str) -> Contestant:
+        task, small = Task(work), Task(work.shrunk(32))
+
+        def ready() -> None:
+            torch.set_num_threads(count)
+            _tiled_merge(small)  # the threads are there
+
+        return Contestant(lambda: _tiled_merge(task), ready=ready)
+
+    return build_it
+
+
+THREADS = {1: "1 thread"} | {count: f"{count} threads" for count in (2, 4, 8, 16) if count <= (os.cpu_count() or 1)}
+THREADED = Kind(
+    {name: Entry(_on_threads(count), ns=10 / count, devices=("cpu",)) for count, name in THREADS.items()},
+    _check_deltas,
+    baseline=("1 thread",),
+)
+
+
+# PEFT's add_weighted_adapter and the drop-in.
+
+
+@lru_cache(maxsize=2)
+def _peft_model(layers: int, rows: int, columns: int, device: str) -> Any:
+    if layers:
+        return peft_backend.tiny_llama(layers, device)
+    return peft_backend.layers_of([(rows, columns), (rows, columns * 11 // 4)], device)  # 2048 x 2048 and 2048 x 5632
+
+
+def _combine(rival: str) -> Build:
+    def build_it(work: Workload, device: str) -> Contestant:
+        model = _peft_model(work.layers, work.rows, work.columns, device)
+        drawn = {"rng": "torch", "seed": 1} if rival == "drop-in" and "dare" in work.method else {}
+
+        def add(**options: Any) -> list[Tensor]:
+            peft_backend.RIVALS[rival](model, combination_type=work.method, **options)
+            return peft_backend.weights_of(model, rival)
+
+        return Contestant(
+            add, ready=lambda: peft_backend.forget(model, rival), checked=(lambda: add(**drawn)) if drawn else None
+        )
+
+    return build_it
+
+
+def _check_combination(work: Workload, results: Results, device: str) -> Mapping[str, float] | None:
+    model = _peft_model(work.layers, work.rows, work.columns, device)
+    excess = peft_backend.compare(model, work.method, results)
+    if not excess.get("drop-in", 0.0) <= 1e-3:
+        raise Disagreement(f"{work.name}: the error is {excess['drop-in']:.1e} above that of the best cut")
+    return excess
+
+
+FACTORS = Kind(
+    {"drop-in": Entry(_combine("drop-in"), seconds=0.4), "PEFT": Entry(_combine("PEFT"), seconds=1.0)},
+    _check_combination,
+    checking=5,
+    roofs=False,
+)
+# The elements of the wider layer come to those that a workload knows of.
+RECOMPRESS = replace(
+    FACTORS,
+    checking=150,
+    entries={"drop-in": Entry(_combine("drop-in"), ns=60), "PEFT": Entry(_combine("PEFT"), ns=1200)},
+)
+
+
+# Whole adapters, disk to disk, in processes of their own.
+
+
+@lru_cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="merge_engine_bench_")
+
+
+@lru_cache
+def _on_disk(count: int, layers: int) -> list[Path]:
+    folders = [Path(_scratch().name, f"{layers}-{number}") for number in range(count)]
+    for seed, folder in enumerate(folders):
+        if not folder.exists():
+            make_adapter(folder, seed, layers)
+    return folders
+
+
+def _whole(work: Workload, device: str) -> Contestant:
+    folders, output = _on_disk(work.adapters, work.layers), Path(_scratch().name, "merged")
+    recipe = {"method": work.method, "density": work.density, "rank": work.rank, "overwrite": True}
+
+    def run() -> Sample:
+        done = whole_merge.ours(folders, output, recipe)
+        return Sample(done["seconds"], output, done["peak_gb"] * 1e9 / MIB)
+
+    return Contestant(run, own_clock=True)
+
+
+def _whole_peft(work: Workload, device: str) -> Contestant:
+    def run() -> Sample:
+        by_shape = whole_merge.extrapolated(f"{work.method}_svd", work.density, work.layers)
+        return Sample(sum(count * seconds for count, seconds in by_shape.values()), None)
+
+    return Contestant(run, own_clock=True)
+
+
+def _check_whole(work: Workload, results: Results, device: str) -> Mapping[str, float] | None:
+    folder = results.get("merge-engine")
+    if folder is None:
+        return None
+    excess = whole_merge.excess(_on_disk(work.adapters, work.layers), folder, work.method, work.density, work.rank)
+    if not excess <= 1e-3:
+        raise Disagreement(f"{work.name}: the error of one module is {excess:.1e} above that of the best cut")
+    return {"merge-engine": excess}
+
+
+WHOLE = Kind(
+    {
+        "merge-engine": Entry(_whole, ns=11, seconds=4),
+        "PEFT, extrapolated": Entry(_whole_peft, seconds=18, devices=("cpu",)),
+    },
+    _check_whole,
+    baseline=("PEFT, extrapolated",),
+    forks=False,
+    checking=0,
+    roofs=False,
+)
+
+
+# Into a base model, whole processes.
+
+
+@lru_cache
+def _base_and_adapters(layers: int) -> tuple[Path, list[Path]]:
+    return into_base.make_inputs(Path(_scratch().name, f"into-{layers}"), layers)
+
+
+def _layers_of_base(work: Workload) -> int:
+    return max(1, into_base.LAYERS * work.layers // LAYERS)
+
+
+def _into_base(work: Workload, device: str) -> Contestant:
+    base, adapters = _base_and_adapters(_layers_of_base(work))
+    return Contestant(lambda: into_base.run_ours(base, adapters, work.method), own_clock=True)
+
+
+def _into_base_mergekit(work: Workload, device: str) -> Contestant:
+    base, adapters = _base_and_adapters(_layers_of_base(work))
+    return Contestant(lambda: into_base.run_mergekit(base, adapters, work.method), own_clock=True)
+
+
+def _check_base(work: Workload, results: Results, device: str) -> None:
+    base, adapters = _base_and_adapters(_layers_of_base(work))
+    into_base.check(base, adapters, work.method, results["merge-engine"])
+
+
+BASE = Kind(
+    {
+        "merge-engine": Entry(_into_base, seconds=7),
+        "mergekit-yaml": Entry(_into_base_mergekit, seconds=60, asked=True),
+    },
+    _check_base,
+    baseline=("mergekit-yaml",),
+    forks=False,
+    checking=0,
+    roofs=False,
+)
+
+
+# Many recipes.
+
+
+def _way(way: str) -> Build:
+    def build_it(work: Workload, device: str) -> Contestant:
+        adapters = [str(folder) for folder in _on_disk(work.adapters, work.layers)]
+
+        def run() -> Sample:
+            done = many.measured(way, adapters, work.method, "4GB")
+            return Sample(sum(done["seconds"]), done["digest"], done["peak_gb"] * 1e9 / MIB)
+
+        return Contestant(run, own_clock=True)
+
+    return build_it
+
+
+def _check_many(work: Workload, results: Results, device: str) -> None:
+    if len(set(results.values())) != 1:
+        raise Disagreement(f"{work.name}: the results of {', '.join(results)} have different bits")
+
+
+MANY = Kind(
+    {
+        "singly": Entry(_way("singly"), ns=160, seconds=5),
+        "merge_many": Entry(_way("merge_many"), ns=60, seconds=5),
+        "Session": Entry(_way("Session"), ns=60, seconds=5),
+    },
+    _check_many,
+    baseline=("singly",),
+    forks=False,
+    checking=0,
+    roofs=False,
+    least=1,  # of 16 merges
+)
+
+KINDS: dict[str, Kind] = {
+    "select": SELECT,
+    "deltas": DELTAS,
+    "threads": THREADED,
+    "elements": DELTAS,
+    "adapters": DELTAS,
+    "factors": FACTORS,
+    "recompress": RECOMPRESS,
+    "whole": WHOLE,
+    "base": BASE,
+    "many": MANY,
+}

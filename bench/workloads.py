@@ -1,0 +1,161 @@
+"""What is merged in the benchmarks: a table, in order of importance, of which a run takes what its time affords."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bench.inputs import LAYERS, TINY_LLAMA, Pair, factors
+from merge_engine import rng
+from merge_engine.rule import Rule, make_rule
+
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+BLOCK = sum(rows * columns for rows, columns in TINY_LLAMA.values())
+STREAM = rng.stream_id("layer", "delta")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table. kind: which benchmark (see `contestants.KINDS`).
+
+    method: of merging, or PEFT's combination type, or a grid of recipes. rows, columns: of the one layer; layers: of a
+    model of TinyLlama's shape instead. only: these contestants; all if empty. vary: a field and the values that it
+    takes: one workload each, whose rounds are interleaved with the others'.
+    """
+
+    kind: str
+    method: str
+    rows: int = 0
+    columns: int = 0
+    adapters: int = 3
+    rank: int = 16
+    density: float = 0.2
+    dtype: str = "float32"
+    layers: int = 0
+    only: tuple[str, ...] = ()
+    vary: tuple[str, tuple[int, ...]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Unique within a kind, and easy to find: "ties 3x r16 4096x4096 d0.2 fp32"."""
+        size = f"{self.layers} layers" if self.layers else f"{self.rows}x{self.columns}"
+        if self.vary is not None:
+            size += f" by {self.vary[0]}"
+        return f"{self.method} {self.adapters}x r{self.rank} {size} d{self.density} {DTYPES[self.dtype]}"
+
+    @property
+    def elements(self) -> int:
+        """Of one adapter's deltas."""
+        return self.layers * BLOCK if self.layers else self.rows * self.columns
+
+    @property
+    def flops(self) -> int:
+        """Of the products B @ A of all adapters, once: what no contestant can do without."""
+        return 2 * self.rank * self.elements * self.adapters
+
+    @property
+    def nbytes(self) -> int:
+        """Of the factors read once and the merged deltas written once, in float32."""
+        size = torch.finfo(getattr(torch, self.dtype)).bits // 8
+        return 4 * self.elements + size * self.adapters * self.rank * (self.rows + self.columns)
+
+    def sizes(self) -> "list[Workload]":
+        """One workload for every value that `vary` names, or this one."""
+        if self.vary is None:
+            return [self]
+        field, values = self.vary
+        return [replace(self, vary=None, **{field: value}) for value in values]  # type: ignore[arg-type]
+
+    def shrunk(self, factor: int) -> "Workload":
+        """The same with 1/factor of the rows and columns, or of the layers: to try a benchmark out."""
+        vary = self.vary
+        if vary is not None and vary[0] in ("rows", "columns"):
+            vary = (vary[0], tuple(max(16, value // factor) for value in vary[1]))
+        return replace(
+            self,
+            rows=self.rows and max(16, self.rows // factor),
+            columns=self.columns and max(16, self.columns // factor),
+            layers=self.layers and max(1, self.layers // factor),
+            vary=vary,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """The inputs of a workload of one layer: factors in its dtype, on a device. They are there before a run begins."""
+
+    workload: Workload
+    device: str = "cpu"
+    pairs: list[Pair] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        generator, work = torch.Generator().manual_seed(0), self.workload
+        made = [factors(work.rows, work.columns, work.rank, generator) for _ in range(work.adapters)]
+        dtype = getattr(torch, work.dtype)
+        object.__setattr__(self, "pairs", [(A.to(self.device, dtype), B.to(self.device, dtype)) for A, B in made])
+
+    @property
+    def weights(self) -> list[float]:
+        return [1.0 + (number == 0) for number in range(self.workload.adapters)]
+
+    @property
+    def rule(self) -> Rule:
+        return make_rule(self.workload.method)
+
+    @property
+    def kept(self) -> int:
+        return self.rule.kept(self.workload.density, self.workload.elements)
+
+    def mask(self, adapter: int, rows: range | None = None) -> Tensor:
+        """Where the adapter's deltas stay when they are dropped at random, bool [rows, columns]."""
+        columns = range(self.workload.columns)
+        rows = range(self.workload.rows) if rows is None else rows
+        where = {"seed": 0, "stream": STREAM, "adapter": adapter}
+        return rng.keep_mask(self.workload.density, rows=rows, columns=columns, **where).to(self.device)
+
+
+def _deltas(method: str, rows: int, columns: int, **fields: object) -> Workload:
+    return Workload("deltas", method, rows, columns, **fields)  # type: ignore[arg-type]
+
+
+def _many_deltas() -> list[Workload]:
+    """Layers of TinyLlama, Llama-2-7B, Mistral-7B and Llama-3-70B; ranks, adapters, densities and dtypes."""
+    shapes = [(256, 2048), (5632, 2048), (2048, 5632), (1024, 4096), (11008, 4096), (14336, 4096), (8192, 8192)]
+    return [
+        *(_deltas("ties", 2048, 2048, rank=rank) for rank in (8, 16, 64)),
+        *(_deltas("ties", 2048, 2048, adapters=adapters) for adapters in (2, 8)),
+        *(_deltas("ties", 2048, 2048, density=density) for density in (0.05, 0.5)),
+        *(_deltas(method, 2048, 2048, dtype="bfloat16") for method in ("ties", "dare_ties")),
+        *(_deltas(method, 2048, 2048) for method in ("linear", "magnitude_prune", "dare_linear", "dare_ties")),
+        *(_deltas("ties", rows, columns, only=("tiled", "triton", "PEFT")) for rows, columns in shapes),
+        _deltas("ties", 2048, 2048, adapters=32, only=("tiled", "triton", "PEFT")),
+        _deltas("ties", 28672, 8192, only=("tiled", "triton")),
+    ]
+
+
+OURS, RIVALS = ("tiled", "triton"), ("tiled", "triton", "PEFT")
+WORKLOADS = [
+    _deltas("ties", 4096, 4096, only=RIVALS),
+    _deltas("dare_ties", 4096, 4096, only=RIVALS),
+    Workload("select", "magnitude_prune", 4096, 4096, adapters=1),
+    Workload("threads", "ties", 4096, 4096),
+    Workload("recompress", "svd", 2048, 2048),
+    Workload("recompress", "ties_svd", 2048, 2048),
+    Workload("whole", "ties", layers=LAYERS),
+    Workload("elements", "ties", 1024, 2048, only=OURS, vary=("rows", (1024, 2048, 4096, 8192))),
+    Workload("adapters", "ties", 2048, 2048, only=OURS, vary=("adapters", (4, 8, 16, 32))),
+    Workload("adapters", "ties", 1024, 1024, only=RIVALS, vary=("adapters", (4, 8, 16, 32))),
+    *(
+        Workload("factors", method, layers=LAYERS)
+        for method in ("ties", "linear", "magnitude_prune", "dare_ties", "dare_linear", "cat")
+    ),
+    *(Workload("base", method, layers=LAYERS) for method in ("ties", "dare_ties")),
+    *_many_deltas(),
+    *(Workload("select", "magnitude_prune", 4096, 4096, adapters=1, density=density) for density in (0.05, 0.5)),
+    Workload("select", "magnitude_prune", 2048, 5632, adapters=1, dtype="bfloat16"),
+    *(Workload("many", grid, adapters=8, layers=1) for grid in ("ties, density x scale", "linear, weights x scale")),
+    *(
+        Workload("recompress", f"{method}_svd", 2048, 2048)
+        for method in ("magnitude_prune", "dare_ties", "dare_linear")
+    ),
+]
