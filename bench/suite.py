@@ -111,11 +111,10 @@ def _checked(contestant: Contestant) -> Contestant:
 
 
 def _peak(work: Workload, name: str, device: str, samples: list[Sample], forks: bool) -> Peak:
-    """Of a forked process on the CPU; where a sample has one of its own, the largest, result included."""
-    own = [sample.peak_mib for sample in samples if sample.peak_mib is not None]
-    if own:
-        result = work.elements * 4 / measure.MIB if KINDS[work.kind].roofs else None
-        return Peak(max(own), None if result is None else max(own) - result)
+    """The largest of the samples where they know; else, on the CPU, that of a forked process."""
+    peaks, extras = ([getattr(sample, key) for sample in samples] for key in Peak._fields)
+    if None not in peaks:
+        return Peak(max(peaks), None if None in extras else max(extras))
     if not forks:
         return Peak(None, None)
     return measure.peak_memory(build, (small(work), name, device), (work, name, device))

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import measure, report
+from bench import measure, report, suite
 from bench.agreement import Disagreement, Habit, check_kth, check_merge
 from bench.contestants import KINDS, build, taking_part
 from bench.measure import Contestant, Sample, fit, interleaved, spread
@@ -211,9 +211,9 @@ def test_trends_are_fitted_and_tables_drawn() -> None:
 
 
 def test_peak_memory_is_that_of_the_run_alone(importable: None) -> None:
-    """Beside SMALL's inputs only: what the build before holds does not count, and neither does the warm-up's peak."""
+    """What the build holds does not count, and neither does the peak of the warm-up, here four times as large."""
     work = Workload("deltas", "linear", 1024, 1024)
-    peak = measure.peak_memory(build, (work, "PEFT", "cpu"), (work, "PEFT", "cpu"))
+    peak = measure.peak_memory(build, (replace(work, rows=4096), "PEFT", "cpu"), (work, "PEFT", "cpu"))
     # Three deltas of 4 MiB, stacked, and weighted, are there at once; the result is another.
     assert peak.peak_mib is not None and peak.extra_mib is not None
     assert 36 <= peak.peak_mib <= 50
@@ -224,6 +224,15 @@ def test_a_child_that_fails_says_why(importable: None) -> None:
     wrong = replace(SMALL, method="nonsense")
     with pytest.raises(RuntimeError, match="nonsense"):
         measure.peak_memory(build, (SMALL, "tiled", "cpu"), (wrong, "tiled", "cpu"))
+
+
+def test_a_device_knows_its_peaks() -> None:
+    """As of CUDA, where no process is forked: the largest of the samples, beyond the result and with it."""
+    samples = [Sample(1.0, None, 9.0, 4.0), Sample(1.0, None, 8.0, 5.0)]
+    assert suite._peak(SMALL, "triton", "cuda", samples, forks=True) == (9.0, 5.0)
+    whole = [Sample(1.0, None, 9.0), Sample(1.0, None, 10.0)]
+    assert suite._peak(SMALL, "merge-engine", "cpu", whole, forks=False) == (10.0, None)
+    assert suite._peak(SMALL, "1 thread", "cpu", [Sample(1.0, None)], forks=False) == (None, None)
 
 
 def test_a_workload_gives_tidy_rows() -> None:
