@@ -28,8 +28,8 @@ Name = TypeVar("Name")
 
 
 class Sample(NamedTuple):
-    """One run. peak_mib: of the process that it ran in, where that was its own, or of device memory, above where the run
-    began; extra_mib: beyond its result."""
+    """One run. peak_mib: of memory above where the run began, as a GPU knows it, or of a whole process where that was
+    its own; extra_mib: beyond the result."""
 
     seconds: float
     result: Any
