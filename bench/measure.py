@@ -28,8 +28,8 @@ Name = TypeVar("Name")
 
 
 class Sample(NamedTuple):
-    """One run. peak_mib: of memory above where the run began, as a GPU knows it, or of a whole process where that was
-    its own; extra_mib: beyond the result."""
+    """One run. peak_mib: of memory, above where the run began, as a GPU knows it; or of the whole process, where it had
+    one of its own. extra_mib: beyond the result."""
 
     seconds: float
     result: Any

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from bench.contestants import HAS_MERGEKIT, KINDS
 from bench.measure import Limits
 from bench.plots import plot
 from bench.results import Report, Row, compare, headline_table, machine_differs, markdown, read, trends, write
-from bench.suite import expected, measured
+from bench.suite import expected, measured, nbytes_held
 from bench.workloads import WORKLOADS, Workload
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "numba", "merge-engine")
 ENDING = 8.0  # seconds for files and plots
+SHARE = 0.4  # of the free memory, for one workload: others use the machine as well
 AT_FIRST = 20.0  # seconds of evidence that the table of expected costs counts as
 
 
@@ -68,10 +69,24 @@ def _commit() -> str:
     return done[0] + "+" * bool(done[1])
 
 
+def _free(device: str) -> int:
+    """Bytes of memory that are not in use."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+
+
 def run(
-    workloads: Sequence[Workload], device: str, budget: float, *, asked: tuple[str, ...] = (), memory: bool = True
+    workloads: Sequence[Workload],
+    device: str,
+    budget: float,
+    *,
+    asked: tuple[str, ...] = (),
+    memory: bool = True,
+    save: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Carry out what fits `budget` seconds, and say on the way what was found."""
+    """Carry out what fits `budget` seconds, and say on the way what was found; saved after every workload."""
     start, guessed, took = time.perf_counter(), 0.0, 0.0
     limits = measure.limits(device)
     report = Report(about(device, limits), [])
@@ -84,6 +99,10 @@ def run(
         # What the table of costs is off by so far, so that a slower or busier machine keeps to the budget as well.
         wanted = guess * (took + AT_FIRST) / (guessed + AT_FIRST)
         name = f"{work.kind}: {work.name}"
+        held = nbytes_held(work, device, asked)
+        if held > SHARE * _free(device):
+            report.skipped[name] = f"about {held / 1e9:.0f} GB"
+            continue
         if wanted > left:
             report.skipped[name] = f"about {wanted:.0f} s"
             continue
@@ -98,9 +117,10 @@ def run(
         report.rows.extend(rows)
         for row in rows:
             say("  " + said(row))
+        save(report)
         guessed, took = guessed + guess, took + time.perf_counter() - begun
     if report.skipped:
-        say(f"\nno time for {len(report.skipped)}: " + "; ".join(report.skipped))
+        say("\nnot run: " + "; ".join(f"{name} ({reason})" for name, reason in report.skipped.items()))
     say(f"\n{time.perf_counter() - start:.0f} s of {budget:.0f} s")
     return report
 
@@ -152,8 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["MERGE_ENGINE_BACKEND"] = "torch"  # of the processes that are started, too
     warnings.simplefilter("ignore")
     workloads = [work.shrunk(options.shrink) if options.shrink > 1 else work for work in WORKLOADS]
-    report = run([work for work in workloads if work.kind in kinds], options.device, options.budget, asked=asked)
-    write(report, options.output, options.device)
+
+    def save(report: Report) -> None:
+        write(report, options.output, options.device)
+
+    chosen = [work for work in workloads if work.kind in kinds]
+    report = run(chosen, options.device, options.budget, asked=asked, save=save)
+    save(report)
     plot(report.rows, options.output)
     for text in (headline_table(report.rows), *map(str, trends(report.rows))):
         say(text)

@@ -14,6 +14,7 @@ from bench.workloads import Workload
 Key = tuple[Workload, str]
 
 FORK = 0.5  # seconds that a process costs besides the run in it
+WHOLE_TENSORS = 30  # bytes an element and adapter that PEFT and the textbook were seen to hold at their peak
 
 
 def expected(work: Workload, device: str, asked: tuple[str, ...] = ()) -> float:
@@ -27,6 +28,13 @@ def expected(work: Workload, device: str, asked: tuple[str, ...] = ()) -> float:
             total += (once + FORK) * kind.forks
         total += 1e-9 * kind.checking * size.elements * size.adapters
     return total
+
+
+def nbytes_held(work: Workload, device: str, asked: tuple[str, ...] = ()) -> int:
+    """About how much memory the workload's contestants need at once, beside each other's results."""
+    sizes = work.sizes() if KINDS[work.kind].roofs else []
+    whole = {size: set(taking_part(size, device, asked)) - {"tiled", "triton"} for size in sizes}
+    return max((size.elements * (WHOLE_TENSORS * size.adapters if whole[size] else 16) for size in sizes), default=0)
 
 
 def agreed(

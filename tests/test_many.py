@@ -561,6 +561,7 @@ print(json.dumps([before, peak()]))
 def peaks(*arguments):
     """Peak resident bytes of a process that has merged something small, and then what it is asked to."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # what is freed goes back: what glibc keeps is a matter of timing
     command = [sys.executable, "-c", MEASURE, json.dumps(arguments, default=str)]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
