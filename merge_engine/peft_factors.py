@@ -47,12 +47,17 @@ def merge_factors(
     Raises AdapterError where factors of one layer differ in rank, hold NaN or Inf, or do not fit the result's dtype.
     """
     found: dict[tuple[str, str], Tensor] = {}
-    workers = torch.get_num_threads() if layers[0].parts[0].A.device.type == "cpu" else 1
+    on_cpu = layers[0].parts[0].A.device.type == "cpu"
 
     def work(batch: Batch) -> tuple[Batch, list[Tensor]]:
         return batch, _merge(batch, rule, density, rank, mask)
 
-    for batch, merged in ahead(work, _batches(layers, weights), workers):
+    batches = _batches(layers, weights)
+    if on_cpu and rule.keep == "magnitude" and density < 1:  # numpy selects on one thread
+        results = ahead(work, batches, torch.get_num_threads())
+    else:  # the rest is so short that handing it to threads takes longer
+        results = map(work, batches)
+    for batch, merged in results:
         found.update(((layer.name, batch.side), tensor) for layer, tensor in zip(batch.layers, merged, strict=True))
     return [(found[layer.name, "A"], found[layer.name, "B"]) for layer in layers]
 
