@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_engine import jit, tiled
 from merge_engine.rule import Rule
-from merge_engine.tiled import Drop, KeepTile, Kth, Sampled, Source, Tile, Trim
+from merge_engine.tiled import Drop, KeepTile, Source, Tile, Trim
 
 MOST_HELD = 16  # tiles that a thread holds, 512 KiB each: with more adapters, products are made again for each merge
 
@@ -102,65 +102,5 @@ def _scratches(name: str, sources: Sequence[Source], tile: Tile) -> Tensor:
 
 def trims(source: Source, kept: Sequence[int], ties: str) -> list[Trim]:
     """``tiled.trims([source], k, ties)[0]`` for every k: one sweep of products brackets all thresholds."""
-    found = _kths_by_sample(source, kept) if len(kept) > 1 and isinstance(source, Sampled) else [None] * len(kept)
-    return [
-        tiled.trims([source], k, ties)[0] if kth is None else _trim(source, kth, ties)
-        for k, kth in zip(kept, found, strict=True)
-    ]
-
-
-def _trim(source: Source, kth: Kth, ties: str) -> Trim:
-    value = float(np.int32(kth.bits).view(np.float32))
-    if ties == "keep" or kth.quota == kth.equal:
-        return Trim(value, tiled.EVERY_ROW, 0)
-    return tiled._cut(source, value, tiled.tied_rows(source, value, kth.tiles), kth.quota)
-
-
-def _kths_by_sample(source: Sampled, kept: Sequence[int]) -> list[Kth | None]:
-    """`tiled._kth_by_sample` of every k, by a bracket of its own; None for what it does not find."""
-    numel = source.rows * source.columns
-    if not 4 * tiled.SAMPLE <= numel <= tiled.LARGEST_SAMPLED:
-        return [None] * len(kept)
-    rows = tiled._spread(source.rows, max(round(tiled.SAMPLE**0.5), tiled.SAMPLE // source.columns))
-    columns = tiled._spread(source.columns, tiled.SAMPLE // len(rows))
-    sample = np.sort(source.part(rows, columns).abs().flatten().numpy())[::-1].copy().view(np.int32)
-    brackets = [_bracket(sample, k * len(sample) // numel) for k in kept]
-
-    def look(tile: Tile) -> list[tuple[int, np.ndarray]]:
-        bits = tiled._bits(source, tile).reshape(-1)
-        return [_look(bits, low, high) for low, high in brackets]
-
-    looks = tiled._for_each_tile(source, look)
-    return [
-        _kth(source, k, low, high, [tile[i] for tile in looks])
-        for i, (k, (low, high)) in enumerate(zip(kept, brackets, strict=True))
-    ]
-
-
-def _bracket(sample: np.ndarray, place: int) -> tuple[int, int]:
-    """(lowest, highest) bits around a place of the sample, which falls."""
-    margin = len(sample) // tiled.BRACKET
-    high = int(sample[place - margin]) if margin <= place < len(sample) + margin else tiled._LARGEST
-    low = int(sample[place + margin]) if place + margin < len(sample) else 0
-    return low, high
-
-
-def _look(bits: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray]:
-    """(how many magnitudes are above high, those from low to high), of float32 values as uint32 [n]."""
-    if loops := jit.loops():
-        found = tiled._scratch("found", (len(bits) + 1,), torch.int32).numpy()
-        above, inside = loops.bracket(bits, np.uint32(low), np.uint32(high - low), found.view(np.uint32))
-        return int(above), found[: int(inside)].view(np.uint32).copy()
-    magnitude = bits & np.uint32(tiled._LARGEST)
-    above = magnitude > np.uint32(high)
-    return int(np.count_nonzero(above)), magnitude[(magnitude >= np.uint32(low)) ^ above]
-
-
-def _kth(source: Source, k: int, low: int, high: int, looks: Sequence[tuple[int, np.ndarray]]) -> Kth | None:
-    """The k-th largest of what was counted and collected tile by tile."""
-    rank, inside = k - sum(above for above, _ in looks), np.concatenate([piece for _, piece in looks])
-    if not 0 < rank <= len(inside):
-        return None
-    bits = np.partition(inside, len(inside) - rank)[len(inside) - rank]
-    tiles = [tile for tile, (_, piece) in zip(tiled._tiles_of(source), looks, strict=True) if (piece == bits).any()]
-    return Kth(int(bits), rank - int(np.count_nonzero(inside > bits)), int(np.count_nonzero(inside == bits)), tiles)
+    found = tiled.kths_by_sample(source, kept)
+    return [tiled.trims([source], k, ties, kth=kth)[0] for k, kth in zip(kept, found, strict=True)]

@@ -181,6 +181,7 @@ def trims(
     *,
     mine: Sequence[int] | None = None,
     total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
+    kth: "Kth | None" = None,
 ) -> list[Trim]:
     """Thresholds that keep exactly the k largest magnitudes of all sources together, one Trim a source.
 
@@ -189,13 +190,14 @@ def trims(
 
     mine: the sources that this process looks at, the others being looked at by its fellows; all of them if None. The
     result has one Trim for each of mine. total: the sum of what every process counted (int64 arrays of one shape).
+    kth: the k-th largest magnitude, where it is known already (`kths_by_sample`).
     """
     mine = range(len(sources)) if mine is None else mine
     if k == 0:
         return [Trim(float("inf"), 0, 0) for _ in mine]
-    only = sources[0] if len(sources) == 1 else None
-    found = _kth_by_sample(only, k) if isinstance(only, Sampled) else None
-    kth = found or _kth_by_histogram(sources, k, mine, total)
+    if kth is None and len(sources) == 1:
+        (kth,) = kths_by_sample(sources[0], [k])
+    kth = kth or _kth_by_histogram(sources, k, mine, total)
     value, quota = float(np.int32(kth.bits).view(np.float32)), kth.quota
     if ties == "keep" or quota == kth.equal:
         return [Trim(value, EVERY_ROW, 0) for _ in mine]
@@ -230,38 +232,54 @@ def _kth_by_histogram(
     return Kth(high << LOW_BITS | low, quota, int(fine[low]), None)
 
 
-def _kth_by_sample(source: Sampled, k: int) -> Kth | None:
-    """The same in one sweep of cheaper steps: a sample says where the k-th lies, within a bracket.
+def kths_by_sample(source: Source, ks: Sequence[int]) -> list[Kth | None]:
+    """The same of one source for every k, in one sweep of cheaper steps: a sample says where each lies, in a bracket.
 
-    The sweep counts what is above the bracket and collects what is inside. None, for a small tensor, one whose bracket
-    would not fit in memory, or where the k-th is outside: the sample costs time, never exactness.
+    The sweep counts what is above a bracket and collects what is inside. None, for a source that cannot be looked at in
+    places, a small tensor, one whose brackets would not fit in memory, or where the k-th is outside: the sample costs
+    time, never exactness.
     """
     numel = source.rows * source.columns
-    if not 4 * SAMPLE <= numel <= LARGEST_SAMPLED:
-        return None
+    if not (isinstance(source, Sampled) and 4 * SAMPLE <= numel <= LARGEST_SAMPLED):
+        return [None] * len(ks)
     rows = _spread(source.rows, max(round(SAMPLE**0.5), SAMPLE // source.columns))
     columns = _spread(source.columns, SAMPLE // len(rows))
     sample = np.sort(source.part(rows, columns).abs().flatten().numpy())[::-1].copy().view(np.int32)
-    place, margin = k * len(sample) // numel, len(sample) // BRACKET
+    brackets = [_bracket(sample, k * len(sample) // numel) for k in ks]
+
+    def look(tile: Tile) -> list[tuple[int, np.ndarray]]:
+        bits = _bits(source, tile).reshape(-1)
+        return [_inside(bits, low, high) for low, high in brackets]
+
+    looks = _for_each_tile(source, look)
+    return [
+        _kth_inside(source, k, low, high, [tile[i] for tile in looks])
+        for i, (k, (low, high)) in enumerate(zip(ks, brackets, strict=True))
+    ]
+
+
+def _bracket(sample: np.ndarray, place: int) -> tuple[int, int]:
+    """(lowest, highest) bits around a place of the sample, which falls."""
+    margin = len(sample) // BRACKET
     high = int(sample[place - margin]) if place >= margin else _LARGEST
     low = int(sample[place + margin]) if place + margin < len(sample) else 0
+    return low, high
 
-    def look(tile: Tile) -> tuple[int, np.ndarray]:
-        if loops := jit.loops():
-            bits = _bits(source, tile).reshape(-1)
-            found = _scratch("found", (len(bits) + 1,), torch.int32).numpy()
-            above, inside = loops.bracket(bits, np.uint32(low), np.uint32(high - low), found.view(np.uint32))
-            return int(above), found[: int(inside)].copy()
-        bits = _magnitude_bits(source, tile)
-        above = _scratch("mask", bits.shape, torch.bool).numpy()
-        inside = _scratch("other mask", bits.shape, torch.bool).numpy()
-        np.greater(bits, np.int32(high), out=above)
-        np.greater_equal(bits, np.int32(low), out=inside)
-        inside ^= above
-        return int(np.count_nonzero(above)), bits.reshape(-1)[np.flatnonzero(inside)]
 
-    counts, pieces = zip(*_for_each_tile(source, look), strict=True)
-    rank, inside = k - sum(counts), np.concatenate(pieces).view(np.uint32)
+def _inside(bits: np.ndarray, low: int, high: int) -> tuple[int, np.ndarray]:
+    """(how many magnitudes are above high, those from low to high), of float32 values as uint32 [n]."""
+    if loops := jit.loops():
+        found = _scratch("found", (len(bits) + 1,), torch.int32).numpy().view(np.uint32)
+        above, inside = loops.bracket(bits, np.uint32(low), np.uint32(high - low), found)
+        return int(above), found[: int(inside)].copy()
+    magnitude = bits & np.uint32(_LARGEST)
+    over = magnitude > np.uint32(high)
+    return int(np.count_nonzero(over)), magnitude[(magnitude >= np.uint32(low)) ^ over]
+
+
+def _kth_inside(source: Source, k: int, low: int, high: int, looks: Sequence[tuple[int, np.ndarray]]) -> Kth | None:
+    """The k-th largest, of what was counted above a bracket and collected inside it, tile by tile."""
+    rank, inside = k - sum(above for above, _ in looks), np.concatenate([piece for _, piece in looks])
     if not 0 < rank <= len(inside):
         return None
     shift = max(0, (high - low).bit_length() - LOW_BITS)
@@ -270,7 +288,7 @@ def _kth_by_sample(source: Sampled, k: int) -> Kth | None:
     finest = _count_bins(inside, low, (1 << shift) - 1, 0)
     place, rank = locate(finest, rank)
     bits = low + place
-    tiles = [tile for tile, piece in zip(_tiles_of(source), pieces, strict=True) if (piece == bits).any()]
+    tiles = [tile for tile, (_, piece) in zip(_tiles_of(source), looks, strict=True) if (piece == bits).any()]
     return Kth(bits, rank, int(finest[place]), tiles)
 
 
