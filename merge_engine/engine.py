@@ -19,13 +19,12 @@ from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.adapter_writer import AdapterWriter
 from merge_engine.errors import RecipeError
 from merge_engine.finetuned import Finetuned
-from merge_engine.lowrank import LowRank
+from merge_engine.lowrank import LowRank, Stack
 from merge_engine.ops import Backend
 from merge_engine.pipeline import ahead
 from merge_engine.place import place_folder
 from merge_engine.plan import Factors, ModulePlan, Plan, make_plan
 from merge_engine.recipe import Recipe
-from merge_engine.stacked import Stack
 
 MAX_RECOMPRESSIONS = 4  # at a time: each holds a merged delta
 WIDEST_START = 256  # rows that an iteration starts from, unless the rank asked for wants more

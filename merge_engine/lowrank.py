@@ -29,6 +29,8 @@ _NOISE = 2.0**-32
 _CONVERGED = 2.0**-20  # of a vector's norm: float32 products leave more than that of one that has not converged
 _BLUR = 2.0**-26  # how far float32 products move captured energy, as a share of |D|_F^2
 
+Decomposed = tuple[Tensor, Tensor]  # reflectors of Q below R, and their factors, as LAPACK's geqrf packs them
+
 
 class LowRank(NamedTuple):
     """B A ~ D: A [k, N] with orthonormal rows, B [M, k] with orthogonal columns, float32, contiguous, of their own
@@ -61,24 +63,55 @@ def from_products(
     Raises ValueError for shapes, weights or a request that do not fit, and where a factor is not
     finite or the result leaves float32.
     """
-    if not len(As) == len(Bs) == len(weights) > 0:
-        raise ValueError(f"got {len(As)} A, {len(Bs)} B and {len(weights)} weights, wanted equally many, at least one")
-    for i, (A, B) in enumerate(zip(As, Bs, strict=True)):
-        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-            raise ValueError(f"A[{i}] is {list(A.shape)} and B[{i}] is {list(B.shape)}, wanted [r, N] and [M, r]")
-        if (B.shape[0], A.shape[1]) != (Bs[0].shape[0], As[0].shape[1]):
-            wanted = [Bs[0].shape[0], As[0].shape[1]]
-            raise ValueError(f"B[{i}] @ A[{i}] is {[B.shape[0], A.shape[1]]}, wanted {wanted} as of the first")
-    _check(rank, energy)
+    return Stack(As, Bs).cut(weights, rank, energy)
 
-    left = torch.cat([B.double() * w for B, w in zip(Bs, weights, strict=True)], dim=1)
-    right = torch.cat([A.double() for A in As]).T
-    if 0 in left.shape or 0 in right.shape:
-        raise ValueError(f"the stacked factors are {list(left.shape)} and {list(right.T.shape)}, wanted no empty side")
-    scale = float((torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=0)).sum())
-    if not math.isfinite(scale):
-        raise ValueError("a factor or a weight is not finite")
-    return _cut(left, right, rank, energy, noise=2 * max(left.shape[1], 8) * torch.finfo(left.dtype).eps * scale)
+
+class Stack:
+    """Sums of products whose weights change: the QR of the stacked factors, in float64, and weights act on the core.
+
+    ``sum_i w_i B_i A_i = Q_B (R_B W R_A^T) Q_A^T`` with ``[B_1 ... B_n] = Q_B R_B``, ``[A_1^T ... A_n^T] = Q_A R_A``;
+    ``As[i]`` [r_i, N], ``Bs[i]`` [M, r_i], of any float dtype, on one device.
+
+    Raises ValueError for shapes that do not fit, and where a factor is not finite.
+    """
+
+    def __init__(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
+        if not len(As) == len(Bs) > 0:
+            raise ValueError(f"got {len(As)} A and {len(Bs)} B, wanted equally many, at least one")
+        for i, (A, B) in enumerate(zip(As, Bs, strict=True)):
+            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+                raise ValueError(f"A[{i}] is {list(A.shape)} and B[{i}] is {list(B.shape)}, wanted [r, N] and [M, r]")
+            if (B.shape[0], A.shape[1]) != (Bs[0].shape[0], As[0].shape[1]):
+                wanted = [Bs[0].shape[0], As[0].shape[1]]
+                raise ValueError(f"B[{i}] @ A[{i}] is {[B.shape[0], A.shape[1]]}, wanted {wanted} as of the first")
+        self.ranks = [len(A) for A in As]
+        self._left, norms_left = _decomposed([B.T for B in Bs])
+        self._right, norms_right = _decomposed(As)
+        self._norms = norms_left * norms_right
+        if not bool(self._norms.isfinite().all()):
+            raise ValueError("a factor is not finite")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.itemsize for part in (*self._left, *self._right, self._norms))
+
+    def cut(self, weights: Sequence[float], rank: int, energy: float | None = None) -> LowRank:
+        """B A = the best approximation of rank k of ``sum_i w_i B_i A_i``, in O(r^3 + r k (M + N)).
+
+        k = min(rank, M, N, sum r_i), or the smallest up to that which keeps ``energy`` of the squared norm. Singular
+        values below 2**-51 max(sum r_i, 8) sum_i |w_i| |B_i|_F |A_i|_F count as zero.
+        Raises ValueError for weights or a request that do not fit, and where the result leaves float32.
+        """
+        if len(weights) != len(self.ranks):
+            raise ValueError(f"got {len(weights)} weights, wanted {len(self.ranks)}")
+        _check(rank, energy)
+        columns = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(self.ranks))
+        columns = columns.to(self._norms.device)
+        scale = float((columns.abs() * self._norms).sum())
+        if not math.isfinite(scale):
+            raise ValueError("a weight is not finite")
+        noise = 2 * max(len(columns), 8) * torch.finfo(columns.dtype).eps * scale
+        return _factors(self._left, self._right, columns, rank, energy, noise=noise)
 
 
 def from_matrix(
@@ -219,12 +252,27 @@ def _eigen(matrix: Tensor, k: int, enough: float) -> tuple[Tensor, Tensor]:
     return _times(matrix, right), right
 
 
-def _cut(
-    left: Tensor, right: Tensor, rank: int, energy: float | None, *, total: float | None = None, noise: float = 0.0
+def _cut(left: Tensor, right: Tensor, rank: int, energy: float | None, *, total: float) -> LowRank:
+    """left @ right.T [M, N] cut to the rank asked for; ``total`` is |D|_F^2."""
+    ones = torch.ones(left.shape[1], dtype=left.dtype, device=left.device)
+    return _factors(torch.geqrf(left), torch.geqrf(right), ones, rank, energy, total=total)
+
+
+def _factors(
+    left: Decomposed,
+    right: Decomposed,
+    weights: Tensor,
+    rank: int,
+    energy: float | None,
+    *,
+    total: float | None = None,
+    noise: float = 0.0,
 ) -> LowRank:
-    """left @ right.T [M, N] cut to the rank asked for; ``total`` is |D|_F^2, that of the product unless given."""
-    (reflectors_left, r_left), (reflectors_right, r_right) = _qr(left), _qr(right)
-    u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    """left @ diag(weights) @ right.T cut to the rank asked for; ``total`` is |D|_F^2, that of the product unless given.
+
+    Singular values up to ``noise`` count as zero.
+    """
+    u, s, vh = torch.linalg.svd((_upper(left) * weights) @ _upper(right).T, full_matrices=False)
     s = torch.where(s > noise, s, 0.0)
     squares = s.square().cumsum(0)
     if total is None:
@@ -233,26 +281,37 @@ def _cut(
     k = min(rank, len(s))
     if energy is not None:
         k = min(k, 1 + int((kept < energy).sum()))
-    B = _q_times(reflectors_left, u[:, :k] * s[:k]).float().contiguous()
-    A = _q_times(reflectors_right, vh[:k].T).T.float().contiguous()
+    B = _q_times(left, u[:, :k] * s[:k]).float().contiguous()
+    A = _q_times(right, vh[:k].T).T.float().contiguous()
     if not bool(B.isfinite().all()):
         raise ValueError(f"the largest singular value is {float(s[0]):.1e}: B does not fit float32")
     return LowRank(A, B, float(kept[k - 1]))
 
 
-def _qr(block: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """(the reflectors that make up Q, R): a third of the time goes into a Q that is not asked for."""
-    packed, tau = torch.geqrf(block)
-    width = len(tau)
-    return (packed[:, :width], tau), packed[:width].triu()
-
-
-def _q_times(reflectors: tuple[Tensor, Tensor], block: Tensor) -> Tensor:
-    """Q @ block [p, k] for Q [m, p] by its reflectors."""
-    packed, tau = reflectors
+def _q_times(decomposed: Decomposed, block: Tensor) -> Tensor:
+    """Q @ block [p, k] for Q [m, p] by its reflectors: a third of a QR would go into a Q that is not asked for."""
+    packed, tau = decomposed
     tall = block.new_zeros(len(packed), block.shape[1])
     tall[: len(block)] = block
-    return torch.ormqr(packed, tau, tall)
+    return torch.ormqr(packed[:, : len(tau)], tau, tall)
+
+
+def _decomposed(blocks: Sequence[Tensor]) -> tuple[Decomposed, Tensor]:
+    """(the QR, the norms of the columns) of [X_1^T ... X_n^T], X_i [r_i, n]; made in the memory of its result."""
+    stacked = torch.empty(sum(map(len, blocks)), blocks[0].shape[1], dtype=torch.float64, device=blocks[0].device)
+    if 0 in stacked.shape:
+        raise ValueError(f"the stacked factors are {list(stacked.shape)}, wanted no empty side")
+    for target, block in zip(stacked.split(list(map(len, blocks))), blocks, strict=True):
+        target.copy_(block)
+    norms = torch.linalg.vector_norm(stacked, dim=1)
+    packed, tau = stacked.T, stacked.new_empty(min(stacked.shape))
+    torch.geqrf(packed, out=(packed, tau))
+    return (packed, tau), norms
+
+
+def _upper(decomposed: Decomposed) -> Tensor:
+    packed, tau = decomposed
+    return packed[: len(tau)].triu()
 
 
 def _times(matrix: Tensor, block: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from merge_engine import engine, torch_backend
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.cache import Cache
 from merge_engine.errors import RecipeError
+from merge_engine.lowrank import Stack
 from merge_engine.ops import Backend
 from merge_engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.recipe import Recipe
 from merge_engine.shards import parse_size
 from merge_engine.shared_tiles import MOST_HELD, trims
-from merge_engine.stacked import Stack
 from merge_engine.tensors import StoredTensor
 from merge_engine.tiled import TILE_ELEMENTS, KeepTile, Source
 

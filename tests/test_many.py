@@ -22,11 +22,11 @@ from merge_engine import engine, jit, many, pool, shared_tiles, tiled
 from merge_engine.cache import Cache
 from merge_engine.engine import merge
 from merge_engine.errors import AdapterError, MergeError, OutputError, RecipeError
+from merge_engine.lowrank import Stack
 from merge_engine.many import Failed, merge_many
 from merge_engine.rule import make_rule
 from merge_engine.session import Session
 from merge_engine.shared_tiles import Ask
-from merge_engine.stacked import Stack
 
 U = 2**-24  # unit roundoff of float32
 ROOT = Path(__file__).parent.parent
