@@ -1,8 +1,8 @@
-"""Adapters into a base model, from disk to disk."""
+"""Adapters into a base model, from disk to disk, by one process and by ranks."""
 
 from typing import Any
 
-KINDS = ("base",)
+KINDS = ("base", "ranks")
 
 
 def test_base(case: Any, benchmark: Any) -> None:

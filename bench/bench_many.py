@@ -2,7 +2,7 @@
 
 from typing import Any
 
-KINDS = ("many",)
+KINDS = ("many", "session")
 
 
 def test_many(case: Any, benchmark: Any) -> None:

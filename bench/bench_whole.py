@@ -1,8 +1,8 @@
-"""A whole adapter of TinyLlama's shape, from disk to disk: against PEFT, extrapolated from one layer of each shape."""
+"""A whole adapter of TinyLlama's shape, from disk to disk, and PEFT on one layer of each of its shapes."""
 
 from typing import Any
 
-KINDS = ("whole",)
+KINDS = ("whole", "layer")
 
 
 def test_whole(case: Any, benchmark: Any) -> None:

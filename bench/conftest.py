@@ -16,7 +16,7 @@ from bench.workloads import WORKLOADS, Workload
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shrink", type=int, default=1, help="1/N of the rows, columns and layers")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.addoption("--longest", type=float, default=10.0, help="seconds that one run of a contestant may take")
+    parser.addoption("--longest", type=float, default=12.0, help="seconds that one run of a contestant may take")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,9 +2,10 @@
 
 import importlib.util
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from bench import into_base, many, peft_backend, whole_merge
 from bench.agreement import Disagreement, Habit, check_kth, check_merge
-from bench.inputs import LAYERS, SCALING, make_adapter, peft_layer
-from bench.measure import LEAST, MIB, Contestant, Sample
+from bench.inputs import MODELS, SCALING, make_adapter, peft_layer
+from bench.measure import LEAST, Contestant, Sample
 from bench.workloads import STREAM, Task, Workload
 from merge_engine import reference, tiled
 
@@ -27,7 +28,8 @@ Results = Mapping[str, Any]
 @dataclass(frozen=True)
 class Entry:
     """One contestant. ns: nanoseconds an element and adapter, seconds: besides, as two CPU cores were seen to take;
-    the first guess of a run's time. asked: only takes part on request. methods: those that it knows, all if empty."""
+    the first guess of a run's time. asked: only takes part on request. methods: those that it knows, all if empty.
+    share: of the nanoseconds, by method where it is not 1."""
 
     build: Build
     ns: float = 0.0
@@ -35,10 +37,11 @@ class Entry:
     asked: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     methods: tuple[str, ...] = ()
+    share: Mapping[str, float] = field(default_factory=dict)
 
     def expected(self, work: Workload) -> float:
         """Seconds of one run."""
-        return self.seconds + 1e-9 * self.ns * work.elements * work.adapters
+        return self.seconds + 1e-9 * self.ns * self.share.get(work.method, 1.0) * work.elements * work.adapters
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,9 @@ DELTAS = Kind(
     {
         "tiled": Entry(_tiled, ns=5, devices=("cpu",)),
         "triton": Entry(_triton, ns=0.05, devices=("cuda",)),
-        "PEFT": Entry(_peft, ns=100),
-        "reference": Entry(_reference, ns=200),
-        "compiled": Entry(_compiled, ns=200, asked=True),
+        "PEFT": Entry(_peft, ns=65),
+        "reference": Entry(_reference, ns=150),
+        "compiled": Entry(_compiled, ns=150, asked=True),
         "mergekit": Entry(_mergekit, ns=100, asked=True, methods=("ties",)),
     },
     _check_deltas,
@@ -237,7 +240,7 @@ SELECT = Kind(
         "tiled": Entry(_select_tiled, ns=4, devices=("cpu",)),
         "bare product": Entry(_bare_product, ns=0.7, devices=("cpu",)),
         "triton": Entry(_select_triton, ns=0.05, devices=("cuda",)),
-        "topk": Entry(_kth(lambda magnitudes, k: magnitudes.topk(k).values[-1]), ns=110),
+        "topk": Entry(_kth(lambda magnitudes, k: magnitudes.topk(k).values[-1]), ns=50),
         "kthvalue": Entry(_kth(lambda magnitudes, k: magnitudes.kthvalue(magnitudes.numel() + 1 - k).values), ns=20),
     },
     _check_select,
@@ -263,7 +266,7 @@ def _on_threads(count: int) -> Build:
 
 THREADS = {1: "1 thread"} | {count: f"{count} threads" for count in (2, 4, 8, 16) if count <= (os.cpu_count() or 1)}
 THREADED = Kind(
-    {name: Entry(_on_threads(count), ns=10 / count, devices=("cpu",)) for count, name in THREADS.items()},
+    {name: Entry(_on_threads(count), ns=5 / count**0.5, devices=("cpu",)) for count, name in THREADS.items()},
     _check_deltas,
     baseline=("1 thread",),
 )
@@ -272,16 +275,29 @@ THREADED = Kind(
 # PEFT's add_weighted_adapter and the drop-in.
 
 
+# The layers of the model that PEFT adapts, from a workload's layers, rows and columns.
+PEFT_MODELS: dict[str, Callable[[int, int, int, str], Any]] = {
+    "factors": lambda layers, rows, columns, device: peft_backend.tiny_llama(layers, device),
+    "layer": lambda layers, rows, columns, device: peft_backend.layers_of([(rows, columns)], device),
+    # 2048 x 2048 and 2048 x 5632
+    "recompress": lambda layers, rows, columns, device: peft_backend.layers_of(
+        [(rows, columns), (rows, columns * 11 // 4)], device
+    ),
+}
+
+
 @lru_cache(maxsize=2)
-def _peft_model(layers: int, rows: int, columns: int, device: str) -> Any:
-    if layers:
-        return peft_backend.tiny_llama(layers, device)
-    return peft_backend.layers_of([(rows, columns), (rows, columns * 11 // 4)], device)  # 2048 x 2048 and 2048 x 5632
+def _peft_model(kind: str, layers: int, rows: int, columns: int, device: str) -> Any:
+    return PEFT_MODELS[kind](layers, rows, columns, device)
+
+
+def _model_of(work: Workload, device: str) -> Any:
+    return _peft_model(work.kind, work.layers, work.rows, work.columns, device)
 
 
 def _combine(rival: str) -> Build:
     def build_it(work: Workload, device: str) -> Contestant:
-        model = _peft_model(work.layers, work.rows, work.columns, device)
+        model = _model_of(work, device)
         drawn = {"rng": "torch", "seed": 1} if rival == "drop-in" and "dare" in work.method else {}
 
         def add(**options: Any) -> list[Tensor]:
@@ -296,8 +312,7 @@ def _combine(rival: str) -> Build:
 
 
 def _check_combination(work: Workload, results: Results, device: str) -> Mapping[str, float] | None:
-    model = _peft_model(work.layers, work.rows, work.columns, device)
-    excess = peft_backend.compare(model, work.method, results)
+    excess = peft_backend.compare(_model_of(work, device), work.method, results)
     if not excess.get("drop-in", 0.0) <= 1e-3:
         raise Disagreement(f"{work.name}: the error is {excess['drop-in']:.1e} above that of the best cut")
     return excess
@@ -313,7 +328,13 @@ FACTORS = Kind(
 RECOMPRESS = replace(
     FACTORS,
     checking=150,
-    entries={"drop-in": Entry(_combine("drop-in"), ns=60), "PEFT": Entry(_combine("PEFT"), ns=1200)},
+    entries={"drop-in": Entry(_combine("drop-in"), ns=30), "PEFT": Entry(_combine("PEFT"), ns=900)},
+)
+LAYER = replace(
+    FACTORS,
+    checking=40,
+    entries={"drop-in": Entry(_combine("drop-in"), ns=8), "PEFT": Entry(_combine("PEFT"), ns=200)},
+    least=1,
 )
 
 
@@ -326,51 +347,35 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="merge_engine_bench_")
 
 
-@lru_cache
-def _on_disk(count: int, layers: int) -> list[Path]:
-    folders = [Path(_scratch().name, f"{layers}-{number}") for number in range(count)]
+def _on_disk(work: Workload) -> list[Path]:
+    folders = [Path(_scratch().name, f"{work.model}-{work.layers}-{number}") for number in range(work.adapters)]
     for seed, folder in enumerate(folders):
         if not folder.exists():
-            make_adapter(folder, seed, layers)
+            make_adapter(folder, seed, work.layers, MODELS[work.model])
     return folders
 
 
 def _whole(work: Workload, device: str) -> Contestant:
-    folders, output = _on_disk(work.adapters, work.layers), Path(_scratch().name, "merged")
+    folders, output = _on_disk(work), Path(_scratch().name, "merged")
     recipe = {"method": work.method, "density": work.density, "rank": work.rank, "overwrite": True}
-
-    def run() -> Sample:
-        done = whole_merge.ours(folders, output, recipe)
-        return Sample(done["seconds"], output, done["peak_gb"] * 1e9 / MIB)
-
-    return Contestant(run, own_clock=True)
-
-
-def _whole_peft(work: Workload, device: str) -> Contestant:
-    def run() -> Sample:
-        by_shape = whole_merge.extrapolated(f"{work.method}_svd", work.density, work.layers)
-        return Sample(sum(count * seconds for count, seconds in by_shape.values()), None)
-
-    return Contestant(run, own_clock=True)
+    return Contestant(lambda: whole_merge.merged(folders, output, recipe), own_clock=True)
 
 
 def _check_whole(work: Workload, results: Results, device: str) -> Mapping[str, float] | None:
-    folder = results.get("merge-engine")
-    if folder is None:
-        return None
-    excess = whole_merge.excess(_on_disk(work.adapters, work.layers), folder, work.method, work.density, work.rank)
-    if not excess <= 1e-3:
-        raise Disagreement(f"{work.name}: the error of one module is {excess:.1e} above that of the best cut")
-    return {"merge-engine": excess}
+    excess = {
+        name: whole_merge.excess(_on_disk(work), folder, work.method, work.density, work.rank)
+        for name, folder in results.items()
+    }
+    if not max(excess.values()) <= 1e-3:
+        raise Disagreement(f"{work.name}: the error of one module is {max(excess.values()):.1e} above the best cut's")
+    return excess
 
 
+# PEFT's row comes from those of kind layer: see `whole_merge.with_extrapolation`.
 WHOLE = Kind(
-    {
-        "merge-engine": Entry(_whole, ns=11, seconds=4),
-        "PEFT, extrapolated": Entry(_whole_peft, seconds=18, devices=("cpu",)),
-    },
+    {"merge-engine": Entry(_whole, ns=3, seconds=4)},
     _check_whole,
-    baseline=("PEFT, extrapolated",),
+    baseline=(),
     forks=False,
     checking=0,
     roofs=False,
@@ -381,33 +386,29 @@ WHOLE = Kind(
 
 
 @lru_cache
-def _base_and_adapters(layers: int) -> tuple[Path, list[Path]]:
-    return into_base.make_inputs(Path(_scratch().name, f"into-{layers}"), layers)
+def _base_and_adapters(layers: int, model: str) -> tuple[Path, list[Path]]:
+    return into_base.make_inputs(Path(_scratch().name, f"into-{model}-{layers}"), layers, MODELS[model])
 
 
-def _layers_of_base(work: Workload) -> int:
-    return max(1, into_base.LAYERS * work.layers // LAYERS)
+def _into_base(run: Callable[[Path, list[Path], str], Sample]) -> Build:
+    def build_it(work: Workload, device: str) -> Contestant:
+        base, adapters = _base_and_adapters(work.layers, work.model)
+        return Contestant(lambda: run(base, adapters, work.method), own_clock=True)
+
+    return build_it
 
 
-def _into_base(work: Workload, device: str) -> Contestant:
-    base, adapters = _base_and_adapters(_layers_of_base(work))
-    return Contestant(lambda: into_base.run_ours(base, adapters, work.method), own_clock=True)
-
-
-def _into_base_mergekit(work: Workload, device: str) -> Contestant:
-    base, adapters = _base_and_adapters(_layers_of_base(work))
-    return Contestant(lambda: into_base.run_mergekit(base, adapters, work.method), own_clock=True)
-
-
-def _check_base(work: Workload, results: Results, device: str) -> None:
-    base, adapters = _base_and_adapters(_layers_of_base(work))
+def _check_base(work: Workload, results: Results, device: str) -> Mapping[str, float] | None:
+    base, adapters = _base_and_adapters(work.layers, work.model)
     into_base.check(base, adapters, work.method, results["merge-engine"])
+    # Where deltas are dropped at random, the rival draws masks of its own.
+    return into_base.excess(base, adapters, results) if work.method == "ties" and len(results) > 1 else None
 
 
 BASE = Kind(
     {
-        "merge-engine": Entry(_into_base, seconds=7),
-        "mergekit-yaml": Entry(_into_base_mergekit, seconds=60, asked=True),
+        "merge-engine": Entry(_into_base(into_base.run_ours), seconds=7),
+        "mergekit-yaml": Entry(_into_base(into_base.run_mergekit), seconds=60, asked=True),
     },
     _check_base,
     baseline=("mergekit-yaml",),
@@ -417,20 +418,40 @@ BASE = Kind(
 )
 
 
+def _check_ranks(work: Workload, results: Results, device: str) -> None:
+    base, adapters = _base_and_adapters(work.layers, work.model)
+    into_base.check(base, adapters, work.method, results["1 rank"])
+    if len({into_base.digest(folder) for folder in results.values()}) != 1:
+        raise Disagreement(f"{work.name}: the outputs of {', '.join(results)} have different bytes")
+
+
+RANKS = Kind(
+    {
+        "1 rank": Entry(_into_base(partial(into_base.run_ranks, 1)), seconds=8),
+        "2 ranks": Entry(_into_base(partial(into_base.run_ranks, 2)), seconds=8),
+    },
+    _check_ranks,
+    baseline=("1 rank",),
+    forks=False,
+    checking=0,
+    roofs=False,
+)
+
+
 # Many recipes.
 
 
-def _way(way: str) -> Build:
+def _way(way: str, count: Callable[[list[float]], float] = sum) -> Build:
     def build_it(work: Workload, device: str) -> Contestant:
-        adapters = [str(folder) for folder in _on_disk(work.adapters, work.layers)]
-
-        def run() -> Sample:
-            done = many.measured(way, adapters, work.method, "4GB")
-            return Sample(sum(done["seconds"]), done["digest"], done["peak_gb"] * 1e9 / MIB)
-
-        return Contestant(run, own_clock=True)
+        adapters = _on_disk(work)
+        return Contestant(lambda: many.measured(way, adapters, work.method, count), own_clock=True)
 
     return build_it
+
+
+def _later(seconds: list[float]) -> float:
+    """Of a merge after the first: it changes weights only."""
+    return statistics.median(seconds[1:])
 
 
 def _check_many(work: Workload, results: Results, device: str) -> None:
@@ -438,11 +459,12 @@ def _check_many(work: Workload, results: Results, device: str) -> None:
         raise Disagreement(f"{work.name}: the results of {', '.join(results)} have different bits")
 
 
+CHEAP = {"linear, weights x scale": 0.08, "ties of factors, density x weights": 0.08}
 MANY = Kind(
     {
-        "singly": Entry(_way("singly"), ns=160, seconds=5),
-        "merge_many": Entry(_way("merge_many"), ns=60, seconds=5),
-        "Session": Entry(_way("Session"), ns=60, seconds=5),
+        "singly": Entry(_way("singly"), ns=70, seconds=4, devices=("cpu",), share=CHEAP),
+        "merge_many": Entry(_way("merge_many"), ns=30, seconds=4, devices=("cpu",), share=CHEAP),
+        "Session": Entry(_way("Session"), ns=35, seconds=4, devices=("cpu",), share=CHEAP),
     },
     _check_many,
     baseline=("singly",),
@@ -450,6 +472,13 @@ MANY = Kind(
     checking=0,
     roofs=False,
     least=1,  # of 16 merges
+)
+SESSION = replace(
+    MANY,
+    entries={
+        "singly": Entry(_way("singly", _later), ns=18, seconds=4, devices=("cpu",)),
+        "Session": Entry(_way("Session", _later), ns=10, seconds=4, devices=("cpu",)),
+    },
 )
 
 KINDS: dict[str, Kind] = {
@@ -460,7 +489,10 @@ KINDS: dict[str, Kind] = {
     "adapters": DELTAS,
     "factors": FACTORS,
     "recompress": RECOMPRESS,
+    "layer": LAYER,
     "whole": WHOLE,
     "base": BASE,
+    "ranks": RANKS,
     "many": MANY,
+    "session": SESSION,
 }

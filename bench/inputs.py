@@ -31,6 +31,8 @@ def llama(hidden: int, keys: int, mlp: int) -> dict[str, tuple[int, int]]:
 
 
 TINY_LLAMA = llama(2048, 256, 5632)
+LLAMA_134M = "Llama-134M"  # with 12 layers and 32000 tokens
+MODELS = {"TinyLlama": TINY_LLAMA, LLAMA_134M: llama(768, 768, 2048)}
 
 
 def factors(rows: int, columns: int, rank: int, generator: torch.Generator) -> Pair:

@@ -29,12 +29,15 @@ Name = TypeVar("Name")
 
 class Sample(NamedTuple):
     """One run. peak_mib: of memory, above where the run began, as a GPU knows it; or of the whole process, where it had
-    one of its own. extra_mib: beyond the result."""
+    one of its own. extra_mib: beyond the result. processor: seconds of all threads on CPUs. kept_energy: the share of
+    the merged deltas' energy that a cut kept."""
 
     seconds: float
     result: Any
     peak_mib: float | None = None
     extra_mib: float | None = None
+    processor: float | None = None
+    kept_energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def spread(seconds: Sequence[float]) -> Spread:
 
 
 class Clock:
-    """Times one run on the CPU, by the wall."""
+    """Times one run on the CPU, by the wall, and by what its threads ran."""
 
     def sample(self, contestant: Contestant) -> Sample:
         if contestant.ready is not None:
@@ -79,9 +82,10 @@ class Clock:
         return self._timed(contestant.run)
 
     def _timed(self, run: Callable[[], Any]) -> Sample:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), time.process_time()
         result = run()
-        return Sample(time.perf_counter() - start, result)
+        seconds, processor = time.perf_counter() - start, time.process_time() - before
+        return Sample(seconds, result, processor=processor)
 
 
 class CudaClock(Clock):
@@ -120,14 +124,16 @@ def interleaved(
     """The samples (without results) of rounds in which every contestant runs once: `least`, then while time lasts.
 
     seconds: what all rounds together may take.
-    first: the samples of a run before; slow ones count as a round.
+    first: the samples of a run before; those that were slow, or of a process of their own, count as a round.
     """
     taken: dict[Name, list[Sample]] = {name: [] for name in contestants}
     for name, sample in (first or {}).items():
-        if sample.seconds > SLOW:
+        if sample.seconds > SLOW or contestants[name].own_clock:
             taken[name].append(sample._replace(result=None))
+    begun = time.perf_counter()
     for number in range(most):
-        spent = sum(sample.seconds for samples in taken.values() for sample in samples)
+        counted = sum(sample.seconds for samples in taken.values() for sample in samples)
+        spent = max(counted, time.perf_counter() - begun)  # a clock of its own may count a part of the run only
         if number >= least and spent * (number + 1) / number > seconds:
             break
         for name, contestant in contestants.items():
@@ -205,17 +211,18 @@ import json, os, subprocess, sys, time
 start = time.perf_counter()
 child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(child.pid, 0)
-print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - start, usage.ru_maxrss / 1024]))
+seconds, processor = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 1024, processor]))
 """
 
 
 def whole_process(command: Sequence[str]) -> Sample:
     """A process from its start to its end, and its peak resident memory. Raises RuntimeError where it fails."""
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
-    code, seconds, peak = json.loads(done.stdout)
+    code, seconds, peak, processor = json.loads(done.stdout)
     if code:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-    return Sample(seconds, None, peak)
+    return Sample(seconds, None, peak, processor=processor)
 
 
 @dataclass(frozen=True)

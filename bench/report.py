@@ -3,10 +3,14 @@
 Workloads run in their order of importance (`workloads.WORKLOADS`); one that is not expected to fit what is left is
 passed over. Contestants take turns; nothing is timed before their results agree. --compare OLD.json prints what changed
 beyond the spread; --markdown prints tables for a README. mergekit and torch.compile take part if they are asked for.
+
+--only static runs nothing: it compiles the kernels for GPUs that are not here, and writes what their machine code says
+of their cost to static_kernels.csv and static_merges.csv.
 """
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -14,23 +18,37 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import into_base, measure
+from bench import into_base, measure, whole_merge
 from bench.contestants import HAS_MERGEKIT, KINDS
 from bench.measure import Limits
 from bench.plots import plot
-from bench.results import Report, Row, compare, headline_table, machine_differs, markdown, read, trends, write
+from bench.results import (
+    Report,
+    Row,
+    compare,
+    headline_table,
+    machine_differs,
+    markdown,
+    plain_table,
+    read,
+    trends,
+    write,
+    write_csv,
+)
 from bench.suite import expected, measured, nbytes_held
 from bench.workloads import WORKLOADS, Workload
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "numpy", "numba", "merge-engine")
 ENDING = 8.0  # seconds for files and plots
 SHARE = 0.4  # of the free memory, for one workload: others use the machine as well
+STATIC = "static"
 AT_FIRST = 20.0  # seconds of evidence that the table of expected costs counts as
 
 
@@ -40,14 +58,18 @@ def about(device: str, limits: Limits) -> dict[str, Any]:
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     found |= {"bandwidth_gb_s": round(limits.bandwidth / 1e9, 2), "matmul_gflop_s": round(limits.matmul / 1e9, 1)}
-    found["python"] = platform.python_version()
-    for package in PACKAGES:
+    return found | versions(PACKAGES) | {"load": round(os.getloadavg()[0], 2)}
+
+
+def versions(packages: Sequence[str]) -> dict[str, Any]:
+    """Of Python and these packages, the commit, and the time."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "none"
-    found |= {"commit": _commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    return found | {"load": round(os.getloadavg()[0], 2)}
+    return found | {"commit": _commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _processor() -> str:
@@ -114,15 +136,32 @@ def run(
             report.failed[name] = f"{type(error).__name__}: {error}"
             say(f"FAILED: {report.failed[name]}")
             rows = []
-        report.rows.extend(rows)
         for row in rows:
             say("  " + said(row))
+        report.rows[:] = whole_merge.with_extrapolation([*report.rows, *rows])
         save(report)
         guessed, took = guessed + guess, took + time.perf_counter() - begun
+    for row in report.rows:
+        if row.source:
+            say("  " + said(row))
     if report.skipped:
         say("\nnot run: " + "; ".join(f"{name} ({reason})" for name, reason in report.skipped.items()))
     say(f"\n{time.perf_counter() - start:.0f} s of {budget:.0f} s")
     return report
+
+
+def write_static(folder: Path) -> str:
+    """Compile kernels, write what their machine code says, and return it as tables."""
+    from bench import static_cost
+
+    folder.mkdir(parents=True, exist_ok=True)
+    known, texts = versions(("torch", "triton", "merge-engine")), []
+    made = {"static_kernels": static_cost.kernel_rows(), "static_merges": static_cost.merge_rows()}
+    for name, rows in made.items():
+        lines = [known | asdict(row) for row in rows]
+        write_csv(folder / f"{name}.csv", list(lines[0]), lines)
+        texts.append(plain_table(rows))
+    return "\n\n".join(["Estimated from machine code; nothing was run on a GPU.", *texts])
 
 
 def said(row: Row) -> str:
@@ -135,8 +174,14 @@ def said(row: Row) -> str:
         parts.append(f"peak {row.peak_mib:.0f} MiB{beyond}")
     if row.bandwidth_share is not None and row.matmul_share is not None:
         parts.append(f"{row.bandwidth_share:.1%} of a copy, {row.matmul_share:.1%} of a matmul")
+    if row.processor is not None:
+        parts.append(f"{row.processor:.4g} s of CPUs")
     if row.excess is not None:
         parts.append(f"error {row.excess:+.1e} of the best")
+    if row.kept_energy is not None:
+        parts.append(f"keeps {row.kept_energy:.1%} of the energy")
+    if row.source:
+        parts.append(f"= {row.source}")
     return f"{row.contestant:20} {row.workload}: {'; '.join(parts)}"
 
 
@@ -161,8 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the tables")
     options = parser.parse_args(arguments)
     kinds = options.only.split(",")
+    if kinds == [STATIC]:
+        if importlib.util.find_spec("triton") is None:
+            parser.error(f"--only {STATIC}: wanted triton, which is not installed")
+        print(write_static(options.output))
+        return 0
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        parser.error(f"--only: wanted some of {', '.join(KINDS)}, got {', '.join(unknown)}")
+        parser.error(f"--only: wanted some of {', '.join(KINDS)}, or {STATIC} alone, got {', '.join(unknown)}")
     old = read(options.compare) if options.compare else None
     asked: tuple[str, ...] = ("compiled",) * options.compile
     if options.mergekit:

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from bench.measure import Line, fit
 
 OURS = ("tiled", "triton", "drop-in", "merge-engine")
+EXTRAPOLATED = "PEFT, extrapolated from one layer of each shape"  # see `whole_merge.with_extrapolation`
 NOTICED = 1.05  # quartiles that do not overlap, and a change of more than this, are no chance
 
 
@@ -19,10 +20,12 @@ NOTICED = 1.05  # quartiles that do not overlap, and a change of more than this,
 class Row:
     """One contestant of one workload.
 
-    seconds, low, high: median and quartiles of `runs` runs. peak_mib: of memory, above where the run began, or of the
-    whole process where it had its own (kinds whole, base, many); extra_mib: beyond the result. ratio: seconds of the
-    baseline / seconds. flops and nbytes: what no contestant can do without (`Workload`), and the shares of the
-    machine's measured rates that this makes. excess: of the approximation error over that of the best cut.
+    seconds, low, high: median and quartiles of `runs` runs. processor: the median of seconds of all threads on CPUs.
+    peak_mib: of memory, above where the run began, or of the whole process where it had its own (kinds whole, base,
+    many, session); extra_mib: beyond the result. ratio: seconds of the baseline / seconds. flops and nbytes: what no
+    contestant can do without (`Workload`), and the shares of the machine's measured rates that this makes. excess: of
+    the error over that of the best approximation, which is the best cut, or (kind base) the exact sum rounded once.
+    kept_energy: the share of the merged deltas' that a cut kept. source: the rows that this one is computed from.
     """
 
     OF_WORKLOAD: ClassVar = ("method", "rows", "columns", "layers", "adapters", "rank", "density", "dtype", "elements")
@@ -45,6 +48,7 @@ class Row:
     seconds: float
     low: float
     high: float
+    processor: float | None = None
     peak_mib: float | None = None
     extra_mib: float | None = None
     baseline: str = ""
@@ -54,6 +58,8 @@ class Row:
     bandwidth_share: float | None = None
     matmul_share: float | None = None
     excess: float | None = None
+    kept_energy: float | None = None
+    source: str = ""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -74,15 +80,20 @@ def write(report: Report, folder: Path, name: str) -> None:
     """folder/name.csv, where each line says by itself what it is of, and folder/name.json; each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     columns = [*report.about, *(each.name for each in fields(Row))]
+    write_csv(folder / f"{name}.csv", columns, [report.about | asdict(row) for row in report.rows])
+    _placed(folder / f"{name}.json", lambda path: path.write_text(json.dumps(asdict(report), indent=1) + "\n"))
 
-    def write_csv(path: Path) -> None:
-        with path.open("w", newline="") as file:
+
+def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV file of these columns, whole or not at all."""
+
+    def write_it(part: Path) -> None:
+        with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(report.about | asdict(row) for row in report.rows)
+            writer.writerows(lines)
 
-    _placed(folder / f"{name}.csv", write_csv)
-    _placed(folder / f"{name}.json", lambda path: path.write_text(json.dumps(asdict(report), indent=1) + "\n"))
+    _placed(path, write_it)
 
 
 def _placed(path: Path, make: Callable[[Path], object]) -> None:
@@ -186,7 +197,7 @@ def _faster(name: str, kind: str, workload: str, rival: str, times: float) -> He
     return Headline(name, kind, workload, (rival, "seconds"), ("ours", "seconds"), (">=", times))
 
 
-LARGE = "3x r16 4096x4096 d0.2 fp32"
+LARGE, INTO = "3x r16 4096x4096 d0.2 fp32", "3x r16 12 layers of Llama-134M d0.2 fp32"
 HEADLINES = [
     _faster("ties of deltas: times as fast as PEFT", "deltas", f"ties {LARGE}", "PEFT", 20),
     Headline(
@@ -247,8 +258,40 @@ HEADLINES = [
         "whole TinyLlama: times as fast as PEFT, extrapolated",
         "whole",
         "ties 3x r16 22 layers d0.2 fp32",
-        "PEFT, extrapolated",
+        EXTRAPOLATED,
         1,
+    ),
+    *(
+        _faster(f"{method} into a base: times as fast as mergekit-yaml", "base", f"{method} {INTO}", "mergekit-yaml", n)
+        for method, n in (("ties", 10), ("dare_ties", 6))
+    ),
+    Headline(
+        "dare_ties into a base: 1 rank's time / that of 2",
+        "ranks",
+        f"dare_ties {INTO}",
+        ("1 rank", "seconds"),
+        ("2 ranks", "seconds"),
+        (">=", 1.6),
+    ),
+    *(
+        Headline(
+            f"16 recipes, {grid}: one by one / merge_many, {what}",
+            "many",
+            f"{grid} 8x r16 1 layers d0.2 fp32",
+            ("singly", name),
+            ("merge_many", name),
+            (">=", 3),
+        )
+        for grid in ("ties, density x scale", "ties, density x weights")
+        for what, name in (("time", "seconds"), ("CPU time", "processor"))
+    ),
+    Headline(
+        "other weights only: a merge of its own / one in a Session",
+        "session",
+        "ties, other weights 8x r16 1 layers d0.2 fp32",
+        ("singly", "seconds"),
+        ("Session", "seconds"),
+        (">=", 4),
     ),
 ]
 
@@ -306,12 +349,21 @@ def markdown(report: Report) -> str:
     parts = [about, headline_table(report.rows), "\n".join(f"- {trend}" for trend in trends(report.rows))]
     kinds = dict.fromkeys(row.kind for row in report.rows)
     parts += [f"### {kind}\n\n{table([row for row in report.rows if row.kind == kind])}" for kind in kinds]
+    for row in report.rows:
+        if row.source:
+            parts.append(f"{row.contestant}, {row.workload}: {_time(row.seconds)} = {row.source}")
     paired = [row for row in report.rows if row.kind in ("factors", "recompress")]
     if paired:
         parts.append(f"### The drop-in\n\n{drop_in_table(paired)}")
     if report.skipped:
         parts.append("Not run: " + "; ".join(f"{name} ({reason})" for name, reason in report.skipped.items()))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def plain_table(rows: Sequence[Any]) -> str:
+    """Dataclass rows as Markdown, a column each field."""
+    lines = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in astuple(row)] for row in rows]
+    return _markdown([each.name for each in fields(rows[0])], lines)
 
 
 def headline_table(rows: Sequence[Row]) -> str:
@@ -332,6 +384,7 @@ def table(rows: Iterable[Row]) -> str:
         "contestant",
         "median",
         "quartiles",
+        "CPU",
         "faster",
         "peak MiB",
         "beyond the result",
@@ -346,6 +399,7 @@ def table(rows: Iterable[Row]) -> str:
                 row.contestant,
                 _time(row.seconds),
                 f"{_time(row.low)} to {_time(row.high)}",
+                "" if row.processor is None else _time(row.processor),
                 _or_dash(row.ratio, "{:.3g}x"),
                 _or_dash(row.peak_mib, "{:.0f}"),
                 _or_dash(row.extra_mib, "{:.0f}"),

@@ -1,6 +1,6 @@
 """What the kernels cost on GPUs that are not here: an estimate, read off their machine code.
 
-    python -m bench.static_cost [--targets sm_90,gfx942] [--kernels ties,dare_ties]
+    python -m bench.report --only static
 
 Each shipped kernel is compiled ahead of time with its Launch. From the binary come registers, spills and shared memory;
 from its instructions, per output element and adapter, those of the loop over adapters. Set against the published
@@ -11,12 +11,11 @@ HBM once, and otherwise from the L2 cache; tiles are full; a tile does not hold 
 is counted apart, as `cold`); a count is per lane, hence a matrix instruction counts once for the elements it makes.
 """
 
-import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,51 +315,66 @@ def _conditional(op: str, rest: str) -> bool:
     return op.startswith("s_cbranch") or "@" in rest or "P" in rest.split("`")[0]
 
 
-def report(targets: list[str], names: list[str]) -> str:
-    """The tables, as text."""
-    lines = [
-        "Estimated from machine code; nothing was run on a GPU. The assumptions stand at the top of this file.",
-        "",
-        f"{'target':7} {'kernel':38} {'dtype':5} {'tile':>9} {'regs':>4} {'spill':>5} {'shared':>6} {'warps':>5} "
-        f"{'/adapter':>8} {'cold':>5} {'outside':>7}",
-    ]
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel on one target. per_adapter, cold, per_element: instructions an output element, in the loop for an
+    adapter, in its branch that is rarely taken, and outside of it; occupancy: see `occupancy`."""
+
+    target: str
+    gpu: str
+    kernel: str
+    dtype: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    occupancy: float
+    per_adapter: float
+    cold: float
+    per_element: float
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """The merge pass of all modules of a model by `ties`, three bfloat16 adapters of rank 16, at best: seconds by what
+    issues instructions, by matrix units and by memory, and the limit that binds."""
+
+    target: str
+    gpu: str
+    model: str
+    issue_seconds: float
+    tensor_seconds: float
+    hbm_seconds: float
+    binds: str
+
+
+def kernel_rows(
+    targets: Sequence[str] = tuple(GPUS), names: Sequence[str] = (*METHODS, "vote_balance", *SELECTIONS)
+) -> list[KernelRow]:
+    """Compile each kernel for each target, with factors in bfloat16 and float32."""
+    rows = []
     for target in targets:
         for name in names:
             for dtype in ("bf16", "fp32"):
                 c = cost(Case(name, dtype), target)
-                tile = f"{c.launch.block_m}x{c.launch.block_n}/{c.launch.num_warps}"
-                lines.append(
-                    f"{target:7} {name:38} {dtype:5} {tile:>9} {c.registers:4} {c.spill_bytes:5} {c.shared_bytes:6} "
-                    f"{occupancy(c, GPUS[target]):5.0%} {c.per_adapter:8.2f} {c.cold / c.elements:5.1f} "
-                    f"{c.per_element:7.2f}"
-                )
-    lines += [
-        "",
-        "/adapter, cold, outside: instructions an output element, in the loop (per adapter) and outside of it.",
-        "",
-        "The merge pass of all modules by ties: 3 adapters, r = 16, bf16 in and out, in ms; * binds.",
-        f"{'GPU':14} {'model':10} {'issue':>9} {'tensor':>9} {'HBM':>9}  of the HBM limit",
-    ]
+                tile = c.launch.block_m, c.launch.block_n, c.launch.num_warps
+                resources = c.registers, c.spill_bytes, c.shared_bytes, occupancy(c, GPUS[target])
+                counts = c.per_adapter, c.cold / c.elements, c.per_element
+                rows.append(KernelRow(target, GPUS[target].name, name, dtype, *tile, *resources, *counts))
+    return rows
+
+
+def merge_rows(targets: Sequence[str] = tuple(GPUS)) -> list[MergeRow]:
+    """The same for whole models."""
+    rows = []
     for target in targets:
         gpu, c = GPUS[target], cost(Case("ties"), target)
         for model, (modules, layers) in MODELS.items():
-            total: Counter[str] = Counter()
-            for rows, columns, count in modules:
-                for limit, time in seconds(c, gpu, rows, columns, 3, 16, 2).items():
-                    total[limit] += time * count * layers * 1e3  # type: ignore[assignment]
-            binding = max(total, key=lambda limit: total[limit])
-            cells = " ".join(f"{total[limit]:8.3f}{'*' if limit == binding else ' '}" for limit in total)
-            lines.append(f"{gpu.name:14} {model:10} {cells}  {total['HBM'] / total[binding]:.0%}")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", default=",".join(GPUS))
-    parser.add_argument("--kernels", default=";".join([*METHODS, "vote_balance", *SELECTIONS]), help="separated by ;")
-    options = parser.parse_args()
-    sys.stdout.write(report(options.targets.split(","), options.kernels.split(";")) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+            total = dict.fromkeys(("issue", "tensor", "HBM"), 0.0)
+            for rows_of, columns, count in modules:
+                for limit, time in seconds(c, gpu, rows_of, columns, 3, 16, 2).items():
+                    total[limit] += time * count * layers
+            rows.append(MergeRow(target, gpu.name, model, *total.values(), max(total, key=lambda limit: total[limit])))
+    return rows

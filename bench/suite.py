@@ -1,5 +1,6 @@
 """Carries out one workload: check that results agree, then time, then measure memory. Gives rows of the report."""
 
+import statistics
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ def expected(work: Workload, device: str, asked: tuple[str, ...] = ()) -> float:
         kind = KINDS[size.kind]
         for entry in taking_part(size, device, asked).values():
             once = entry.expected(size)
-            total += once * (kind.least if once > SLOW else kind.least + 1)
+            total += once * (kind.least if once > SLOW or not kind.forks else kind.least + 1)
             total += (once + FORK) * kind.forks
         total += 1e-9 * kind.checking * size.elements * size.adapters
     return total
@@ -100,6 +101,7 @@ def measured(
                 seconds=median,
                 low=low,
                 high=high,
+                processor=_middle(taken[size, name], "processor"),
                 peak_mib=peaks[size, name].peak_mib,
                 extra_mib=peaks[size, name].extra_mib,
                 baseline=rival,
@@ -109,9 +111,16 @@ def measured(
                 bandwidth_share=size.nbytes / median / limits.bandwidth if limits is not None and roofs else None,
                 matmul_share=size.flops / median / limits.matmul if limits is not None and roofs else None,
                 excess=excess.get((size, name)),
+                kept_energy=_middle(taken[size, name], "kept_energy"),
             )
         )
     return rows
+
+
+def _middle(samples: list[Sample], name: str) -> float | None:
+    """The median of a field, where every sample knows it."""
+    values = [getattr(sample, name) for sample in samples]
+    return None if None in values else statistics.median(values)
 
 
 def _checked(contestant: Contestant) -> Contestant:

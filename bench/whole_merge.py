@@ -1,42 +1,41 @@
-"""A whole TinyLlama-shaped merge, and PEFT's own code on one layer of each shape: python -m bench.whole_merge
+"""A whole merge of adapters cut to a rank, from disk to disk without a base model, and what PEFT would take for it.
 
-Three rank-16 adapters of every linear layer of a 22-layer, 2048-wide Llama (random factors of a trained adapter's
-size; what they hold does not change the work), merged from disk to disk without a base model, in a process of its own
-so that its peak memory is its own. PEFT's `add_weighted_adapter` needs the base model and takes minutes, so it is run
-on a model of one layer of each shape, and its time for the whole is extrapolated in the open: by layers of that shape.
+The merge has a process of its own, so that its peak memory is its own. PEFT's `add_weighted_adapter` needs the base
+model and takes minutes: it is measured on one layer of each shape (kind layer), and its time for the whole is
+extrapolated from those rows in the open, by how many layers of that shape the model has.
 """
 
-import argparse
 import json
+import math
 import subprocess
 import sys
-import tempfile
-import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.inputs import LAYERS, RANK, SCALING, TINY_LLAMA, adapted, hollow, make_adapter
+from bench.inputs import SCALING, TINY_LLAMA
+from bench.measure import MIB, Sample
+from bench.results import EXTRAPOLATED, Row
 
 WORKER = """
-import json, re, sys, time
-from pathlib import Path
+import json, sys, time
 import merge_engine
-start = time.perf_counter()
+start, before = time.perf_counter(), time.process_time()
 result = merge_engine.merge(json.loads(sys.argv[1]), sys.argv[2], **json.loads(sys.argv[3]))
-print(json.dumps({
-    "seconds": time.perf_counter() - start,
-    "peak_gb": int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e9,
-    "kept_energy": result.total_energy,
-}))
+seconds, processor = time.perf_counter() - start, time.process_time() - before
+from bench.measure import status  # now: what it imports would not count above
+print(json.dumps([seconds, 1024 * status("VmHWM"), processor, result.total_energy]))
 """
 
 
-def ours(folders: list[Path], output: Path, recipe: dict[str, Any]) -> dict[str, float]:
-    """Seconds, peak memory and kept energy of one merge in a new process."""
+def merged(folders: list[Path], output: Path, recipe: Mapping[str, Any]) -> Sample:
+    """One merge in a new process, by its own clock; the result is the output's folder."""
     arguments = [json.dumps([str(folder) for folder in folders]), str(output), json.dumps(recipe)]
     done = subprocess.run([sys.executable, "-c", WORKER, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
+    seconds, peak, processor, kept = json.loads(done.stdout)
+    return Sample(seconds, output, peak / MIB, processor=processor, kept_energy=kept)
 
 
 def excess(folders: list[Path], output: Path, method: str, density: float, rank: int) -> float:
@@ -63,52 +62,53 @@ def excess(folders: list[Path], output: Path, method: str, density: float, rank:
     return float(error / best) - 1
 
 
-def pefts(rows: int, columns: int, combination: str, density: float) -> float:
-    """Seconds of PEFT's add_weighted_adapter on a model of one layer [rows, columns], three adapters."""
-    import torch
+def with_extrapolation(rows: Iterable[Row]) -> list[Row]:
+    """The rows, and after each whole merge one of PEFT's: the sum over shapes of layers * PEFT's row of kind layer.
 
-    names = ["sql", "chat", "ads"]
-    model = adapted(torch.nn.ModuleDict({"layer": hollow(rows, columns)}), ["layer"], names)
-    start = time.perf_counter()
-    model.add_weighted_adapter(names, [1.0] * 3, "merged", combination_type=combination, svd_rank=RANK, density=density)
-    return time.perf_counter() - start
-
-
-def extrapolated(combination: str, density: float, layers: int) -> dict[tuple[int, int], tuple[int, float]]:
-    """{shape: (how many layers the model has of it, PEFT's seconds for one)}."""
-    shapes = list(TINY_LLAMA.values())
-    return {shape: (layers * shapes.count(shape), pefts(*shape, combination, density)) for shape in sorted(set(shapes))}
-
-
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m bench.whole_merge", description=__doc__)
-    parser.add_argument("--layers", type=int, default=LAYERS, help="of the model that is merged (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=3, help="of the whole merge; the median counts")
-    parser.add_argument("--skip-peft", action="store_true", help="do not run PEFT for comparison (about two minutes)")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = [Path(scratch, name) for name in ("a", "b", "c")]
-        for seed, folder in enumerate(folders):
-            make_adapter(folder, seed, options.layers)
-        recipe: dict[str, Any] = {"method": "ties", "density": 0.2, "rank": RANK}
-        runs = sorted(
-            (ours(folders, Path(scratch, f"out{run}"), recipe) for run in range(options.runs)),
-            key=lambda run: run["seconds"],
-        )
-        middle = runs[len(runs) // 2]
-        print(
-            f"merge-engine, {options.layers} layers, {recipe}: median {middle['seconds']:.1f} s "
-            f"({runs[0]['seconds']:.1f} to {runs[-1]['seconds']:.1f}), "
-            f"peak {max(run['peak_gb'] for run in runs):.2f} GB, kept energy {middle['kept_energy']:.3f}"
-        )
-    if not options.skip_peft:
-        by_shape = extrapolated("ties_svd", 0.2, options.layers)
-        for (rows, columns), (count, seconds) in by_shape.items():
-            print(f"PEFT ties_svd, one {rows} x {columns} layer: {seconds:.2f} s; the model has {count}")
-        total = sum(count * seconds for count, seconds in by_shape.values())
-        print(f"PEFT ties_svd, {options.layers} layers, extrapolated from these: {total:.0f} s")
+    Seconds, quartiles and CPU seconds are summed; there is no figure of memory. `source` names the rows that the sum is
+    of. A whole merge is left as it is unless it is of a TinyLlama, of which every shape was measured alike.
+    """
+    ours = [row for row in rows if row.contestant != EXTRAPOLATED]
+    layers = {_key(row, row.contestant, row.method, row.rows, row.columns): row for row in ours if row.kind == "layer"}
+    found = []
+    for row in ours:
+        theirs = _extrapolated(row, layers) if row.kind == "whole" else None
+        if theirs is None:
+            found.append(row)
+        else:
+            found += [replace(row, baseline=EXTRAPOLATED, ratio=theirs.seconds / row.seconds), theirs]
+    return found
 
 
-if __name__ == "__main__":
-    main()
+def _key(row: Row, contestant: str, method: str, rows: int, columns: int) -> tuple[Any, ...]:
+    """What makes a row of kind layer the one that is looked for; adapters and machine as of `row`."""
+    return contestant, method, rows, columns, row.adapters, row.rank, row.density, row.dtype, row.device, row.threads
+
+
+def _extrapolated(whole: Row, layers: Mapping[tuple[Any, ...], Row]) -> Row | None:
+    counts = Counter(TINY_LLAMA.values())
+    keys = {shape: _key(whole, "PEFT", f"{whole.method}_svd", *shape) for shape in sorted(counts)}
+    is_tiny_llama = whole.elements == whole.layers * sum(map(math.prod, TINY_LLAMA.values()))
+    if not is_tiny_llama or not set(keys.values()) <= layers.keys():
+        return None
+    parts = [(whole.layers * counts[shape], layers[key]) for shape, key in keys.items()]
+
+    def total(name: str) -> float:
+        return sum(count * getattr(part, name) for count, part in parts)
+
+    return replace(
+        whole,
+        contestant=EXTRAPOLATED,
+        baseline=EXTRAPOLATED,
+        ratio=1.0,
+        runs=min(part.runs for _, part in parts),
+        seconds=total("seconds"),
+        low=total("low"),
+        high=total("high"),
+        processor=None if any(part.processor is None for _, part in parts) else total("processor"),
+        peak_mib=None,
+        extra_mib=None,
+        excess=None,
+        kept_energy=None,
+        source=" + ".join(f"{count} x {part.kind}: {part.workload}, {part.contestant}" for count, part in parts),
+    )

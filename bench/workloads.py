@@ -5,12 +5,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bench.inputs import LAYERS, TINY_LLAMA, Pair, factors
+from bench.inputs import LAYERS, LLAMA_134M, MODELS, TINY_LLAMA, Pair, factors
 from merge_engine import rng
 from merge_engine.rule import Rule, make_rule
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-BLOCK = sum(rows * columns for rows, columns in TINY_LLAMA.values())
 STREAM = rng.stream_id("layer", "delta")
 
 
@@ -19,8 +18,8 @@ class Workload:
     """One row of the table. kind: which benchmark (see `contestants.KINDS`).
 
     method: of merging, or PEFT's combination type, or a grid of recipes. rows, columns: of the one layer; layers: of a
-    model of TinyLlama's shape instead. only: these contestants; all if empty. vary: a field and the values that it
-    takes: one workload each, whose rounds are interleaved with the others'.
+    model instead, whose blocks are of the shapes `inputs.MODELS[model]`. only: these contestants; all if empty. vary: a
+    field and the values that it takes: one workload each, whose rounds are interleaved with the others'.
     """
 
     kind: str
@@ -32,13 +31,15 @@ class Workload:
     density: float = 0.2
     dtype: str = "float32"
     layers: int = 0
+    model: str = "TinyLlama"
     only: tuple[str, ...] = ()
     vary: tuple[str, tuple[int, ...]] | None = None
 
     @property
     def name(self) -> str:
         """Unique within a kind, and easy to find: "ties 3x r16 4096x4096 d0.2 fp32"."""
-        size = f"{self.layers} layers" if self.layers else f"{self.rows}x{self.columns}"
+        of_model = "" if self.model == "TinyLlama" else f" of {self.model}"
+        size = f"{self.layers} layers{of_model}" if self.layers else f"{self.rows}x{self.columns}"
         if self.vary is not None:
             size += f" by {self.vary[0]}"
         return f"{self.method} {self.adapters}x r{self.rank} {size} d{self.density} {DTYPES[self.dtype]}"
@@ -46,7 +47,9 @@ class Workload:
     @property
     def elements(self) -> int:
         """Of one adapter's deltas."""
-        return self.layers * BLOCK if self.layers else self.rows * self.columns
+        if not self.layers:
+            return self.rows * self.columns
+        return self.layers * sum(rows * columns for rows, columns in MODELS[self.model].values())
 
     @property
     def flops(self) -> int:
@@ -134,6 +137,7 @@ def _many_deltas() -> list[Workload]:
 
 
 OURS, RIVALS = ("tiled", "triton"), ("tiled", "triton", "PEFT")
+FACTORS = ("linear", "magnitude_prune", "dare_ties", "dare_linear", "cat")  # beside ties
 WORKLOADS = [
     _deltas("ties", 4096, 4096, only=RIVALS),
     _deltas("dare_ties", 4096, 4096, only=RIVALS),
@@ -142,18 +146,23 @@ WORKLOADS = [
     Workload("recompress", "svd", 2048, 2048),
     Workload("recompress", "ties_svd", 2048, 2048),
     Workload("whole", "ties", layers=LAYERS),
+    *(Workload("layer", "ties_svd", rows, columns) for rows, columns in sorted(set(TINY_LLAMA.values()))),
     Workload("elements", "ties", 1024, 2048, only=OURS, vary=("rows", (1024, 2048, 4096, 8192))),
     Workload("adapters", "ties", 2048, 2048, only=OURS, vary=("adapters", (4, 8, 16, 32))),
+    Workload("factors", "ties", layers=LAYERS),
+    Workload("base", "ties", layers=12, model=LLAMA_134M),
+    Workload("base", "dare_ties", layers=12, model=LLAMA_134M),
+    Workload("ranks", "dare_ties", layers=12, model=LLAMA_134M),
+    Workload("many", "ties, density x scale", adapters=8, layers=1),
+    Workload("session", "ties, other weights", adapters=8, layers=1),
+    *(Workload("factors", method, layers=LAYERS) for method in FACTORS),
+    Workload("many", "ties, density x weights", adapters=8, layers=1),
+    Workload("many", "linear, weights x scale", adapters=8, layers=4),
+    Workload("many", "ties of factors, density x weights", adapters=8, layers=4),
     Workload("adapters", "ties", 1024, 1024, only=RIVALS, vary=("adapters", (4, 8, 16, 32))),
-    *(
-        Workload("factors", method, layers=LAYERS)
-        for method in ("ties", "linear", "magnitude_prune", "dare_ties", "dare_linear", "cat")
-    ),
-    *(Workload("base", method, layers=LAYERS) for method in ("ties", "dare_ties")),
     *_many_deltas(),
     *(Workload("select", "magnitude_prune", 4096, 4096, adapters=1, density=density) for density in (0.05, 0.5)),
     Workload("select", "magnitude_prune", 2048, 5632, adapters=1, dtype="bfloat16"),
-    *(Workload("many", grid, adapters=8, layers=1) for grid in ("ties, density x scale", "linear, weights x scale")),
     *(
         Workload("recompress", f"{method}_svd", 2048, 2048)
         for method in ("magnitude_prune", "dare_ties", "dare_linear")

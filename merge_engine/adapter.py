@@ -6,7 +6,6 @@ says only how a delta is laid over the base weight, so it stays in the configura
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,15 @@ import torch
 
 from merge_engine.errors import AdapterError
 from merge_engine.lora_config import CONFIG_FILE, REFUSED, rank_and_scaling, read_config
+from merge_engine.source import find
 from merge_engine.tensors import StoredTensor, open_bin, open_safetensors, open_sharded
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+
+# What is fetched from the hub beside the weights: config.json, if there is one, tells a full model from an adapter
+# without downloading it, and the tokenizer's files tell which tokens were added.
+_FILES = (CONFIG_FILE, "config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 # Embeddings that PEFT saves whole when the vocabulary was resized, by their usual names.
 _EMBEDDINGS = frozenset(
@@ -30,7 +34,6 @@ _TOKENS = ".token_adapter.trainable_tokens_delta"
 _TRAINING_STATE = (".lora_velora_embed",)  # used by the backward pass only
 
 _SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FLOATS = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 )
@@ -108,16 +111,7 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     Raises:
         AdapterError: it is missing or damaged, is no LoRA, or is a variant whose effect is not ``s * B @ A``.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        name = path.resolve().name
-    elif path.exists():
-        raise AdapterError(f"{source} is a file, wanted a folder with {CONFIG_FILE}")
-    elif isinstance(source, str) and _HUB_ID.fullmatch(source):
-        name = source.split("/")[-1]
-        path = _download(source, revision)
-    else:
-        raise AdapterError(f"{source} does not exist, wanted a folder with {CONFIG_FILE} or a hub id user/repo")
+    name, path = find(source, revision, CONFIG_FILE, _FILES, ("adapter_model*",), AdapterError)
     config = read_config(path, name)
     factors, extras = _sort_tensors(_open_weights(path, name), config, name)
     resolve = rank_and_scaling(config, name)
@@ -160,18 +154,6 @@ def shared_extras(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
             if other.config.get("trainable_token_indices") != adapters[0].config.get("trainable_token_indices"):
                 raise AdapterError(f"trainable_token_indices differ between {adapters[0].name} and {other.name}")
     return {key: extra for key, (_, extra) in sorted(union.items())}
-
-
-def _download(source: str, revision: str | None) -> Path:
-    import huggingface_hub
-
-    # config.json, if there is one, tells a full model from an adapter without downloading it.
-    wanted = [CONFIG_FILE, "adapter_model*", "config.json"]
-    try:
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except Exception as error:  # the hub raises its own, httpx's and OS errors
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise AdapterError(f"{source} is no local folder and could not be fetched from the hub: {first}") from error
 
 
 def _open_weights(path: Path, name: str) -> dict[str, StoredTensor]:

@@ -175,7 +175,7 @@ def model_card(adapters: Sequence[Adapter], config: Mapping[str, Any], recipe: M
             "## Recipe",
             "",
             "```yaml",
-            yaml.safe_dump(dict(recipe), sort_keys=False).strip(),
+            recipe_text(recipe),
             "```",
             "",
             "What each module kept is in `merge_report.json`.",
@@ -189,6 +189,19 @@ def model_card(adapters: Sequence[Adapter], config: Mapping[str, Any], recipe: M
             "```",
         ]
     )
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML for a model card: of its tables {module: numbers} the length, of those not used nothing."""
+    import yaml
+
+    shown = {}
+    for key, value in recipe.items():
+        if not key.startswith("module_"):
+            shown[key] = value
+        elif value:
+            shown[key] = f"of {len(value)} modules, listed in merge_report.json"
+    return yaml.safe_dump(shown, sort_keys=False).strip()
 
 
 def _cell(text: str) -> str:

@@ -5,7 +5,6 @@ likewise (through ``torch.load(weights_only=True)``).
 """
 
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from merge_engine.errors import ModelError
+from merge_engine.source import find
 from merge_engine.tensors import StoredTensor, open_bin, open_safetensors, open_sharded
 
 CONFIG_FILE = "config.json"
@@ -44,7 +44,6 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -102,16 +101,9 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     Raises:
         MergeError: it is missing or damaged, or is no full model.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        name = path.resolve().name
-    elif path.exists():
-        raise ModelError(f"{source} is a file, wanted a folder with {CONFIG_FILE} and weights")
-    elif isinstance(source, str) and _HUB_ID.fullmatch(source):
-        name = source.split("/")[-1]
-        path = _download(source, revision)
-    else:
-        raise ModelError(f"{source} does not exist, wanted a folder with {CONFIG_FILE} or a hub id user/repo")
+    files = [CONFIG_FILE, *COMPANIONS, "model.safetensors.index.json"]
+    weights = ["model*.safetensors", "pytorch_model*.bin*"]
+    name, path = find(source, revision, CONFIG_FILE, files, weights, ModelError)
     config = _read_config(path, name)
     tensors = _open_weights(path, name)
     if not tensors:
@@ -181,21 +173,3 @@ def _tied_heads(tensors: dict[str, StoredTensor]) -> dict[str, str]:
         for key, other in tensors.items()
         if not is_head(key) and stored.same_as(other)
     }
-
-
-def _download(source: str, revision: str | None) -> Path:
-    import huggingface_hub
-
-    wanted = [CONFIG_FILE, *COMPANIONS, "model*.safetensors", "model.safetensors.index.json"]
-    try:
-        path = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=wanted))
-        if not any(path.glob("model*.safetensors")):
-            path = Path(
-                huggingface_hub.snapshot_download(
-                    source, revision=revision, allow_patterns=[*wanted, "pytorch_model*.bin*"]
-                )
-            )
-        return path
-    except Exception as error:  # the hub raises its own, httpx's and OS errors
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{source} is no local folder and could not be fetched from the hub: {first}") from error

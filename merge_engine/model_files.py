@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from merge_engine.adapter_writer import versions
+from merge_engine.adapter_writer import recipe_text, versions
 from merge_engine.checkpoint import CONFIG_FILE, Checkpoint
 from merge_engine.plan import Plan
 from merge_engine.shards import INDEX_FILE, Layout
@@ -140,7 +140,7 @@ def model_card(base: Checkpoint, plan: Plan, recipe: dict[str, Any], union: Unio
             "## Recipe",
             "",
             "```yaml",
-            yaml.safe_dump(recipe, sort_keys=False).strip(),
+            recipe_text(recipe),
             "```",
             "",
             *([] if union is None or not union.added else _tokens_card(union)),

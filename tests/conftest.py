@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +37,7 @@ def _load(name: str) -> ModuleType:
     return module
 
 
+_load("lora_files")
 if os.environ.get("TRITON_INTERPRET") == "1":
     _load("kernel_interpreter").install()
 
@@ -55,6 +57,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run: the GPU, or the CPU with the interpreter."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """{hub id: folder}, to be filled: of each, what huggingface_hub is asked for is fetched, and nothing else."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    folders: dict[str, Path] = {}
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        source, target = folders[repo_id], tmp_path / "hub" / repo_id
+        names = [str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, target / name)
+        return str(target)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return folders
 
 
 @pytest.fixture(scope="session")

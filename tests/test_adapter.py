@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from lora_files import save_factors
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
@@ -224,17 +225,14 @@ PATTERN_KEYS = NAMES | st.sampled_from(["^fc", ".*fc", r"block\..*", "^layers.1"
     rslora=st.booleans(),
 )
 def test_patterns_resolve_as_in_peft(tmp_path, names, rank_pattern, alpha_pattern, rslora):
-    tensors, expected = {}, {}
+    factors, expected = {}, {}
     for name in names:
         rank = rank_pattern.get(get_pattern_key(rank_pattern.keys(), name), 7)
         alpha = alpha_pattern.get(get_pattern_key(alpha_pattern.keys(), name), 3)
         expected[name] = (rank, alpha / (rank**0.5 if rslora else rank))
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(rank, 2)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(2, rank)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 7, "lora_alpha": 3, "use_rslora": rslora}
-    config |= {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        factors[name] = torch.ones(rank, 2), torch.ones(2, rank)
+    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    save_factors(tmp_path, factors, r=7, lora_alpha=3, use_rslora=rslora, **patterns)
     modules = open_adapter(tmp_path).modules
     assert {name: (module.rank, module.scaling) for name, module in modules.items()} == expected
 
@@ -348,6 +346,24 @@ def test_a_sharded_adapter_from_the_hub(tmp_path, hub):
     shard(tmp_path / "shards")
     hub("user/shards", tmp_path / "shards")
     assert_same_factors(open_adapter("user/shards"), whole)
+
+
+def test_what_is_fetched_from_the_hub(tmp_path, repositories):
+    """Configuration, weights, and the files that say which tokens were added; a model card or an optimizer is not."""
+    wanted = {"adapter_config.json", "adapter_model.safetensors"}
+    wanted |= {"tokenizer.json", "tokenizer_config.json", "added_tokens.json"}
+    repositories["user/repo"] = saved(tmp_path / "whole", r=4)
+    for name in (*wanted, "optimizer.pt", "training_args.bin", "checkpoint-9/adapter_model.safetensors"):
+        (tmp_path / "whole" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "whole" / name).open("a").close()
+    assert {file.name for file in open_adapter("user/repo").path.iterdir()} == wanted
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    (tmp_path / "full" / "model.safetensors").write_text("")
+    repositories["user/full"] = tmp_path / "full"
+    with pytest.raises(AdapterError, match=r"^full: .* is a full model \(config.json\), wanted an adapter"):
+        open_adapter("user/full")
+    assert [file.name for file in (tmp_path / "hub" / "user" / "full").iterdir()] == ["config.json"]
 
 
 def test_a_folder_wins_over_the_hub(tmp_path, hub, monkeypatch):

@@ -1,11 +1,14 @@
 """The benchmarks' own arithmetic: what they measure with, what they check results against, and what they write."""
 
+import csv
 import json
 import math
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,13 +17,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from bench import measure, report, suite
+from bench import into_base, measure, report, static_cost, suite
 from bench.agreement import Disagreement, Habit, check_kth, check_merge
 from bench.contestants import KINDS, build, taking_part
+from bench.inputs import MODELS, TINY_LLAMA, llama
 from bench.measure import Contestant, Sample, fit, interleaved, spread
-from bench.results import HEADLINES, Report, Row, compare, drop_in_table, markdown, read, read_csv, trends, write
-from bench.suite import agreed, measured
+from bench.results import (
+    EXTRAPOLATED,
+    HEADLINES,
+    Report,
+    Row,
+    compare,
+    drop_in_table,
+    markdown,
+    read,
+    read_csv,
+    trends,
+    write,
+)
+from bench.suite import agreed, expected, measured
+from bench.whole_merge import with_extrapolation
 from bench.workloads import WORKLOADS, Task, Workload
 from merge_engine import reference
 
@@ -51,28 +69,57 @@ def test_spread_is_the_median_and_the_quartiles() -> None:
 def test_rounds_are_interleaved_and_a_slow_first_run_counts() -> None:
     order: list[str] = []
 
-    def run(name: str) -> Contestant:
-        return Contestant(lambda: order.append(name) or Sample(1.0, name), own_clock=True)
+    class Told(measure.Clock):
+        def sample(self, contestant: Contestant) -> Sample:
+            return Sample(1.0, contestant.run())
 
+    contestants = {name: Contestant(lambda name=name: order.append(name)) for name in "ab"}
     first = {"a": Sample(0.1, None), "b": Sample(2 * measure.SLOW, None)}
-    taken = interleaved({name: run(name) for name in "ab"}, measure.Clock(), seconds=0, first=first, least=3, most=9)
+    taken = interleaved(contestants, Told(), seconds=0, first=first, least=3, most=9)
     assert "".join(order) == "aabab"
     assert [sample.seconds for sample in taken["b"]] == [2 * measure.SLOW, 1.0, 1.0]
     assert all(sample.result is None for samples in taken.values() for sample in samples)
     order.clear()
-    interleaved({name: run(name) for name in "ab"}, measure.Clock(), seconds=10.5, least=1, most=9)
+    interleaved(contestants, Told(), seconds=10.5, least=1, most=9)
     assert "".join(order) == "ab" * 5  # a sixth round would end after 12 seconds
+
+
+def test_rounds_of_processes_count_from_the_first_and_end_by_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may report less than they take: here 1 of 20 seconds."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def run() -> Sample:
+        now[0] += 20.0
+        return Sample(1.0, None)
+
+    contestants = {name: Contestant(run, own_clock=True) for name in "ab"}
+    first = {"a": Sample(0.5, None), "b": Sample(0.1, None)}
+    taken = interleaved(contestants, measure.Clock(), seconds=50.0, first=first, least=1, most=9)
+    assert [sample.seconds for sample in taken["a"]] == [0.5, 1.0]
+    assert len(taken["b"]) == 2
 
 
 def test_the_clock_does_not_count_what_makes_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "process_time", lambda: 2 * now[0])
 
     def takes(seconds: float) -> None:
         now[0] += seconds
 
     sample = measure.Clock().sample(Contestant(lambda: takes(3.0) or "done", ready=lambda: takes(100.0)))
-    assert sample == Sample(3.0, "done")
+    assert sample == Sample(3.0, "done", processor=6.0)
+
+
+def test_a_process_knows_the_time_of_its_children_on_cpus() -> None:
+    """A thread and a child of the process, 0.2 seconds each."""
+    spin = "import time\nwhile time.process_time() < 0.2: pass"
+    both = f"import subprocess, sys\n{spin}\nsubprocess.run([sys.executable, '-S', '-c', {spin!r}])"
+    sample = measure.whole_process([sys.executable, "-S", "-c", both])
+    assert sample.processor is not None and sample.processor >= 0.4
+    with pytest.raises(RuntimeError, match="nonsense"):
+        measure.whole_process([sys.executable, "-S", "-c", "import nonsense"])
 
 
 def test_a_line_is_found_and_its_residual_told() -> None:
@@ -169,6 +216,146 @@ def test_workloads_have_names_of_their_own_and_contestants() -> None:
     assert {work.kind for work in WORKLOADS} == set(KINDS)
     known = {(work.kind, size.name) for work in WORKLOADS for size in work.sizes()}
     assert {(headline.kind, headline.workload) for headline in HEADLINES} <= known
+
+
+def test_every_kind_has_a_place_in_ten_minutes() -> None:
+    """As the table of expected costs has it; kinds come in order of importance."""
+    kinds = [work.kind for work in WORKLOADS]
+    last = max(kinds.index(kind) for kind in KINDS)
+    assert sum(expected(work, "cpu") for work in WORKLOADS[: last + 1]) <= 600 - report.ENDING
+
+
+def test_pefts_whole_merge_is_a_sum_of_its_layers() -> None:
+    block = sum(rows * columns for rows, columns in TINY_LLAMA.values())
+    whole = row(kind="whole", contestant="merge-engine", layers=3, rows=0, columns=0, seconds=2.0, elements=3 * block)
+    whole = replace(whole, processor=4.0, peak_mib=500.0, excess=1e-5, kept_energy=0.3)
+    took = {(256, 2048): 0.25, (2048, 2048): 2.0, (2048, 5632): 8.0, (5632, 2048): 5.0}
+    layers = [
+        row(
+            kind="layer", workload=f"{m}x{n}", contestant=name, method="ties_svd", rows=m, columns=n, seconds=t * faster
+        )
+        for (m, n), t in took.items()
+        for name, faster in (("PEFT", 1.0), ("drop-in", 0.01))
+    ]
+    layers = [replace(each, low=0.5 * each.seconds, processor=2 * each.seconds, peak_mib=9.0) for each in layers]
+    for rows in ([whole, *layers], [*layers, whole]):
+        made = with_extrapolation(rows)
+        assert with_extrapolation(made) == made
+        ours, theirs = (each for each in made if each.kind == "whole")
+        assert [each for each in made if each.kind == "layer"] == layers
+        # Of a block: q and o; k and v; gate and up; down.
+        assert theirs.contestant == EXTRAPOLATED
+        assert theirs.seconds == 3 * (2 * 2.0 + 2 * 0.25 + 2 * 5.0 + 8.0)
+        assert (theirs.low, theirs.processor) == (theirs.seconds / 2, theirs.seconds * 2)
+        assert (theirs.peak_mib, theirs.excess, theirs.kept_energy) == (None, None, None)
+        assert theirs.source.startswith("6 x layer: 256x2048, PEFT + 6 x layer: 2048x2048, PEFT + 3 x ")
+        assert (ours.baseline, ours.ratio) == (EXTRAPOLATED, theirs.seconds / 2.0)
+        assert replace(ours, baseline="", ratio=None) == whole
+    assert theirs.source in markdown(Report({}, made))
+    for rows in ([whole, *layers[2:]], [replace(whole, rank=8), *layers], [replace(whole, elements=64), *layers]):
+        assert with_extrapolation(rows) == rows
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model whose layers are small."""
+    monkeypatch.setenv("MERGE_ENGINE_BACKEND", "torch")
+    monkeypatch.setitem(MODELS, "tiny", llama(64, 64, 96))
+    return "tiny"
+
+
+def test_a_whole_merge_knows_its_energy_and_error(tiny: str) -> None:
+    (made,) = measured(Workload("whole", "ties", layers=2, model=tiny), least=1, most=1)
+    assert made.peak_mib is not None and made.peak_mib > 50  # an interpreter with torch
+    assert made.processor is not None and made.processor > 0
+    assert made.kept_energy is not None and 0.2 < made.kept_energy < 1
+    assert made.excess is not None and -1e-6 < made.excess <= 1e-3
+    assert (made.layers, made.elements) == (2, 2 * (4 * 64 * 64 + 3 * 64 * 96))
+
+
+def test_many_recipes_are_counted_and_compared(tiny: str) -> None:
+    work = Workload("many", "linear, weights x scale", adapters=8, layers=1, model=tiny, only=("singly", "merge_many"))
+    singly, at_once = measured(work, least=1, most=1)
+    assert (singly.contestant, at_once.contestant, singly.ratio) == ("singly", "merge_many", 1.0)
+    assert at_once.ratio == singly.seconds / at_once.seconds
+    assert all(each.processor and each.peak_mib for each in (singly, at_once))
+    for kind in ("many", "session"):
+        with pytest.raises(Disagreement, match="different bits"):
+            KINDS[kind].check(work, {"singly": "one", "Session": "other"}, "cpu")
+
+
+def test_a_session_counts_what_changes_weights_only(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(way: str, adapters: list[Path], grid: str, count: Callable[[list[float]], float]) -> Sample:
+        return Sample(count([9.0, 1.0, 4.0, 2.0]), "digest")
+
+    monkeypatch.setattr("bench.many.measured", told)
+    work = Workload("session", "ties, other weights", adapters=8, layers=1, model=tiny)
+    assert [made.seconds for made in measured(work, least=1, most=1)] == [2.0, 2.0]
+    work = replace(work, kind="many", method="ties, density x scale")
+    assert [made.seconds for made in measured(work, least=1, most=1)] == [16.0] * 3
+
+
+def test_errors_of_merges_into_a_base_are_against_rounding_once(tiny: str, tmp_path: Path) -> None:
+    work, check = Workload("base", "ties", layers=1, model=tiny), KINDS["base"].check
+    sample = build(work, "merge-engine", "cpu").run()
+    assert sample.seconds > 0 and sample.peak_mib > 50 and sample.processor > 0
+    assert check(work, {"merge-engine": sample.result}, "cpu") is None
+
+    name = "model.safetensors"
+    ours = {key: tensor.float() for key, tensor in load_file(sample.result / name).items()}
+    save_file({key: tensor * 1.01 for key, tensor in ours.items()}, tmp_path / name)
+    excess = check(work, {"merge-engine": sample.result, "mergekit-yaml": tmp_path}, "cpu")
+    assert excess is not None and excess["merge-engine"] == 0.0
+    exact = load_file(into_base.output_of(sample.result, "float32") / name)
+    merged = [key for key in exact if "_proj" in key]
+    assert len(merged) == 7
+    errors = [
+        torch.cat([(wanted - exact[key]).double().flatten() for key, wanted in of.items() if key in merged]).norm()
+        for of in ({key: tensor * 1.01 for key, tensor in ours.items()}, {k: t.bfloat16() for k, t in exact.items()})
+    ]
+    assert excess["mergekit-yaml"] == pytest.approx(float(errors[0] / errors[1]) - 1)
+
+    with pytest.raises(Disagreement, match=r"elements of .*q_proj are off"):
+        check(work, {"merge-engine": tmp_path}, "cpu")
+
+
+def test_ranks_have_to_write_the_same_bytes(tiny: str, tmp_path: Path) -> None:
+    work = Workload("ranks", "dare_ties", layers=1, model=tiny)
+    begun = time.perf_counter()
+    sample = build(work, "2 ranks", "cpu").run()
+    assert 0 <= sample.seconds < time.perf_counter() - begun  # the merge's own report, a part of it
+    results = {"1 rank": sample.result, "2 ranks": tmp_path}
+    shutil.copy(sample.result / "model.safetensors", tmp_path)
+    KINDS["ranks"].check(work, results, "cpu")
+    with (results["2 ranks"] / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(Disagreement, match="different bytes"):
+        KINDS["ranks"].check(work, results, "cpu")
+
+
+def test_static_figures_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = static_cost.KernelRow(
+        "sm_90", "H100 SXM", "ties", "bf16", 64, 64, 4, 168, 0, 9216, 0.1875, 7.46875, 3.25, 31.5
+    )
+    merges = static_cost.MergeRow("sm_90", "H100 SXM", "TinyLlama", 1.695e-3, 9.4e-5, 6.01e-4, "issue")
+    monkeypatch.setattr(static_cost, "kernel_rows", lambda: [kernel])
+    monkeypatch.setattr(static_cost, "merge_rows", lambda: [merges])
+    assert report.main(["--only", "static", "--output", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["static_kernels.csv", "static_merges.csv"]
+    for name, made in (("static_kernels", kernel), ("static_merges", merges)):
+        with (tmp_path / f"{name}.csv").open(newline="") as file:
+            (line,) = csv.DictReader(file)
+        assert {"torch", "triton", "commit"} <= set(line)
+        assert {key: line[key] for key in asdict(made)} == {key: str(value) for key, value in asdict(made).items()}
+    assert "| sm_90 | H100 SXM | ties | bf16 | 64 | 64 | 4 | 168 | 0 | 9216 | 0.188 | 7.47 |" in capsys.readouterr().out
+    for only in ("static,deltas", "nonsense"):
+        with pytest.raises(SystemExit):
+            report.main(["--only", only, "--output", str(tmp_path)])
 
 
 def test_rows_survive_csv_and_json(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_files import save_factors
 from safetensors.torch import load_file, save_file
 
 import merge_engine
@@ -27,12 +28,7 @@ def save_model(folder, name="model.safetensors", save=save_file):
 
 
 def save_adapter(folder):
-    folder.mkdir()
-    stem = "base_model.model.model.layers.0.q_proj"
-    tensors = {f"{stem}.lora_A.weight": torch.ones(2, 4), f"{stem}.lora_B.weight": torch.ones(6, 2)}
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
-    return folder
+    return save_factors(folder, {"model.layers.0.q_proj": (torch.ones(2, 4), torch.ones(6, 2))})
 
 
 def raw(header, data=b"", length=None):
@@ -145,6 +141,28 @@ def test_companions_are_no_weights(tmp_path):
     for name in [*wanted, "tokenizer.bin", "consolidated.00.pth", "README.md", "x.gguf", ".env", "training_args.bin"]:
         (base / name).write_text("x")
     assert set(open_checkpoint(base).companions()) == wanted
+
+
+def test_a_model_from_the_hub(tmp_path, repositories):
+    """Weights in safetensors if there are any, else those of torch.save; and what else makes a model of them."""
+    repositories["org/model-1"] = save_model(tmp_path / "model")
+    names = {"config.json", "tokenizer.json", "additional_chat_templates/tool.jinja"}
+    for name in (*names, "README.md", "pytorch_model.bin", "original/model.safetensors"):
+        (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / name).open("a").close()
+
+    def fetched(model):
+        return {str(file.relative_to(model.path)) for file in model.path.rglob("*") if file.is_file()}
+
+    model = open_checkpoint("org/model-1", revision="main")
+    assert (model.name, model.source) == ("model-1", "org/model-1") and fetched(model) == {*names, "model.safetensors"}
+    repositories["org/bin"] = save_model(tmp_path / "bin", "pytorch_model.bin", torch.save)
+    model = open_checkpoint("org/bin")
+    assert fetched(model) == {"config.json", "pytorch_model.bin"} and list(model.tensors) == list(KEYS)
+    with pytest.raises(ModelError, match=r"^org/none is no local folder and could not be fetched from the hub: "):
+        open_checkpoint("org/none")
+    with pytest.raises(ModelError, match=r"config.json is a file, wanted a folder with config.json$"):
+        open_checkpoint(tmp_path / "bin" / "config.json")
 
 
 def test_shared_weights_of_a_bin_file(tmp_path):

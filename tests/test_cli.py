@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from lora_files import save_factors
 from safetensors.torch import load_file, save_file
 
 import merge_engine
@@ -22,17 +23,10 @@ from merge_engine.rule import CONVENTIONS, METHODS
 
 
 def save_plain(folder, seed, rank=4, rows=24, columns=40, modules=("layers.0.q_proj", "layers.1.q_proj"), **config):
-    """A LoRA in PEFT's format without PEFT."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name in modules:
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, columns, generator=generator)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, rank, generator=generator)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": "base", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(values))
-    return folder
+    shapes = (rank, columns), (rows, rank)
+    factors = {name: [torch.randn(shape, generator=generator) for shape in shapes] for name in modules}
+    return save_factors(folder, factors, **config)
 
 
 @pytest.fixture

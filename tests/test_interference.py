@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from lora_files import save_factors
 
 import merge_engine
 from merge_engine import cli, reference, tiled
@@ -26,18 +26,11 @@ Q, V, HEAD = "model.layers.0.q_proj", "model.layers.1.v_proj", "lm_head"
 
 
 def save_lora(folder, factors, alpha=None):
-    """A LoRA in PEFT's format: {module: (A [r, N], B [M, r])}; scaling is alpha / r, 1 by default."""
-    tensors = {}
-    for name, (A, B) in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.clone()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.clone()
+    """A LoRA of {module: (A [r, N], B [M, r])}; scaling is alpha / r, 1 by default."""
     ranks = {name: len(A) for name, (A, _) in factors.items()}
-    config = {"peft_type": "LORA", "r": max(ranks.values()), "rank_pattern": ranks, "base_model_name_or_path": "base"}
-    config["lora_alpha"], config["alpha_pattern"] = alpha or config["r"], {} if alpha else ranks
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    r = max(ranks.values())
+    alphas = {"lora_alpha": alpha} if alpha else {"lora_alpha": r, "alpha_pattern": ranks}
+    return save_factors(folder, factors, r=r, rank_pattern=ranks, **alphas)
 
 
 def whole(seed, rank, rows, columns, largest=3):

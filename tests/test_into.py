@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_files import save_factors
 from safetensors.torch import load_file, save_file
 
 import merge_engine
@@ -51,7 +52,7 @@ def save_base(folder, seed=0, dtype=torch.bfloat16, shapes=SHAPES, **config):
 
 
 def save_adapter(folder, seed, modules=ADAPTED, shapes=SHAPES, rank=4, whole=True, **config):
-    """A LoRA in PEFT's format. whole: factors of small whole numbers over 8, whose products are exact in float32."""
+    """whole: factors of small whole numbers over 8, whose products are exact in float32."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -59,16 +60,9 @@ def save_adapter(folder, seed, modules=ADAPTED, shapes=SHAPES, rank=4, whole=Tru
             return torch.randint(-40, 41, shape, generator=generator) / 8
         return torch.randn(shape, generator=generator)
 
-    tensors = {}
-    for name in modules:
-        rows, columns = shapes[name]
-        tensors[f"base_model.model.{name}.lora_A.weight"] = draw(rank, columns)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = draw(rows, rank)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    values = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": "base", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(values))
-    return folder
+    sizes = {name: shapes[name] for name in modules}
+    factors = {name: (draw(rank, columns), draw(rows, rank)) for name, (rows, columns) in sizes.items()}
+    return save_factors(folder, factors, **config)
 
 
 @pytest.fixture
@@ -216,7 +210,8 @@ def test_shards_and_what_lies_beside_them(base, three, tmp_path):
     assert (one / "config.json").read_bytes() == (base / "config.json").read_bytes()
     report = json.loads((one / "merge_report.json").read_text())
     assert report["recipe"]["weights"] == WEIGHTS and report["inputs"] == [str(path) for path in three]
-    assert "method: ties" in (one / "README.md").read_text()
+    card = (one / "README.md").read_text()
+    assert "method: ties" in card and "module_" not in card
     assert {path.name for path in tmp_path.iterdir()} == {"base", "sql", "chat", "ads", "one", "many"}
 
 
@@ -315,17 +310,9 @@ def test_convolutions(tmp_path):
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_an_adapter_of_a_tied_layer_is_refused(tmp_path, target):
     tiny_llama(tie=True).save_pretrained(tmp_path / "base")
-    shapes = {"model.embed_tokens": (37, 32), "lm_head": (37, 32), "model.layers.0.self_attn.q_proj": (32, 32)}
+    shapes = {"model.embed_tokens": (32, 37), "lm_head": (37, 32), "model.layers.0.self_attn.q_proj": (32, 32)}
     name = f"model.{target}" if target == "embed_tokens" else target
     adapter = save_adapter(tmp_path / "sql", 1, modules=["model.layers.0.self_attn.q_proj", name], shapes=shapes)
-    if target == "embed_tokens":
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        for side in "AB":
-            tensor = tensors.pop(f"base_model.model.{name}.lora_{side}.weight")
-            other = f"base_model.model.{name}.lora_embedding_{side}"
-            tensors[other] = tensor[:, :4].reshape(-1)[:16].repeat(8)[: 37 * 4 if side == "A" else 32 * 4].clone()
-            tensors[other] = torch.ones(4, 37) if side == "A" else torch.ones(32, 4)
-        save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(
         ModelError, match=rf"^sql: {name} is tied to another layer of base, .*wanted a base saved untied"
     ):
@@ -563,6 +550,38 @@ def test_several_processes_write_the_bytes_of_one(big, tmp_path, options, counts
     )
     for ranks in counts:
         assert bytes_of(tmp_path / "here") == bytes_of(tmp_path / str(ranks))
+
+
+def test_several_processes_with_kernels_write_the_bytes_of_one(tmp_path):
+    """Factors of -1, 0 and 1: nearly all magnitudes are equal in both modules. Of three processes one has no module."""
+    pytest.importorskip("triton")
+    base, generator = save_base(tmp_path / "base", dtype=torch.float32), torch.Generator().manual_seed(1)
+    adapters = []
+    for name, modules in (("sql", ADAPTED[:2]), ("ads", ADAPTED[1:2])):
+        sides = [[torch.randint(-1, 2, shape, generator=generator) for shape in ((1, 20), (12, 1))] for _ in modules]
+        factors = {module: (A.float(), B.float()) for module, (A, B) in zip(modules, sides, strict=True)}
+        adapters.append(save_factors(tmp_path / name, factors))
+    recipes = {
+        "exact": {"density": 0.4},
+        "keep": {"density": 0.4, "trim_ties": "keep"},
+        "none": {"density": 0.0},
+        "all": {"density": [1.0, 0.1]},
+        "factors": {"density": 0.4, "space": "factors", "method": "magnitude_prune"},
+    }
+    common = {"method": "ties", "scope": "model", "backend": "triton"}
+    (tmp_path / "merges.py").write_text(
+        "import json, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from merge_engine import merge_into\n"
+        "for output, recipe in json.loads(sys.argv[1]):\n"
+        f"    merge_into({str(base)!r}, {list(map(str, adapters))}, output, **recipe)\n"
+    )
+    jobs = [(str(tmp_path / "three" / name), common | recipe) for name, recipe in recipes.items()]
+    done = torchrun(3, [str(tmp_path / "merges.py"), json.dumps(jobs)], OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for name, recipe in recipes.items():
+        merge_engine.merge_into(base, adapters, tmp_path / "one" / name, **common | recipe)
+        assert bytes_of(tmp_path / "one" / name) == bytes_of(tmp_path / "three" / name), name
 
 
 def test_a_rank_that_dies_fails_the_run_and_can_be_resumed(big, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from lora_files import STEM, save_factors
 
 from merge_engine import engine, jit, many, pool, shared_tiles, tiled
 from merge_engine.cache import Cache
@@ -32,18 +32,15 @@ U = 2**-24  # unit roundoff of float32
 ROOT = Path(__file__).parent.parent
 
 
-def save_adapter(folder, seed, shapes, rank=4, dtype=torch.float32, base="tiny"):
-    """An adapter folder as PEFT writes it, with random factors."""
+def save_adapter(folder, seed, shapes, rank=4, dtype=torch.float32, **more):
+    """An adapter of random factors."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, (rows, columns) in shapes.items():
-        for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-            tensors[f"base_model.model.{name}.lora_{side}.weight"] = torch.randn(shape, generator=generator).to(dtype)
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": base}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    factors = {name: (draw(rank, columns), draw(rows, rank)) for name, (rows, columns) in shapes.items()}
+    return save_factors(folder, factors, **more)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +117,16 @@ def identical(got, want):
     return got.energy == want.energy and got.total_energy == want.total_energy
 
 
-def test_each_result_has_the_bits_of_a_merge_alone(folders):
-    results = list(merge_many(folders, GRID, backend="torch"))
-    assert len(results) == len(GRID)
-    for recipe, got in zip(GRID, results, strict=True):
-        assert identical(got, alone(folders, recipe, backend="torch")), recipe
+@pytest.fixture(scope="module")
+def singly(folders):
+    """What each recipe of GRID makes by a merge of its own."""
+    return [alone(folders, recipe, backend="torch") for recipe in GRID]
+
+
+def test_each_result_has_the_bits_of_a_merge_alone(folders, singly):
+    results = merge_many(folders, GRID, backend="torch")
+    for recipe, got, want in zip(GRID, results, singly, strict=True):
+        assert identical(got, want), recipe
 
 
 def test_factors_have_the_bits_of_a_merge_alone(alike):
@@ -132,18 +134,18 @@ def test_factors_have_the_bits_of_a_merge_alone(alike):
         assert identical(got, alone(alike, recipe, backend="torch")), recipe
 
 
-def test_no_room_to_spare_and_many_passes_change_no_bit(folders, monkeypatch):
-    want = list(merge_many(folders, GRID, backend="torch"))
+def test_no_room_to_spare_and_many_passes_change_no_bit(folders, singly, monkeypatch):
     monkeypatch.setattr(many, "MOST_TOGETHER", 4)
     monkeypatch.setattr(pool.Pool, "room", lambda *_, **__: pool.Room(1, 1, 0))
-    got = list(merge_many(folders, GRID, backend="torch"))
-    assert all(map(identical, got, want))
+    for recipe, got, want in zip(GRID, merge_many(folders, GRID, backend="torch"), singly, strict=True):
+        assert identical(got, want), recipe
 
 
 def test_through_the_kernels_too(alike):
     pytest.importorskip("merge_engine.triton_backend")
     swapped = {"method": "ties", "density": 0.3, "adapters": ["c", "a"]}
-    grid = [GRID[0], {**GRID[0], "scale": 0.3}, swapped, {"method": "linear", "weights": W[0]}, *FACTORS[:2]]
+    grid = [GRID[0], {**GRID[0], "scale": 0.3}, swapped, {"method": "linear", "weights": W[0]}, FACTORS[1]]
+    grid += FACTORS[6:8]  # drops: random, and so without a search for thresholds
     results = list(merge_many(alike, grid, backend="triton"))
     with Session(alike, backend="triton") as session:
         for recipe, got in zip(grid, results, strict=True):
@@ -306,11 +308,11 @@ def test_a_session_pays_for_what_changed(folders, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", [0, 40_000, 10**9])
-def test_a_session_gives_the_bits_of_merges_alone_whatever_it_keeps(folders, cache, monkeypatch):
+def test_a_session_gives_the_bits_of_merges_alone_whatever_it_keeps(folders, singly, cache, monkeypatch):
     monkeypatch.setattr(pool.Pool, "room", lambda *_, **__: pool.Room(1, 2, cache))
     with Session(folders, backend="torch") as session:
-        for recipe in [*GRID, *GRID[::-3]]:
-            assert identical(session.merge(**recipe), alone(folders, recipe, backend="torch")), recipe
+        for number in [*range(len(GRID)), *range(len(GRID))[::-3]]:
+            assert identical(session.merge(**GRID[number]), singly[number]), GRID[number]
             assert session._pool.cache.held <= cache
 
 
@@ -352,14 +354,9 @@ def test_equal_extras_are_compared_once(alike, tmp_path, monkeypatch):
     """Layers that adapters save whole are copied; no merge of a session compares them again."""
     own = []
     for seed in range(2):
-        folder = save_adapter(tmp_path / f"x{seed}", seed, {"q": (23, 37)})
-        tensors = {f"base_model.model.q.lora_{side}.weight": torch.ones(shape) for side, shape in
-                   (("A", (4, 37)), ("B", (23, 4)))}  # fmt: skip
-        tensors["base_model.model.head.weight"] = torch.arange(6.0)
-        save_file(tensors, folder / "adapter_model.safetensors")
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["head"]}))
-        own.append(folder)
+        extras = {f"{STEM}head.weight": torch.arange(6.0)}
+        more = {"extras": extras, "modules_to_save": ["head"]}
+        own.append(save_adapter(tmp_path / f"x{seed}", seed, {"q": (23, 37)}, **more))
     with Session(own) as session:
         compared = counting(monkeypatch, sys.modules["merge_engine.adapter"], "_same_bytes")
         assert identical(session.merge(method="linear"), merge(own, method="linear"))
@@ -568,12 +565,12 @@ def peaks(*arguments):
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path):
-    """100 adapters of a 4096 x 4096 module, whose deltas would be 6.7 GB: the factors and 200 MB."""
+    """100 adapters of a 2048 x 2048 module, whose deltas would be 1.7 GB: the factors and 80 MB."""
     small = [save_adapter(tmp_path / "small", 0, {"q": (512, 512)})] * 2
-    large = [save_adapter(tmp_path / str(seed), seed, {"q": (4096, 4096)}, rank=16) for seed in range(100)]
+    large = [save_adapter(tmp_path / str(seed), seed, {"q": (2048, 2048)}, rank=16) for seed in range(100)]
     before, after = peaks(small, large, [{"method": "ties", "density": 0.2, "rank": 16}], None)
-    factors = 100 * 16 * (4096 + 4096) * 4
-    assert after - before < factors + 200e6
+    factors = 100 * 16 * (2048 + 2048) * 4
+    assert after - before < factors + 80e6
 
 
 def test_the_memory_budget_holds(tmp_path):

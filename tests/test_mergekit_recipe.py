@@ -9,6 +9,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_files import save_factors
 from safetensors.torch import load_file, save_file
 
 import merge_engine
@@ -65,18 +66,15 @@ def save_model(folder, seed, like=None, dtype=torch.float32, **config):
 
 def save_adapter(folder, seed, base, rank=2):
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+    factors = {}
     for i in range(LAYERS):
         for name in ADAPTED:
             rows, columns = LAYER[name]
-            for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-                key = f"base_model.model.model.layers.{i}.{name}.lora_{side}.weight"
-                tensors[key] = torch.randint(-6, 7, shape, generator=generator) / 4
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
-    config |= {"base_model_name_or_path": str(base), "target_modules": [name.split(".")[1] for name in ADAPTED]}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
+            factors[f"model.layers.{i}.{name}"] = [
+                torch.randint(-6, 7, shape, generator=generator) / 4 for shape in ((rank, columns), (rows, rank))
+            ]
+    config = {"task_type": "CAUSAL_LM", "lora_alpha": rank, "lora_dropout": 0.0, "base_model_name_or_path": str(base)}
+    save_factors(folder, factors, target_modules=[name.split(".")[1] for name in ADAPTED], **config)
 
 
 @pytest.fixture(scope="module")
@@ -632,6 +630,9 @@ def test_a_changed_gradient_is_another_merge(here, tmp_path):
     told = json.loads((tmp_path / "out" / "merge_report.json").read_text())["recipe"]
     assert told["module_weights"]["model.layers.2.self_attn.q_proj"] == [1.0, 0.5, 0.75]
     assert told["module_densities"]["model.layers.4.self_attn.q_proj"] == [0.1, 0.8, 0.8]
+    shown = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    tables = dict.fromkeys(["module_weights", "module_densities"], "of 48 modules, listed in merge_report.json")
+    assert shown == told | tables and len(told["module_weights"]) == 48
     plain = Recipe(module_weights={"a": (1.0, 2.0)}, module_densities={"a": (0.5, 1.0)}).as_dict()
     assert json.loads(json.dumps(plain)) == plain
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from lora_files import save_factors
 from safetensors.torch import load_file, save_file
 
 import merge_engine
@@ -128,17 +129,10 @@ def test_the_papers_ties_over_the_whole_model(tmp_path):
 
 def test_models_and_adapters_of_one_base(base, three, tmp_path):
     """An adapter counts as the model that its delta makes; what it does not have, the others merge among themselves."""
-    adapter = tmp_path / "sql"
-    adapter.mkdir()
     generator = torch.Generator().manual_seed(5)
-    stem = "base_model.model.model.layers.0.q_proj"
     A, B = (torch.randint(-9, 10, shape, generator=generator) / 8 for shape in ((2, 12), (12, 2)))
-    embedding = "base_model.model.model.embed_tokens"
     C, D = (torch.randint(-9, 10, shape, generator=generator) / 8 for shape in ((2, 17), (12, 2)))
-    factors = {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B}
-    factors |= {f"{embedding}.lora_embedding_A": C, f"{embedding}.lora_embedding_B": D}
-    save_file(factors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    adapter = save_factors(tmp_path / "sql", {"model.layers.0.q_proj": (A, B), "model.embed_tokens": (C, D)})
     inputs = [three[0], adapter, three[1]]
     recipe = {"method": "ties", "density": 0.5, "weights": WEIGHTS}
     merge_engine.merge_models(base, inputs, tmp_path / "out", **recipe)

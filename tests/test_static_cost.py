@@ -8,7 +8,20 @@ import pytest
 import torch
 from merge_engine.kernels.launch import Launch, launch_for
 
-from bench.static_cost import GPUS, METHODS, SELECTIONS, Case, Cost, Gpu, cost, occupancy, report, seconds
+from bench.static_cost import (
+    GPUS,
+    METHODS,
+    MODELS,
+    SELECTIONS,
+    Case,
+    Cost,
+    Gpu,
+    cost,
+    kernel_rows,
+    merge_rows,
+    occupancy,
+    seconds,
+)
 
 Aot = Callable[..., Any]
 
@@ -86,10 +99,30 @@ def test_seconds_and_occupancy_by_hand() -> None:
     assert limits["HBM"] == pytest.approx(2 * (500_000 + 3 * 16 * 1500) / 1e9)
 
 
-def test_report_names_what_binds(aot: Aot) -> None:
-    text = aot(report, ["sm_90"], ["ties"])
-    assert "nothing was run on a GPU" in text
-    assert re.search(r"H100 SXM +Llama-7B .*\*", text)
+def test_rows_of_kernels_are_their_costs(aot: Aot) -> None:
+    rows = aot(kernel_rows, ["sm_90"], ["ties", "coarse_histogram"])
+    assert [(row.kernel, row.dtype) for row in rows] == [
+        (name, dtype) for name in ("ties", "coarse_histogram") for dtype in ("bf16", "fp32")
+    ]
+    for row in rows:
+        found = aot(cost, Case(row.kernel, row.dtype), "sm_90")
+        assert (row.gpu, row.registers, row.spill_bytes) == ("H100 SXM", found.registers, found.spill_bytes)
+        assert (row.per_adapter, row.per_element) == (found.per_adapter, found.per_element)
+        assert row.cold * found.elements == pytest.approx(found.cold)
+        assert row.occupancy == occupancy(found, GPUS["sm_90"])
+
+
+def test_rows_of_merges_add_up_and_name_what_binds(aot: Aot) -> None:
+    rows = aot(merge_rows, ["sm_90"])
+    assert [row.model for row in rows] == list(MODELS)
+    found = aot(cost, Case("ties"), "sm_90")
+    modules, layers = MODELS["Llama-7B"]
+    limits = [seconds(found, GPUS["sm_90"], m, n, 3, 16, 2) for m, n, count in modules for _ in range(count)]
+    row = rows[1]
+    wanted = {name: layers * sum(limit[name] for limit in limits) for name in ("issue", "tensor", "HBM")}
+    got = (row.issue_seconds, row.tensor_seconds, row.hbm_seconds)
+    assert got == pytest.approx(tuple(wanted.values()))
+    assert wanted[row.binds] == max(wanted.values())
 
 
 def test_launch_is_a_pure_function_of_its_arguments() -> None:

@@ -15,7 +15,8 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from lora_files import save_factors
+from safetensors.torch import load_file
 
 import merge_engine
 from merge_engine import sweep_run
@@ -34,18 +35,11 @@ MODULES = ("layers.0.q_proj", "layers.1.q_proj")
 
 
 def save_lora(folder, seed, rank=3, rows=10, columns=12):
-    """A LoRA in PEFT's format, of whole numbers: its deltas have equal magnitudes and columns that vote 0."""
+    """A LoRA of whole numbers: its deltas have equal magnitudes and columns that vote 0."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name in MODULES:
-        for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-            values = torch.randint(-2, 3, shape, generator=generator).float()
-            tensors[f"base_model.model.{name}.lora_{side}.weight"] = values
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "base"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    shapes = (rank, columns), (rows, rank)
+    factors = {name: [torch.randint(-2, 3, shape, generator=generator).float() for shape in shapes] for name in MODULES}
+    return save_factors(folder, factors, lora_alpha=rank)
 
 
 @pytest.fixture

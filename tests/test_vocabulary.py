@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from lora_files import STEM, save_factors
 from safetensors.torch import load_file, save_file
 
 import merge_engine
@@ -293,13 +294,9 @@ def test_a_head_that_is_saved_beside_its_embedding_stays_tied(tmp_path):
 
 def test_an_adapter_merges_into_the_bases_rows(toys):
     base, (chat, *_) = toys
-    adapter = base.parent / "sql"
-    adapter.mkdir()
     generator = torch.Generator().manual_seed(9)
-    stem = "base_model.model.model.embed_tokens.lora_embedding_"
     A, B = eighths(generator, 2, 4), eighths(generator, WIDTH, 2)
-    save_file({f"{stem}A": A, f"{stem}B": B}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    adapter = save_factors(base.parent / "sql", {"model.embed_tokens": (A, B)})
     out = union_folder((base, [adapter, chat]), method="linear", weights=[1.0, 0.5])
     start, x = weights_of(base)[KEYS[0]], weights_of(chat)[KEYS[0]]
     want = start + 2 * (B @ A).t() + 0.5 * (x - start)
@@ -386,26 +383,22 @@ def test_an_adapter_that_peft_saved_with_added_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_an_adapter_whose_head_is_tied_to_its_embedding(tmp_path, same):
+def test_an_adapter_whose_head_is_tied_to_its_embedding(tmp_path, repositories, same):
+    """From the hub, with its tokens."""
     base = save_llama(tmp_path / "base", make_tokenizer("WordLevel"), 0, tied=True)
-    adapter = tmp_path / "lora"
-    adapter.mkdir()
-    make_tokenizer("WordLevel", ["<a>"]).save_pretrained(adapter)
-    generator = torch.Generator().manual_seed(1)
-    rows, stem = eighths(generator, 6, 8), "base_model.model."
-    tensors = {f"{stem}model.embed_tokens.weight": rows, f"{stem}lm_head.weight": rows + (not same)}
-    for side, shape in (("A", (1, 8)), ("B", (8, 1))):
-        tensors[f"{stem}model.layers.0.self_attn.q_proj.lora_{side}.weight"] = torch.ones(shape)
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    rows = eighths(torch.Generator().manual_seed(1), 6, 8)
+    factors = {"model.layers.0.self_attn.q_proj": (torch.ones(1, 8), torch.ones(8, 1))}
+    held = {f"{STEM}{KEYS[0]}": rows, f"{STEM}{KEYS[1]}": rows + (not same)}
+    repositories["user/lora"] = save_factors(tmp_path / "lora", factors, held)
+    make_tokenizer("WordLevel", ["<a>"]).save_pretrained(tmp_path / "lora")
     if same:
-        merge_engine.merge_into(base, [adapter], tmp_path / "out", method="linear", vocab="union")
+        merge_engine.merge_into(base, ["user/lora"], tmp_path / "out", method="linear", vocab="union")
         assert torch.equal(weights_of(tmp_path / "out")[KEYS[0]], rows) and KEYS[1] not in weights_of(tmp_path / "out")
     else:
         with pytest.raises(
             ModelError, match=r"^lora: lm_head\.weight is tied to model\.embed_tokens\.weight in base, w"
         ):
-            merge_engine.merge_into(base, [adapter], tmp_path / "out", method="linear", vocab="union")
+            merge_engine.merge_into(base, ["user/lora"], tmp_path / "out", method="linear", vocab="union")
 
 
 def test_triton_merges_unions_too(toys):
@@ -458,6 +451,21 @@ def test_base_and_union_are_not_one_run(tmp_path, monkeypatch):
         merge_engine.merge_models(base, [tuned], tmp_path / "out", vocab="union")
 
 
+TOGETHER = """
+import os, sys
+import torch.distributed
+from merge_engine.cli import main
+store, *words = sys.argv[1:]
+other = os.fork()
+rank = int(other == 0)
+os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+code = main(words)
+torch.distributed.destroy_process_group()
+sys.exit(code or (os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) if other else 0))
+"""
+
+
 def test_several_processes_and_the_command_write_the_same(toys, capsys):
     base, models = toys
     words = ["merge-models", "--base", base, *models, "--vocab", "union", "--shard-size", "60B"]
@@ -466,9 +474,8 @@ def test_several_processes_and_the_command_write_the_same(toys, capsys):
     want = union_folder(toys, shard_size=60)
     total = sum(file.stat().st_size for file in want.glob("*.safetensors"))
     assert f"{total / 1e9:.3g} GB" in capsys.readouterr().out and not (base.parent / "dry").exists()
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "merge_engine"]
     done = subprocess.run(
-        [*run, *words, "-o", str(base.parent / "two")],
+        [sys.executable, "-c", TOGETHER, str(base.parent / "store"), *words, "-o", str(base.parent / "two")],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

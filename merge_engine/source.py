@@ -1,0 +1,44 @@
+"""Where an adapter or a model is: in a local folder, or on the hub, from which its files are fetched."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from merge_engine.errors import MergeError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def find(
+    source: str | Path,
+    revision: str | None,
+    config_file: str,
+    files: Sequence[str],
+    weights: Sequence[str],
+    error: type[MergeError],
+) -> tuple[str, Path]:
+    """(name, folder) of a local folder, or of a hub id ``user/repo`` once it is fetched; a folder of that name wins.
+
+    revision: branch, tag or commit on the hub. files: patterns of what is fetched from it.
+    weights: patterns of weight files, of which the first that the repository has is fetched, too.
+
+    Raises `error`, naming `config_file` as what was wanted: there is no such folder, or the hub does not give it.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve().name, path
+    if path.exists():
+        raise error(f"{source} is a file, wanted a folder with {config_file}")
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise error(f"{source} does not exist, wanted a folder with {config_file} or a hub id user/repo")
+    import huggingface_hub
+
+    try:
+        for pattern in weights:
+            path = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=[*files, pattern]))
+            if any(path.glob(pattern)):
+                break
+    except Exception as failure:  # the hub raises its own, httpx's and OS errors
+        first = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+        raise error(f"{source} is no local folder and could not be fetched from the hub: {first}") from failure
+    return source.split("/")[-1], path
