@@ -10,7 +10,7 @@ into a global histogram would queue at the few bins that hold most of a bell cur
 cover 2**-30 to 2**2. Only the two outermost bins are wide: a k-th that falls there takes one more fine pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,13 @@ TILES_A_PROGRAM = 16  # so that a program adds its coarse counts to memory once 
 
 # What narrows per recipe, module and adapter: int32 (first, width, shift) of an interval of bits(|t|).
 INTERVAL: tl.constexpr = tl.constexpr(3)
+
+Total = Callable[[Tensor], Tensor]  # what this process counted -> the sum over all processes
+
+
+def _alone(counts: Tensor) -> Tensor:
+    """The `Total` of a single process."""
+    return counts
 
 
 @triton.jit
@@ -299,11 +306,11 @@ def trims(
     recipes. ties: "exact" keeps exactly that many, equal magnitudes by lowest flat index; "keep" all that equal the
     last. precision and launch must be those of the merge, which has to see the same bits.
     """
-    recipes, shape = len(kept), source.shape
-    check_tensor("kept", kept, (recipes, *shape[:2]), kept.device, (torch.int64,), contiguous=False)
-    selection = _Selection(source, recipes, precision, launch)
-    kept = kept.to(source.x.device)
-    return _select([selection], kept, ties, pooled=False)[0]
+    recipes, (modules, adapters, _, _) = len(kept), source.shape
+    check_tensor("kept", kept, (recipes, modules, adapters), kept.device, (torch.int64,), contiguous=False)
+    slots = torch.arange(modules * adapters, device=source.x.device).view(modules, adapters)
+    selection = _Selection(source, recipes, precision, launch, slots, torch.zeros_like(slots))
+    return _select([selection], kept.flatten(1).to(source.x.device), ties, places=1, total=_alone)[0]
 
 
 def model_trims(
@@ -311,28 +318,45 @@ def model_trims(
     kept: Tensor,
     *,
     ties: str = "exact",
+    adapters: Sequence[Sequence[int]] | None = None,
     order: Sequence[int] | None = None,
+    modules: int | None = None,
+    total: Total = _alone,
     precision: str = "ieee",
     launches: Sequence[Launch] | None = None,
 ) -> list[Trim]:
     """What keeps the `kept` largest magnitudes of each adapter over all modules of all groups: one Trim a group.
 
-    sources: groups with the same adapters, on one device. kept: int64 [recipes, adapters].
+    sources: groups on one device. kept: int64 [recipes, adapters].
+    adapters: which of these each group has, by default all.
     order: the place in the model of every module, groups one after another; among equal magnitudes of different
-    modules, that of the lowest place stays. By default that of the groups. Other arguments as in `trims`.
+    modules, that of the lowest place stays. By default that of the groups.
+    modules: how many the model has, by default those of the groups. total: where other processes have the rest, the
+    sum of what every process counted: int64 tensors of one shape. Every process calls it as often, also one that has no
+    group. Other arguments as in `trims`.
     """
-    if not sources:
-        return []
-    recipes, adapters = len(kept), sources[0].shape[1]
-    if any(source.shape[1] != adapters for source in sources):
-        raise ValueError(f"groups have {[source.shape[1] for source in sources]} adapters, wanted equal numbers")
-    check_tensor("kept", kept, (recipes, adapters), kept.device, (torch.int64,), contiguous=False)
+    recipes, known = len(kept), kept.shape[-1]
+    check_tensor("kept", kept, (recipes, known), kept.device, (torch.int64,), contiguous=False)
     if launches is not None and len(launches) != len(sources):
         raise ValueError(f"got {len(launches)} launches for {len(sources)} groups")
-    selections = [
-        _Selection(source, recipes, precision, launches[i] if launches else None) for i, source in enumerate(sources)
-    ]
-    return _select(selections, kept.to(sources[0].x.device)[:, None, :], ties, pooled=True, order=order)
+    sizes = [source.shape[0] for source in sources]
+    modules = sum(sizes) if modules is None else modules
+    order = range(sum(sizes)) if order is None else order
+    _check_numbers("order", order, sum(sizes), modules)
+    adapters = [range(known)] * len(sources) if adapters is None else adapters
+    selections = []
+    for i, (source, slots) in enumerate(zip(sources, adapters, strict=True)):
+        _check_numbers("adapters", slots, source.shape[1], known)
+        places = torch.tensor(order[sum(sizes[:i]) :][: sizes[i]], dtype=torch.int64)
+        numbers = torch.broadcast_tensors(torch.tensor(slots, dtype=torch.int64), places[:, None])
+        selections.append(_Selection(source, recipes, precision, launches[i] if launches else None, *numbers))
+    kept = kept.to(sources[0].x.device) if sources else kept
+    return _select(selections, kept, ties, places=modules, total=total)
+
+
+def _check_numbers(name: str, numbers: Sequence[int], count: int, below: int) -> None:
+    if len(numbers) != count or len({*numbers} & {*range(below)}) != count:
+        raise ValueError(f"{name} is {list(numbers)}, wanted {count} different numbers below {below}")
 
 
 def l1_factors(source: Source, drop: Drop, *, precision: str = "ieee", launch: Launch | None = None) -> Tensor:
@@ -360,11 +384,18 @@ def l1_factors(source: Source, drop: Drop, *, precision: str = "ieee", launch: L
 
 
 class _Selection:
-    """The passes over one group: counts are int64, and the interval of each task tensor narrows in between."""
+    """The passes over one group: counts are int64, and the interval of each task tensor narrows in between.
 
-    def __init__(self, source: Source, recipes: int, precision: str, launch: Launch | None) -> None:
+    slots, places: int64 [modules, adapters]. Task tensors of one slot share a threshold; of equal magnitudes, that in
+    the lowest place comes first.
+    """
+
+    def __init__(
+        self, source: Source, recipes: int, precision: str, launch: Launch | None, slots: Tensor, places: Tensor
+    ) -> None:
         self.modules, self.adapters, self.rows, self.columns = source.shape
         self.recipes, self.device = recipes, source.x.device
+        self.slots, self.places = slots.to(self.device), places.to(self.device)
         launch = launch or launch_of(source, recipes=recipes)
         self._task: dict[str, Any] = {
             "scaling_ptr": source.scaling.contiguous(),
@@ -425,20 +456,25 @@ class _Selection:
                 kernel[(self._programs,)](**arguments, **self._task)
 
 
-def _select(
-    groups: list[_Selection], kept: Tensor, ties: str, *, pooled: bool, order: Sequence[int] | None = None
-) -> list[Trim]:
-    """Thresholds and cuts. kept: [recipes, modules or 1, adapters]; pooled: modules of all groups share a threshold."""
+def _select(groups: list[_Selection], kept: Tensor, ties: str, *, places: int, total: Total) -> list[Trim]:
+    """Thresholds and cuts. kept: [recipes, slots]; places: how many a slot has; total: as in `model_trims`.
+
+    No step depends on what was counted, so that all processes call `total` alike.
+    """
     if ties not in ("exact", "keep"):
         raise ValueError(f"ties is {ties!r}, wanted 'exact' or 'keep'")
+    recipes, slots = kept.shape
 
-    def pool(counts: list[Tensor]) -> Tensor:
-        return torch.stack([each.sum(1, keepdim=True) for each in counts]).sum(0) if pooled else counts[0]
+    def pool(counts: list[Tensor], recipes: int, bins: int) -> Tensor:
+        pooled = torch.zeros(recipes, slots, bins, dtype=torch.int64, device=kept.device)
+        for group, each in zip(groups, counts, strict=True):
+            pooled.index_add_(1, group.slots.flatten(), each.flatten(1, 2))
+        return total(pooled)
 
     def spread(tensor: Tensor, group: _Selection) -> Tensor:
-        return tensor.expand(-1, group.modules, *tensor.shape[2:]).contiguous()
+        return tensor[:, group.slots].contiguous()
 
-    coarse = pool([group.coarse() for group in groups]).expand(len(kept), -1, -1, -1)
+    coarse = pool([group.coarse() for group in groups], 1, COARSE_BINS.value).expand(recipes, -1, -1)
     bin_, rank, equal = _locate(coarse, kept.clamp_min(1))
     edge = (COARSE_FIRST.value + torch.arange(COARSE_BINS.value + 1, device=kept.device)) << COARSE_SHIFT.value
     edge[0], edge[-1] = 0, 1 << 31
@@ -446,7 +482,7 @@ def _select(
     for _ in range(FINE_PASSES):
         shift = (torch.frexp((width - 1).double()).exponent - 11).clamp_min(0).long()
         interval = torch.stack([first, width.clamp_max(2**31 - 1), shift], -1).int()
-        counts = pool([group.fine(spread(interval, group)) for group in groups])
+        counts = pool([group.fine(spread(interval, group)) for group in groups], recipes, FINE_BINS.value)
         bin_, finer, fewer = _locate(counts, rank)
         is_open = width > 1
         rank, equal = torch.where(is_open, finer, rank), torch.where(is_open, fewer, equal)
@@ -455,37 +491,27 @@ def _select(
         width = torch.where(is_open, torch.minimum(end - first, 1 << shift), width)
     bits = first.int()
     value = torch.where(kept > 0, bits.view(torch.float32), torch.inf)
-    if ties == "keep":
-        quotas = [torch.full_like(spread(rank, group), 2**31) for group in groups]
-        tied = [
-            torch.zeros(*quota.shape, group.rows, device=quota.device).long()
-            for quota, group in zip(quotas, groups, strict=True)
-        ]
-    else:
-        counted = torch.where((rank < equal) & (kept > 0), bits, -1)
-        tied = [group.tied_rows(spread(counted, group)) for group in groups]
-        quotas = [spread(torch.where(counted >= 0, rank, 2**31), group) for group in groups]
-        if pooled:
-            quotas = _in_order(quotas, [rows.sum(-1) for rows in tied], order)
+    cuts = (ties == "exact") & (rank < equal) & (kept > 0)
+    quota, counted = torch.where(cuts, rank, 2**31), torch.where(cuts, bits, -1)
+    tied = [group.tied_rows(spread(counted, group)) for group in groups]
+    before = _before(groups, tied, torch.zeros(recipes, places, slots, dtype=torch.int64, device=kept.device), total)
     trims = []
-    for group, rows, quota in zip(groups, tied, quotas, strict=True):
-        row, column = group.cut(spread(bits, group), rows, quota)
+    for group, rows, earlier in zip(groups, tied, before, strict=True):
+        row, column = group.cut(spread(bits, group), rows, (spread(quota, group) - earlier).clamp_min(0))
         trims.append(Trim(spread(value, group), row, column))
     return trims
 
 
-def _in_order(quotas: list[Tensor], tied: list[Tensor], order: Sequence[int] | None) -> list[Tensor]:
-    """What is left of each quota after the modules before it: [recipes, modules, adapters] each."""
-    sizes = [each.shape[1] for each in tied]
-    flat = torch.cat(tied, 1)
-    places = torch.arange(flat.shape[1]) if order is None else torch.tensor(order)
-    if sorted(places.tolist()) != list(range(flat.shape[1])):
-        raise ValueError(f"order is {order}, wanted a permutation of {flat.shape[1]} modules")
-    at = places.argsort().to(flat.device)
-    ordered = flat[:, at]
-    before = torch.empty_like(flat)
-    before[:, at] = ordered.cumsum(1) - ordered
-    return [(quota - earlier).clamp_min(0) for quota, earlier in zip(quotas, before.split(sizes, 1), strict=True)]
+def _before(groups: list[_Selection], tied: list[Tensor], counts: Tensor, total: Total) -> list[Tensor]:
+    """How many tied elements lie in the places before each task tensor's: [recipes, modules, adapters] each.
+
+    counts: zeros [recipes, places, slots].
+    """
+    for group, rows in zip(groups, tied, strict=True):
+        counts[:, group.places, group.slots] = rows.sum(-1)
+    counts = total(counts)
+    before = counts.cumsum(1) - counts
+    return [before[:, group.places, group.slots] for group in groups]
 
 
 def _locate(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -337,8 +337,11 @@ def _finished(job: Job, files: ShardFiles, folder: Path) -> set[str]:
 
 def _items(job: Job, keys: Sequence[str], done: set[str], backend: ModelBackend, ready: Preparation) -> Iterator[Item]:
     """Everything that is to be written: merged modules, and between them what is copied, as the base has them."""
-    groups = [part for group in backend.groups(job.plan) for part in job.plan.of_one_weight(group)]
-    groups = [group for group in groups if not all(done.issuperset(job.keys_of(module.name)) for module in group)]
+    groups = [
+        group
+        for group in backend.groups(job.plan)
+        if not all(done.issuperset(job.keys_of(module.name)) for module in group)
+    ]
     copies = [key for key in keys if key not in job.module_of and key not in done]
     for number, (group, bases, packed) in enumerate(ahead(lambda group: _load(job, backend, group), groups), 1):
         merged = _merge(job, backend, group, bases, packed, ready)

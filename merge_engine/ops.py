@@ -26,7 +26,10 @@ class Backend(Protocol):
     device: torch.device
 
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
-        """All modules of the plan that are this process's, in groups that are merged at once."""
+        """All modules of the plan that are this process's, in groups that are merged at once.
+
+        Modules of a group have the same adapters, with the same weights. No result depends on how they are grouped.
+        """
         ...
 
     def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Any]], side: str) -> Any:
@@ -34,7 +37,7 @@ class Backend(Protocol):
         ...
 
     def model_trims(self, plan: Plan, side: str) -> Any:
-        """The thresholds of all adapters, where they span the model."""
+        """The thresholds of all adapters in this process's modules, where they span the model; every rank calls it."""
         ...
 
     def vote_balance(self, plan: Plan, group: Sequence[ModulePlan], packed: Any, side: str, trims: Any) -> int:

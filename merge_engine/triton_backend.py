@@ -3,24 +3,27 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from merge_engine import rng
-from merge_engine.errors import MergeError, RecipeError
+from merge_engine.errors import MergeError
 from merge_engine.finetuned import Difference, Finetuned
 from merge_engine.kernels import merge as kernels
 from merge_engine.kernels import select
-from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Source, Trim, pack
-from merge_engine.plan import Factors, ModulePlan, Plan, Task
+from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Pair, Source, Trim, pack
+from merge_engine.plan import ModulePlan, Plan, Task
 
 logger = logging.getLogger(__name__)
 
 GROUP_BYTES = 1 << 30  # of merged deltas in one launch, on a GPU
 HOST_GROUP_BYTES = 1 << 24  # and in the interpreter
 PACKED = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels read as it is; the rest is widened
+
+Trims = dict[str, Trim]  # by module: [1, 1, adapters]
 
 T = TypeVar("T", Lora, Dense)
 
@@ -39,69 +42,76 @@ class TritonBackend:
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
-        """Modules that one launch can take: of one shape, and in factor space of one rank and one set of scalings."""
+        """Modules alike in all but their numbers, so that one launch can take them.
+
+        What is packed for a module, and the kernel that it takes, depend on no other: a group may be cut anywhere.
+        """
         alike: dict[Any, list[ModulePlan]] = {}
         for module in plan.mine:
-            dense = tuple(number for number in module.adapters if isinstance(plan.adapters[number], Finetuned))
-            key: tuple[Any, ...] = (module.rows, module.columns, module.adapters if dense else ())
-            if plan.recipe.space == "factors":
-                rank = plan.adapters[module.adapters[0]].modules[module.name].rank
-                key += (rank, module.adapters, module.scalings)
+            parts = [plan.adapters[number].modules[module.name] for number in module.adapters]
+            factors = tuple((part.rank, part.dtype) for part in parts)
+            key = (module.rows, module.columns, module.adapters, module.weights, module.scalings, factors)
             alike.setdefault(key, []).append(module)
         groups = []
-        for key, modules in alike.items():
+        for modules in alike.values():
             budget = HOST_GROUP_BYTES if self.device.type == "cpu" else GROUP_BYTES
-            held = len(key[2]) or 1  # whole matrices, not factors, of every input
-            size = max(1, budget // (4 * modules[0].rows * modules[0].columns * held))
+            first = modules[0]
+            dense = any(isinstance(plan.adapters[number], Finetuned) for number in first.adapters)
+            held = len(first.adapters) if dense else 1  # whole matrices, not factors, of every input
+            size = max(1, budget // (4 * first.rows * first.columns * held))
             groups += [modules[start : start + size] for start in range(0, len(modules), size)]
         return groups
 
     def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Task]], side: str) -> Source:
-        """Slabs of the group in host memory, pinned if they go to a GPU; zeros where an adapter lacks a module."""
-        numbers = _numbers(plan, group)
-        if any(isinstance(task, Difference) for task in factors[0]):
-            return self._moved(_pack_dense(group, numbers, factors), pin=True)
-        factors = cast(list[list[Any]], factors)
-        found = [dict(zip(m.adapters, pairs, strict=True)) for m, pairs in zip(group, factors, strict=True)]
+        """Slabs of the group in host memory, pinned if they go to a GPU."""
+        if any(isinstance(task, Difference) for tasks in factors for task in tasks):
+            return self._moved(_pack_dense(group, factors), pin=True)
+        pairs = [[_readable(cast(Pair, task)) for task in tasks] for tasks in factors]
         if side == "delta":
-            scalings = [dict(zip(module.adapters, module.scalings, strict=True)) for module in group]
-            lora = pack(
-                [[_readable(pairs.get(number)) for number in numbers] for pairs in found],
-                [[row.get(number, 1.0) for number in numbers] for row in scalings],
-            )
-            return self._moved(lora, pin=True)
+            return self._moved(pack(pairs, [module.scalings for module in group]), pin=True)
         index = "AB".index(side)
-        shape = factors[0][0][index].shape
-        x = torch.zeros(len(group), len(numbers), *shape, dtype=_common_dtype(factors, index))
-        for i, pairs in enumerate(found):
-            for j, number in enumerate(numbers):
-                if number in pairs:
-                    x[i, j].copy_(pairs[number][index])
-        return self._moved(Dense(x), pin=True)
+        dtype = reduce(torch.promote_types, (pair[index].dtype for pair in pairs[0]))
+        x = torch.stack([pair[index].to(dtype) for row in pairs for pair in row])
+        return self._moved(Dense(x.unflatten(0, (len(pairs), -1))), pin=True)
 
-    def model_trims(self, plan: Plan, side: str) -> dict[str, Trim]:
-        """Thresholds that span the model, by the first module of each group. All factors are on the device at once."""
-        if plan.ranks.world > 1:
-            raise RecipeError("scope: model over several ranks is not supported by triton; backend='torch' does it")
+    def model_trims(self, plan: Plan, side: str) -> Trims:
+        """Thresholds that span the model. All factors of this process's modules are on the device at once."""
         groups = self.groups(plan)
         kept = torch.tensor([[plan.kept_of_model(number, side) for number in range(len(plan.adapters))]])
-        order = [plan.modules.index(module) for group in groups for module in group]
+        places = {module.name: place for place, module in enumerate(plan.modules)}
+
+        def total(counts: Tensor) -> Tensor:
+            if plan.ranks.world == 1:
+                return counts  # without waiting for the device
+            return torch.from_numpy(plan.ranks.sum(counts.cpu().numpy())).to(counts.device)
+
         try:
             packed = [self.pack(plan, group, [plan.read(module) for module in group], side) for group in groups]
-            sources = [self._on_device(each) for each in packed]
-            trims = select.model_trims(sources, kept, ties=plan.rule.trim_ties, order=order)
+            found = select.model_trims(
+                [self._on_device(each) for each in packed],
+                kept,
+                ties=plan.rule.trim_ties,
+                adapters=[group[0].adapters for group in groups],
+                order=[places[module.name] for group in groups for module in group],
+                modules=len(places),
+                total=total,
+            )
         except torch.OutOfMemoryError as error:
             raise MergeError(
                 f"{self.device}: scope='model' holds the factors of all adapters there, and they do not fit; "
                 "wanted a larger device, or backend='torch'"
             ) from error
-        return {group[0].name: trim for group, trim in zip(groups, trims, strict=True)}
+        return {
+            module.name: Trim(*(field[:, i : i + 1] for field in (trim.value, trim.row, trim.column)))
+            for group, trim in zip(groups, found, strict=True)
+            for i, module in enumerate(group)
+        }
 
     def vote_balance(self, plan: Plan, group: Sequence[ModulePlan], packed: Source, side: str, trims: Any) -> int:
-        source, numbers = self._on_device(packed), _numbers(plan, group)
-        keep = _keep(plan, group, numbers, source, side, trims.get(group[0].name))
+        source = self._on_device(packed)
+        keep = _keep(plan, group, source, side, trims)
         options: dict[str, Any] = {"elect": plan.rule.elect, "vote_weighted": plan.rule.vote_weighted}
-        return int(kernels.vote_balance(source, [_weights(group, numbers, side)], keep, **options).item())
+        return int(kernels.vote_balance(source, [group[0].weights_of(side)], keep, **options).item())
 
     def merge(
         self,
@@ -117,23 +127,22 @@ class TritonBackend:
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
         """Out of memory on the device: the group is halved, which changes no number."""
-        numbers = _numbers(plan, group)
-        waiting = [(group, packed, trims.get(group[0].name))]
+        waiting = [(group, packed)]
         merged: list[Tensor] = []
         while waiting:
-            part, slabs, trim = waiting.pop()
+            part, slabs = waiting.pop()
             try:
                 under = None if base is None else self._stacked(base[len(merged) : len(merged) + len(part)])
                 out = {} if under is None else {"base": under, "out": self._empty(under[None], dtype)}
-                merged += self._merge(plan, part, numbers, slabs, side, trim, scale=scale, tied=tied, **out)
+                merged += self._merge(plan, part, slabs, side, trims, scale=scale, tied=tied, **out)
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:
                     raise
             half = len(part) // 2
             logger.info("%s: out of memory with %d modules of one shape, going on with half", self.device, len(part))
-            waiting.append((part[half:], _modules(slabs, half, None), _modules_of_trim(trim, half, None)))
-            waiting.append((part[:half], _modules(slabs, 0, half), _modules_of_trim(trim, 0, half)))
+            waiting.append((part[half:], _modules(slabs, half, None)))
+            waiting.append((part[:half], _modules(slabs, 0, half)))
         return merged
 
     def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,17 +161,16 @@ class TritonBackend:
         self,
         plan: Plan,
         group: Sequence[ModulePlan],
-        numbers: Sequence[int],
         packed: Source,
         side: str,
-        trim: Trim | None,
+        trims: Trims,
         **options: Any,
     ) -> list[Tensor]:
         source = self._on_device(packed)
         merged = kernels.merge_deltas(
             source,
-            [_weights(group, numbers, side)],
-            _keep(plan, group, numbers, source, side, trim),
+            [group[0].weights_of(side)],
+            _keep(plan, group, source, side, trims),
             elect=plan.rule.elect,
             divisor=plan.rule.divisor,
             vote_weighted=plan.rule.vote_weighted,
@@ -196,19 +204,18 @@ class TritonBackend:
         return replace(source, x=move(source.x), base=None if source.base is None else move(source.base))
 
 
-def _pack_dense(group: Sequence[ModulePlan], numbers: Sequence[int], tasks: Sequence[list[Task]]) -> Dense:
+def _pack_dense(group: Sequence[ModulePlan], tasks: Sequence[list[Task]]) -> Dense:
     """Whole tasks of modules that full models take part in: x and base as stored, or x - base where factors mix in."""
-    shape = (len(group), len(numbers), group[0].rows, group[0].columns)
+    shape = (len(group), len(group[0].adapters), group[0].rows, group[0].columns)
     mine = [task for row in tasks for task in row]
     dtypes = {task.x.dtype for task in mine if isinstance(task, Difference)}
     bases = {task.base.dtype for task in mine if isinstance(task, Difference)}
     alike = len(dtypes) == len(bases) == 1 and dtypes | bases <= set(PACKED)
-    pure = alike and all(isinstance(task, Difference) for task in mine) and len(mine) == shape[0] * shape[1]
-    x = torch.zeros(shape, dtype=dtypes.pop() if pure else torch.float32)
-    base = torch.zeros(shape[0], *shape[2:], dtype=bases.pop()) if pure else None
+    pure = alike and all(isinstance(task, Difference) for task in mine)
+    x = torch.empty(shape, dtype=dtypes.pop() if pure else torch.float32)
+    base = torch.empty(shape[0], *shape[2:], dtype=bases.pop()) if pure else None
     for i, (module, row) in enumerate(zip(group, tasks, strict=True)):
-        for number, scaling, task in zip(module.adapters, module.scalings, row, strict=True):
-            place = x[i, numbers.index(number)]
+        for place, scaling, task in zip(x[i], module.scalings, row, strict=True):
             if not isinstance(task, Difference):
                 torch.addmm(place, task[1].float(), task[0].float(), beta=0, alpha=scaling, out=place)
             elif base is not None:
@@ -219,43 +226,24 @@ def _pack_dense(group: Sequence[ModulePlan], numbers: Sequence[int], tasks: Sequ
     return Dense(x, base)
 
 
-def _numbers(plan: Plan, group: Sequence[ModulePlan]) -> list[int]:
-    """The adapters that a group's slabs have a place for; thresholds that span the model want all of them."""
-    if plan.spans_model:
-        return list(range(len(plan.adapters)))
-    return sorted({number for module in group for number in module.adapters})
-
-
-def _weights(group: Sequence[ModulePlan], numbers: Sequence[int], side: str) -> list[float]:
-    """One weight an adapter; that of an adapter which no module has does not count."""
-    known = {
-        number: weight
-        for module in group
-        for number, weight in zip(module.adapters, module.weights_of(side), strict=True)
-    }
-    return [known.get(number, 1.0) for number in numbers]
-
-
-def _keep(
-    plan: Plan, group: Sequence[ModulePlan], numbers: Sequence[int], source: Source, side: str, trim: Trim | None
-) -> Keep:
+def _keep(plan: Plan, group: Sequence[ModulePlan], source: Source, side: str, trims: Trims) -> Keep:
     rule = plan.rule
     if rule.keep == "all":
         return None
     if plan.spans_model:
-        return trim
-    densities = [dict(zip(module.adapters, module.densities, strict=True)) for module in group]
+        found = [trims[module.name] for module in group]
+        value, row, column = ([getattr(trim, name) for trim in found] for name in ("value", "row", "column"))
+        return Trim(torch.cat(value, 1), torch.cat(row, 1), torch.cat(column, 1))
+    densities = [module.densities for module in group]
     if rule.keep == "magnitude":
         numel = source.shape[2] * source.shape[3]
-        kept = [[rule.kept(row[number], numel) if number in row else 0 for number in numbers] for row in densities]
+        kept = [[rule.kept(density, numel) for density in row] for row in densities]
         return select.trims(source, torch.tensor([kept]), ties=rule.trim_ties)
     drop = Drop(
-        density=torch.tensor(
-            [[[row.get(number, 1.0) for number in numbers] for row in densities]], dtype=torch.float64
-        ),
+        density=torch.tensor([densities], dtype=torch.float64),
         seeds=[plan.recipe.seed],
         streams=torch.tensor([rng.stream_id(module.name, side) for module in group]),
-        adapters=torch.tensor(numbers),
+        adapters=torch.tensor(group[0].adapters),
     )
     return replace(drop, factor=select.l1_factors(source, drop)) if rule.l1_rescale else drop
 
@@ -267,18 +255,5 @@ def _modules(source: T, start: int, stop: int | None) -> T:
     return replace(source, x=source.x[start:stop], base=None if source.base is None else source.base[start:stop])
 
 
-def _modules_of_trim(trim: Trim | None, start: int, stop: int | None) -> Trim | None:
-    if trim is None:
-        return None
-    return Trim(*(tensor[:, start:stop] for tensor in (trim.value, trim.row, trim.column)))
-
-
-def _readable(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    if pair is None or all(factor.dtype in PACKED for factor in pair):
-        return pair
-    return pair[0].float(), pair[1].float()
-
-
-def _common_dtype(factors: Sequence[Factors], index: int) -> torch.dtype:
-    found = {pair[index].dtype for pairs in factors for pair in pairs}
-    return found.pop() if len(found) == 1 and found <= set(PACKED) else torch.float32
+def _readable(pair: Pair) -> Pair:
+    return pair if all(factor.dtype in PACKED for factor in pair) else (pair[0].float(), pair[1].float())

@@ -2,16 +2,20 @@
 
 import builtins
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from lora_files import save_factors
 from safetensors.torch import save_file
 
 import merge_engine
-from merge_engine import ops
+from merge_engine import engine, ops
 from merge_engine.cli import main
 from merge_engine.demo import adapter_paths
 from merge_engine.errors import MergeError, RecipeError
+from merge_engine.plan import make_plan
+from merge_engine.recipe import Recipe
 from merge_engine.torch_backend import TorchBackend
 
 triton_backend = pytest.importorskip("merge_engine.triton_backend")
@@ -28,8 +32,8 @@ def relative(got, want):
 
 @pytest.fixture
 def uneven(tmp_path):
-    """Three adapters: different ranks, dtypes and modules, two modules of one shape and one of another."""
-    shapes = {"layers.0.q": (24, 40), "layers.1.q": (24, 40), "layers.0.up": (72, 24)}
+    """Three adapters: different ranks, dtypes and modules, three modules of one shape and one of another."""
+    shapes = {"layers.0.q": (24, 40), "layers.1.q": (24, 40), "layers.2.q": (24, 40), "layers.0.up": (72, 24)}
     kinds = [(3, torch.float32, list(shapes)), (17, torch.bfloat16, list(shapes)), (4, torch.float16, ["layers.1.q"])]
     folders = []
     for seed, (rank, dtype, names) in enumerate(kinds):
@@ -74,6 +78,38 @@ def test_both_backends_merge_alike(uneven, recipe):
         assert relative(got[name] * ~apart, want[name] * ~apart) < 1e-5, name
 
 
+@pytest.mark.parametrize("recipe", [{"method": "ties"}, {"method": "dare_ties"}, {"convention": "mergekit"}], ids=str)
+def test_a_module_has_the_same_bits_in_any_company(uneven, recipe):
+    """A module of its shape has a third adapter, of another weight and dtype, and may be another process's."""
+    asked = Recipe.from_mapping({"density": 0.4, "weights": [0.3, 0.3, 0.7], **recipe})
+    plan, backend = make_plan([merge_engine.open_adapter(folder) for folder in uneven], asked), ops.choose("triton")
+
+    def merged(plan):
+        works = engine.merge_groups(plan, backend, engine.prepare(plan, backend, lambda cost: None))
+        return {work.module.name: work.merged["delta"] for work in works}
+
+    want = merged(plan)
+    assert sorted(want) == [module.name for module in plan.modules]
+    for name, delta in want.items():
+        alone = merged(replace(plan, share=frozenset([name])))
+        assert list(alone) == [name] and torch.equal(alone[name], delta), name
+
+
+def test_one_launch_takes_modules_that_are_packed_alike(tmp_path):
+    """What a slab holds of a module, and how many elements of rank and of which dtype, no other module may decide."""
+    kinds = {
+        "layers.0.q": (3, torch.float16),
+        "layers.1.q": (3, torch.float16),
+        "layers.2.q": (3, torch.float32),
+        "layers.3.q": (17, torch.float16),
+    }
+    factors = {name: (torch.ones(r, 8).to(dtype), torch.ones(5, r).to(dtype)) for name, (r, dtype) in kinds.items()}
+    folder = save_factors(tmp_path / "sql", factors, rank_pattern={"layers.3.q": 17}, alpha_pattern={"layers.3.q": 34})
+    plan = make_plan([merge_engine.open_adapter(folder)], Recipe())
+    names = [[module.name for module in group] for group in ops.choose("triton").groups(plan)]
+    assert names == [["layers.0.q", "layers.1.q"], ["layers.2.q"], ["layers.3.q"]]
+
+
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
 def test_both_backends_merge_factors_alike(uneven, method):
     recipe = {"method": method, "density": 0.4, "space": "factors", "seed": 3}
@@ -114,7 +150,7 @@ def test_out_of_memory_halves_the_group_and_changes_nothing(uneven, monkeypatch,
     short = ShortOfMemory(triton_backend.kernels.merge_deltas)
     monkeypatch.setattr(triton_backend.kernels, "merge_deltas", short)
     got = merge_engine.merge(uneven, **recipe).modules
-    assert sorted(short.sizes) == [1, 1, 1, 2]
+    assert sorted(short.sizes) == [1, 1, 1, 1, 2]
     for name in want:
         assert torch.equal(got[name].A, want[name].A) and torch.equal(got[name].B, want[name].B)
 

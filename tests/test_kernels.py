@@ -5,11 +5,15 @@ that the kernels themselves see; these, and what is made of what is kept, agains
 """
 
 import importlib.util
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from merge_engine.kernels.merge import merge_deltas, vote_balance
 from merge_engine.kernels.select import l1_factors, model_trims, trims
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Source, Trim, pack
@@ -355,6 +359,90 @@ def test_model_scope_is_one_threshold_over_groups(ties: str, device: torch.devic
             assert torch.equal(torch.cat([pieces[order.index(place)].flatten() for place in range(3)]), want)
 
 
+class Meeting:
+    """Processes that count together, as threads of which one runs at a time: the interpreter bears no two."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.turn = world, threading.Condition()
+        self.counts: list[Tensor] = []
+        self.sums: list[Tensor] = []
+
+    def total(self, counts: Tensor) -> Tensor:
+        turn = len(self.sums)
+        self.counts.append(counts)
+        if len(self.counts) == self.world:
+            self.sums.append(torch.stack(self.counts).sum(0))
+            self.counts = []
+            self.turn.notify_all()
+        assert self.turn.wait_for(lambda: len(self.sums) > turn, timeout=60), "not every process counts"
+        return self.sums[turn]
+
+    def run(self, work: Callable[[int], dict[int, Trim]]) -> dict[int, Trim]:
+        """What work(rank) of every rank makes, together."""
+
+        def in_turn(rank: int) -> dict[int, Trim]:
+            with self.turn:
+                return work(rank)
+
+        with ThreadPoolExecutor(self.world) as pool:
+            return {name: trim for found in pool.map(in_turn, range(self.world)) for name, trim in found.items()}
+
+
+@settings(max_examples=5)
+@given(
+    world=st.integers(2, 3),
+    owners=st.lists(st.integers(0, 2), min_size=5, max_size=5),
+    order=st.permutations(range(5)),
+    densities=st.tuples(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1)),
+    ties=st.sampled_from(["exact", "keep"]),
+)
+@example(world=3, owners=[0, 2, 2, 0, 0], order=[3, 1, 4, 0, 2], densities=(0.0, 1.0, 0.5), ties="exact")
+@example(world=2, owners=[0, 1, 1, 0, 1], order=[4, 0, 3, 1, 2], densities=(0.3, 0.1, 0.9), ties="exact")
+@example(world=3, owners=[2, 1, 0, 1, 2], order=[4, 3, 2, 1, 0], densities=(0.0, 0.5, 1.0), ties="keep")
+def test_thresholds_of_several_processes_are_those_of_one(
+    world: int, owners: list[int], order: list[int], densities: tuple[float, ...], ties: str, device: torch.device
+) -> None:
+    """Modules of two shapes, one without the last adapter; whole numbers, so that ties lie in several modules.
+
+    A process may have no module: so the second one in the first example.
+    """
+    generator = torch.Generator().manual_seed(sum(owners))
+    shapes = [(3, 3, 41)] * 3 + [(2, 7, 9)] * 2
+    modules = [torch.randint(-2, 3, shape, generator=generator).float() for shape in shapes]
+    numels = [sum(t[0].numel() for t in modules if adapter < len(t)) for adapter in range(3)]
+    kept = torch.tensor([[int(density * n) for density, n in zip(densities, numels, strict=True)]])
+
+    def work(mine: Sequence[int], **shared: Callable[[Tensor], Tensor]) -> dict[int, Trim]:
+        groups = [group for shape in set(shapes) if (group := [i for i in mine if shapes[i] == shape])]
+        trims = model_trims(
+            [Dense(torch.stack([modules[i] for i in group]).to(device)) for group in groups],
+            kept,
+            ties=ties,
+            adapters=[range(len(modules[group[0]])) for group in groups],
+            order=[order[i] for group in groups for i in group],
+            modules=5,
+            **shared,
+        )
+        return {
+            module: Trim(*(field[0, i].cpu() for field in (trim.value, trim.row, trim.column)))
+            for group, trim in zip(groups, trims, strict=True)
+            for i, module in enumerate(group)
+        }
+
+    alone, meeting = work(range(5)), Meeting(world)
+    together = meeting.run(lambda rank: work([i for i in range(5) if owners[i] % world == rank], total=meeting.total))
+    for adapter, k in enumerate(kept[0].tolist()):
+        having = sorted((i for i in range(5) if adapter < len(modules[i])), key=lambda i: order[i])
+        whole = reference.trim(torch.cat([modules[i][adapter].flatten() for i in having]), k, ties)
+        for i, want in zip(having, whole.split([modules[i][adapter].numel() for i in having]), strict=True):
+            t = modules[i][adapter]
+            for trim in (alone[i], together[i]):
+                value, row, column = (field[adapter] for field in (trim.value, trim.row, trim.column))
+                before = torch.arange(t.numel()).view_as(t) < row * t.shape[1] + column
+                assert torch.equal(t * ((t.abs() > value) | ((t.abs() == value) & before)), want.view_as(t))
+            assert alone[i].value[adapter] == together[i].value[adapter]
+
+
 @pytest.mark.parametrize("density", [1e-12, 0.1, 0.5, 1.0])
 def test_masks_are_those_of_the_host(density: float, device: torch.device) -> None:
     source = Dense(torch.ones(2, 3, 7, 133, device=device))
@@ -489,7 +577,7 @@ def test_errors_say_what_was_wanted(device: torch.device) -> None:
     with pytest.raises(ValueError, match="density <= 1"):
         drop = Drop(torch.zeros(1, 1, 3, dtype=torch.float64), [0], torch.tensor([0]), torch.arange(3))
         merge_deltas(lora, [WEIGHTS], drop)
-    with pytest.raises(ValueError, match="permutation"):
+    with pytest.raises(ValueError, match=r"order is \[1\], wanted 1 different numbers below 1"):
         model_trims([lora], torch.ones(1, 3, dtype=torch.int64), order=[1])
 
 
