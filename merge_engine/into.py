@@ -230,7 +230,7 @@ def make_job(base: Checkpoint, inputs: Sequence[Input], recipe: Recipe, shard_si
     if union is not None:
         check_tokens(base, plain, targets, union)
     saved = saved_tensors(base, plain)
-    plan = make_plan(bound, recipe, by_module=True)
+    plan = make_plan(bound, recipe)
     for key in {target.stored.key for target in targets.values()} & saved.keys():
         raise ModelError(f"{key} is both merged and saved whole by an adapter; such layers cannot be merged")
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None

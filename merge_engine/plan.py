@@ -91,14 +91,6 @@ class Plan:
         source = self.adapters[number]
         return source.difference(module.name, base) if isinstance(source, Finetuned) else source.factors(module.name)
 
-    def of_one_weight(self, group: Sequence[ModulePlan]) -> list[list[ModulePlan]]:
-        """The group in parts whose modules have the same weight for each adapter, as one launch takes them."""
-        table = self.recipe.module_weights
-        parts: dict[tuple[float, ...], list[ModulePlan]] = {}
-        for module in group:
-            parts.setdefault(() if table is None else tuple(table[module.name]), []).append(module)
-        return list(parts.values())
-
     def kept_of_model(self, adapter: int, side: str) -> int:
         """How many elements of this adapter a trim over the whole model keeps, from the headers."""
         modules = self.having(adapter)
@@ -110,18 +102,15 @@ class Plan:
         return self.rule.kept(modules[0].densities[modules[0].adapters.index(adapter)], numel)
 
 
-def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe, *, by_module: bool = False) -> Plan:
+def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
     """Check that the adapters can be merged by the recipe, and say module by module how.
 
     Reads the adapters' headers, and their values once, to refuse NaN and Inf; those of full models are checked when
-    they are merged, since reading them takes as long as merging them. by_module: the caller takes groups of modules in
-    the parts that `Plan.of_one_weight` says. Raises RecipeError or AdapterError with
-    subject, wanted and got; warns (UserWarning) where adapters name different base models.
+    they are merged, since reading them takes as long as merging them. Raises RecipeError or AdapterError with subject,
+    wanted and got; warns (UserWarning) where adapters name different base models.
     """
     if not adapters:
         raise RecipeError("adapters: wanted at least one, got none")
-    if recipe.module_weights is not None and not by_module:
-        raise RecipeError("module_weights: are of merges into a full model; wanted weights")
     names = [adapter.name for adapter in adapters]
     rule = recipe.rule()
     only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]

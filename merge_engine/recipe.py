@@ -69,8 +69,6 @@ class Recipe:
                 self, "weights", tuple(_finite("weights", w) for w in _sequence("weights", self.weights))
             )
         object.__setattr__(self, "scale", _finite("scale", self.scale))
-        if self.module_weights is not None and rule.keep == "magnitude" and rule.scope == "model":
-            raise RecipeError("module_weights: wanted scope='tensor', got scope='model'")
         for module, weights in (self.module_weights or {}).items():
             for weight in _sequence(f"module_weights: {module}", weights):
                 _finite(f"module_weights: {module}", weight)

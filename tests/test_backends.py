@@ -95,6 +95,19 @@ def test_a_module_has_the_same_bits_in_any_company(uneven, recipe):
         assert list(alone) == [name] and torch.equal(alone[name], delta), name
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_weights_by_module(uneven, scope, backend):
+    """Each module is what it is in a merge of its weights: no threshold depends on them."""
+    names = ["layers.0.up", "layers.0.q", "layers.1.q", "layers.2.q"]
+    table = {name: [1.0, -0.5 * i, 0.3] for i, name in enumerate(names)}
+    recipe = {"method": "ties", "density": 0.3, "scope": scope, "rank": 24, "backend": backend}
+    got = merge_engine.merge(uneven, module_weights=table, **recipe).modules
+    for name, weights in table.items():
+        want = merge_engine.merge(uneven, weights=weights, **recipe).modules[name]
+        assert torch.equal(got[name].A, want.A) and torch.equal(got[name].B, want.B), name
+
+
 def test_one_launch_takes_modules_that_are_packed_alike(tmp_path):
     """What a slab holds of a module, and how many elements of rank and of which dtype, no other module may decide."""
     kinds = {

@@ -680,10 +680,6 @@ def test_the_bases_tokens_are_those_of_every_model(home, tmp_path, monkeypatch):
         ({"rescale": "l2", "method": "dare_ties"}, "rescale: wanted density or l1, of random drops, got 'l2'"),
         ({"module_weights": {"a": 1.0}}, "module_weights: a: wanted a list of numbers, got 1.0"),
         ({"module_weights": {"a": [float("inf")]}}, "module_weights: a: wanted a finite number, got inf"),
-        (
-            {"module_weights": {"a": [1.0]}, "scope": "model"},
-            "module_weights: wanted scope='tensor', got scope='model'",
-        ),
         ({"module_densities": {"a": [2.0]}}, "density: wanted a number from 0 to 1, got 2.0"),
         ({"module_densities": {}, "density": 0.5}, "density: wanted density or module_densities, got both"),
     ],
@@ -700,8 +696,6 @@ def test_tables_by_module_cover_every_module(here, tmp_path):
         table = {key.removesuffix(".weight"): [1.0, 1.0] for key in SHAPES}
         with pytest.raises(RecipeError, match=f"^{field}: wanted 1 numbers for lm_head, got 2"):
             merge_engine.merge_models("base", ["ft1"], tmp_path / "out", **{field: table})
-    with pytest.raises(RecipeError, match=r"^module_weights: are of merges into a full model; wanted weights$"):
-        merge_engine.merge(["lo1"], tmp_path / "out", module_weights={"a": [1.0]})
 
 
 def test_a_model_that_is_missing(here, tmp_path):
