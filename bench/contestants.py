@@ -19,7 +19,7 @@ from bench.agreement import Disagreement, Habit, check_kth, check_merge
 from bench.inputs import MODELS, SCALING, make_adapter, peft_layer
 from bench.measure import LEAST, Contestant, Sample
 from bench.workloads import STREAM, Task, Workload
-from merge_engine import reference, tiled
+from merge_engine import reference, selection, tiled, tiles
 
 Build = Callable[[Workload, str], Contestant]  # of a workload, on a device
 Results = Mapping[str, Any]
@@ -86,12 +86,12 @@ def _tiled(work: Workload, device: str) -> Contestant:
 
 def _tiled_merge(task: Task) -> Tensor:
     work, rule = task.workload, task.rule
-    sources = [tiled.Product(A, B, SCALING) for A, B in task.pairs]
-    keeps: list[tiled.KeepTile] = [None] * work.adapters
+    sources = [tiles.Product(A, B, SCALING) for A, B in task.pairs]
+    keeps: list[tiles.KeepTile] = [None] * work.adapters
     if rule.keep == "magnitude":
-        keeps = [tiled.trims([source], task.kept, rule.trim_ties)[0] for source in sources]
+        keeps = [selection.trims([source], task.kept, rule.trim_ties)[0] for source in sources]
     elif rule.keep == "bernoulli":
-        keeps = [tiled.Drop(work.density, 0, STREAM, adapter) for adapter in range(work.adapters)]
+        keeps = [tiles.Drop(work.density, 0, STREAM, adapter) for adapter in range(work.adapters)]
     return tiled.merge_deltas(sources, task.weights, keeps, rule)
 
 
@@ -197,7 +197,7 @@ DELTAS = Kind(
 def _select_tiled(work: Workload, device: str) -> Contestant:
     task = Task(work)
     A, B = task.pairs[0]
-    return Contestant(lambda: tiled.trims([tiled.Product(A, B, SCALING)], task.kept, "exact")[0].value)
+    return Contestant(lambda: selection.trims([tiles.Product(A, B, SCALING)], task.kept, "exact")[0].value)
 
 
 def _bare_product(work: Workload, device: str) -> Contestant:
@@ -205,8 +205,8 @@ def _bare_product(work: Workload, device: str) -> Contestant:
     A, B = Task(work).pairs[0]
 
     def run() -> None:
-        source = tiled.Product(A, B, SCALING)
-        tiled._for_each_tile(source, lambda tile: source.fill(tile, tiled._scratch("values", tiled._shape(tile))))
+        source = tiles.Product(A, B, SCALING)
+        tiles.for_each_tile(source, lambda tile: source.fill(tile, tiles.scratch("values", tile.shape)))
 
     return Contestant(run)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bench.agreement import Disagreement
 from bench.inputs import LAYERS, SCALING, TINY_LLAMA, adapted, hollow
-from merge_engine import peft_backend, tiled
+from merge_engine import peft_backend, selection, tiled, tiles
 from merge_engine.rule import make_rule
 
 NAMES, WEIGHTS, DENSITY = ["sql", "chat", "ads"], [2.0, 1.0, 1.0], 0.2
@@ -99,9 +99,9 @@ def merged_deltas(model: Any, combination: str) -> list[Tensor]:
     rule, merged = make_rule(method), []
     for layer in (layer for _, layer in model.named_modules() if hasattr(layer, "get_delta_weight")):
         pairs = [(layer.lora_A[name].weight.data.cpu(), layer.lora_B[name].weight.data.cpu()) for name in NAMES]
-        sources = [tiled.Product(A, B, SCALING) for A, B in pairs]
+        sources = [tiles.Product(A, B, SCALING) for A, B in pairs]
         kept = rule.kept(DENSITY, sources[0].rows * sources[0].columns)
         trimmed = rule.keep == "magnitude"
-        keeps = [tiled.trims([source], kept, rule.trim_ties)[0] if trimmed else None for source in sources]
+        keeps = [selection.trims([source], kept, rule.trim_ties)[0] if trimmed else None for source in sources]
         merged.append(tiled.merge_deltas(sources, WEIGHTS, keeps, rule).to(layer.lora_A[NAMES[0]].weight.device))
     return merged

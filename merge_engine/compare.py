@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_engine import tiled
+from merge_engine import operators, selection, tiles
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.compare_figures import Figures, Interference, together
 from merge_engine.errors import RecipeError
 from merge_engine.pipeline import ahead
 from merge_engine.plan import Factors, ModulePlan, Plan, make_plan
 from merge_engine.recipe import DEFAULT_DENSITY, Density, Recipe
-from merge_engine.tiled import KeepTile, Product, Source, Tile
+from merge_engine.tiles import KeepTile, Product, Source, Tile
 
 
 def interference(
@@ -141,7 +141,7 @@ def _trim(plan: Plan, module: ModulePlan, place: int, source: Source) -> KeepTil
     density = module.densities[place]
     if density >= 1:
         return None
-    return tiled.trims([source], plan.rule.kept(density, source.rows * source.columns), plan.rule.trim_ties)[0]
+    return selection.trims([source], plan.rule.kept(density, source.rows * source.columns), plan.rule.trim_ties)[0]
 
 
 class _Counts(NamedTuple):
@@ -165,7 +165,7 @@ def _count(sources: Sequence[Source], keeps: Sequence[KeepTile]) -> _Counts:
         signs = torch.empty(len(sources), (tile.bottom - tile.top) * (tile.right - tile.left))
         squares = np.empty(len(sources))
         for place, (source, keep) in enumerate(zip(sources, keeps, strict=True)):
-            kept = tiled._kept(source, keep, tile).reshape(-1)
+            kept = operators.kept(source, keep, tile).reshape(-1)
             squares[place] = float(torch.linalg.vector_norm(kept, dtype=torch.float64)) ** 2
             torch.sign(kept, out=signs[place])
         balance, agreeing = signs.sum(0).abs_(), signs @ signs.T
@@ -179,7 +179,7 @@ def _count(sources: Sequence[Source], keeps: Sequence[KeepTile]) -> _Counts:
             conflicting=int((balance < votes).sum()),
         )
 
-    shared, opposed, squares, contested, conflicting = zip(*tiled._for_each_tile(sources[0], count), strict=True)
+    shared, opposed, squares, contested, conflicting = zip(*tiles.for_each_tile(sources[0], count), strict=True)
     return _Counts(
         shared=np.sum(shared, axis=0),
         opposed=np.sum(opposed, axis=0),

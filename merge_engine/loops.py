@@ -1,17 +1,27 @@
 """The innermost loops of the torch backend, compiled for this CPU by Numba where that is installed.
 
-Each gives bit for bit what `tiled` and `rng` compute by torch's and numpy's operators: the same float32 operations in
-the same order, no product fused into a sum. One loop goes over a tile where operators go over it a dozen times, and it
-runs without Python's interpreter lock, so that threads do not wait for each other between operators.
+One call makes a tile of the products, trims, elects, averages and stores it, in chunks of two rows that stay in the L1
+cache; it runs without Python's interpreter lock, so that threads do not wait for each other. Given the same task
+tensors, each loop gives bit for bit what `tiled`, `selection` and `rng` compute by torch's and numpy's operators: the
+same float32 operations in the same order. A product is the sum of its terms in the order of the ranks, none fused into
+another: the same bits on every CPU, while `torch.addmm`'s are those of its BLAS.
 
-Tiles are [rows, columns], float32, and contiguous; what is added to is owned by the calling thread.
+Tensors are float32, and seen by their address: the caller keeps them alive, and their rows contiguous.
 """
 
 from typing import Any
 
 import numba
 import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
+from merge_engine.terms import TERM
+
+CHUNK = 256  # columns: 16 ranks of A are 16 KiB, half of an L1 cache
+ROWS = 8  # of a chunk's block
+EIGHT = 8  # ranks are added by so many at a time
+_BLOCK = ROWS * CHUNK
 _F0, _F1 = np.float32(0), np.float32(1)
 _SIGN_OFF = np.uint32(0x7FFFFFFF)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -43,10 +53,9 @@ def _compiled(*signatures: Any) -> Any:
 
 
 _CACHE = _kept_on_disk()
-_flag, _u8, _i64, _u32, _u64, _f32 = numba.boolean, numba.uint8, numba.int64, numba.uint32, numba.uint64, numba.float32
-_row32, _tile32, _tiles32 = _f32[::1], _f32[:, ::1], _f32[:, :, ::1]
-_trim = (_f32, _f32, _i64, _i64)
-_shares = ((_u8, _u8[:, :, ::1]), (_f32, _tiles32))
+_flag, _u32, _i64, _u64, _f32 = numba.boolean, numba.uint32, numba.int64, numba.uint64, numba.float32
+_terms = numba.from_dtype(TERM)[::1]
+_tile = (_i64, _i64, _i64, _i64)  # top, bottom, left, right
 
 
 @numba.njit(inline="always")  # a call would not be vectorised
@@ -85,136 +94,42 @@ def _quads_of_column(mask, top, quad, stream, adapter, key0, key1, threshold):
 
 
 @_part
-def _cut(i, row, column, columns):
-    return columns if i < row else column if i == row else 0
+def _mask_row(mask, row, left, stream, adapter, key0, key1, threshold):
+    columns = len(mask)
+    head = min(-left % 4, columns)  # up to the first whole quad
+    tail = (columns - head) % 4
+    first, quads = (left + head) // 4, (columns - head) // 4
+    if head:
+        words = _quad(np.uint64(left // 4), row, stream, adapter, key0, key1)
+        for j in range(head):
+            mask[j] = words[left % 4 + j] < threshold
+    _quads_of_row(mask[head:], first, quads, row, stream, adapter, key0, key1, threshold)
+    if tail:
+        words = _quad(np.uint64(first + quads), row, stream, adapter, key0, key1)
+        for j in range(tail):
+            mask[columns - tail + j] = words[j] < threshold
 
 
-@_part
-def _add_span(t, limit, weight, total):
-    for j in range(len(t)):
-        total[j] += (t[j] if abs(t[j]) > limit else _F0) * weight
-
-
-@_part
-def _cast_span(t, limit, ballot, gain, by_sign, votes, plus, minus):
-    for j in range(len(t)):
-        x = (t[j] if abs(t[j]) > limit else _F0) * ballot
-        votes[j] += np.float32(x > _F0) - np.float32(x < _F0) if by_sign else x
-        part = x * gain
-        plus[j] += part if x > _F0 else _F0
-        minus[j] += part if x < _F0 else _F0
-
-
-@_part
-def _count_span(t, limit, ballot, share, plus, minus):
-    none = share - share
-    for j in range(len(t)):
-        x = (t[j] if abs(t[j]) > limit else _F0) * ballot
-        plus[j] += share if x > _F0 else none
-        minus[j] += share if x < _F0 else none
-
-
-@_part
-def _sum_row(votes, plus, minus, tied_plus, scale, out):
-    for j in range(len(votes)):
-        yes, no = plus[j], minus[j]  # both are loaded, so that the choice needs no branch
-        out[j] = (yes if (votes[j] > _F0) | ((votes[j] == _F0) & tied_plus) else no) * scale
-
-
-@_part
-def _mean_row(votes, plus, minus, for_it, against, tied_plus, scale, out):
-    for j in range(len(votes)):
-        yes, no, ayes, noes = plus[j], minus[j], np.float32(for_it[j]), np.float32(against[j])
-        elects_plus = (votes[j] > _F0) | ((votes[j] == _F0) & tied_plus)
-        divisor = ayes if elects_plus else noes
-        out[j] = (yes if elects_plus else no) / (divisor if divisor != _F0 else _F1) * scale
-
-
-@_part
-def _vote(t, limit, by_sign, votes, kept):
-    for j in range(len(t)):
-        x = t[j] if abs(t[j]) > limit else _F0
-        kept[j] = x
-        votes[j] += np.float32(x > _F0) - np.float32(x < _F0) if by_sign else x
-
-
-@_part
-def _agree(votes, tied_plus, kept, count):
-    for j in range(len(kept)):
-        x = kept[j]
-        elects_plus = (votes[j] > _F0) | ((votes[j] == _F0) & tied_plus)
-        agrees = (x > _F0) & elects_plus | (x < _F0) & (not elects_plus)
-        kept[j] = x if agrees else _F0
-        count[j] += np.float32(agrees)
-
-
-@_part
-def _add(kept, weight, total):
-    for j in range(len(kept)):
-        total[j] += kept[j] * weight
-
-
-@_part
-def _divide(total, count):
-    for j in range(len(total)):
-        total[j] /= count[j] if count[j] != _F0 else _F1
-
-
-@_compiled((_tile32, *_trim, _f32, _tile32))
-def add_kept(values, below, above, row, column, weight, total):
-    """total += weight * x, where x is what a trim leaves of values.
-
-    It keeps |t| > below before (row, column) of the tile, and |t| > above from there on.
-    """
-    for i in range(values.shape[0]):
-        cut = _cut(i, row, column, values.shape[1])
-        _add_span(values[i, :cut], below, weight, total[i, :cut])
-        _add_span(values[i, cut:], above, weight, total[i, cut:])
-
-
-@_compiled(*((_tile32, *_trim, _f32, _f32, _flag, share, _tile32, _tiles32, shares) for share, shares in _shares))
-def cast_kept(values, below, above, row, column, ballot, gain, by_sign, share, votes, sums, shares):
-    """One adapter's part in an election, x = ballot * what a trim leaves of values (as in `add_kept`).
-
-    votes += x, or its sign; sums[side] += gain * x and shares[side] += share where x is on that side: 0 is +, 1 is -.
-    shares is [2, rows, columns], or [2, 0, 0] where nobody counts.
-    """
-    counts = shares.shape[1] > 0
-    for i in range(values.shape[0]):
-        cut = _cut(i, row, column, values.shape[1])
-        for start, stop, limit in ((0, cut, below), (cut, values.shape[1], above)):
-            t = values[i, start:stop]
-            vote, plus, minus = votes[i, start:stop], sums[0, i, start:stop], sums[1, i, start:stop]
-            _cast_span(t, limit, ballot, gain, by_sign, vote, plus, minus)
-            if counts:
-                _count_span(t, limit, ballot, share, shares[0, i, start:stop], shares[1, i, start:stop])
-
-
-@_compiled(*((_tile32, _tiles32, shares, _flag, _f32, _tile32) for _, shares in _shares))
-def elected(votes, sums, shares, tied_plus, scale, out):
-    """out = scale * the sum of the side that votes elects / its share (1 where that is 0, or where nobody counts)."""
-    for i in range(votes.shape[0]):
-        if shares.shape[1] > 0:
-            _mean_row(votes[i], sums[0, i], sums[1, i], shares[0, i], shares[1, i], tied_plus, scale, out[i])
+@_compiled((_flag[:, ::1], _i64, _i64, _u64, _u64, _u64, _u64, _u64))
+def keep_mask(mask, top, left, stream, adapter, key0, key1, threshold):
+    """mask[i, j] = u32(top + i, left + j) < threshold: see `rng.keep_mask`. stream to threshold are uint64."""
+    columns = mask.shape[1]
+    head = min(-left % 4, columns)
+    tail = (columns - head) % 4
+    first, quads = (left + head) // 4, (columns - head) // 4
+    wide = quads >= _WIDE
+    for i in range(mask.shape[0]):
+        row = np.uint64(top + i)
+        if wide:
+            _mask_row(mask[i], row, left, stream, adapter, key0, key1, threshold)
         else:
-            _sum_row(votes[i], sums[0, i], sums[1, i], tied_plus, scale, out[i])
-
-
-@_compiled((_u32[::1], _u32, _u32, _u32[::1]))
-def bracket(bits, low, width, found):
-    """(how many magnitudes are above low + width, how many are from low to that); the latter go to the head of found.
-
-    bits: of float32 values, uint32 [n]. found: uint32 [n + 1].
-    """
-    above, high = np.uint32(0), low + width
-    for i in range(len(bits)):
-        above += np.uint32((bits[i] & _SIGN_OFF) > high)
-    count = np.uint64(0)
-    for i in range(len(bits)):  # without a branch, which would be mispredicted too often
-        magnitude = bits[i] & _SIGN_OFF
-        found[count] = magnitude
-        count += np.uint64(np.uint32(magnitude - low) <= width)
-    return above, count
+            _mask_row(mask[i, :head], row, left, stream, adapter, key0, key1, threshold)
+            at = columns - tail
+            _mask_row(mask[i, at:], row, left + at, stream, adapter, key0, key1, threshold)
+    if not wide:
+        for quad in range(quads):
+            part = mask[:, head + 4 * quad : head + 4 * quad + 4]
+            _quads_of_column(part, top, np.uint64(first + quad), stream, adapter, key0, key1, threshold)
 
 
 @_compiled((_u32[::1], _u32, _u32, _u32, _i64[::1]))
@@ -236,61 +151,279 @@ def count_equal(bits, magnitude, total):
         total[i] += equal
 
 
-@_compiled((_flag[:, ::1], _i64, _i64, _u64, _u64, _u64, _u64, _u64))
-def keep_mask(mask, top, left, stream, adapter, key0, key1, threshold):
-    """mask[i, j] = u32(top + i, left + j) < threshold: see `rng.keep_mask`. stream to threshold are uint64."""
-    columns = mask.shape[1]
-    head = min(-left % 4, columns)  # up to the first whole quad
-    tail = (columns - head) % 4
-    first, quads = (left + head) // 4, (columns - head) // 4
-    for i in range(mask.shape[0]):
-        row = np.uint64(top + i)
-        if head:
-            words = _quad(np.uint64(left // 4), row, stream, adapter, key0, key1)
-            for j in range(head):
-                mask[i, j] = words[left % 4 + j] < threshold
-        if quads >= _WIDE:
-            _quads_of_row(mask[i, head:], first, quads, row, stream, adapter, key0, key1, threshold)
-        if tail:
-            words = _quad(np.uint64(first + quads), row, stream, adapter, key0, key1)
-            for j in range(tail):
-                mask[i, columns - tail + j] = words[j] < threshold
-    if quads < _WIDE:
-        for quad in range(quads):
-            part = mask[:, head + 4 * quad : head + 4 * quad + 4]
-            _quads_of_column(part, top, np.uint64(first + quad), stream, adapter, key0, key1, threshold)
+@intrinsic
+def _pointer(context, address):
+    """The address, as a pointer to float32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), generate
 
 
-@_compiled(
-    (_tiles32, _row32, _row32, _i64[::1], _i64[::1], _flag, _flag, _flag, _flag, _tile32, _tiles32),
-)
-def merge_weighted(values, below, above, row, column, elects, by_sign, tied_plus, counts, weights, out):
-    """out[s] = sum_i weights[s, i] x_i over what agrees with the vote of all x, and over its count.
+@_part
+def _floats(address, size):
+    return numba.carray(_pointer(address), (size,))
 
-    values: [n, rows, columns]; x_i is what a trim leaves of values[i], by its limits as in `loops.add_kept`, one of
-    each an adapter. weights: [s, n]. out: [s, rows, columns]. elects: whether there is a vote at all; by_sign,
-    tied_plus, counts: by what, who wins a tie, and whether the sum is divided by how many agree.
-    """
-    n, columns = values.shape[0], values.shape[2]
-    kept, votes, count = (
-        np.empty((n, columns), np.float32),
-        np.empty(columns, np.float32),
-        np.empty(columns, np.float32),
+
+def room_for(terms: int) -> int:
+    """Elements of scratch that `merge_tile` needs: a block of each term, votes and shares."""
+    return (terms + 4) * _BLOCK
+
+
+@_part
+def _add_eight(a, stride, b0, b1, first, factor, out0, out1):
+    """factor * (out + eight terms of B @ A) of two rows, out being 0 at first; stride: bytes from rank to rank of A."""
+    size = len(out0)
+    a0, a1, a2, a3, a4, a5, a6, a7 = (
+        _floats(a, size),
+        _floats(a + stride, size),
+        _floats(a + 2 * stride, size),
+        _floats(a + 3 * stride, size),
+        _floats(a + 4 * stride, size),
+        _floats(a + 5 * stride, size),
+        _floats(a + 6 * stride, size),
+        _floats(a + 7 * stride, size),
     )
-    for i in range(values.shape[1]):
-        votes[:] = _F0
-        count[:] = _F0
-        for k in range(n):
-            cut = _cut(i, row[k], column[k], columns)
-            for start, stop, limit in ((0, cut, below[k]), (cut, columns, above[k])):
-                _vote(values[k, i, start:stop], limit, by_sign, votes[start:stop], kept[k, start:stop])
-        if elects:
-            for k in range(n):
-                _agree(votes, tied_plus, kept[k], count)
-        for s in range(weights.shape[0]):
-            total = out[s, i]
-            total[:] = _F0
-            for k in range(n):
-                _add(kept[k], weights[s, k], total)
-            if counts:
-                _divide(total, count)
+    p, q = _floats(b0, 8), _floats(b1, 8)
+    p0, p1, p2, p3, p4, p5, p6, p7 = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+    q0, q1, q2, q3, q4, q5, q6, q7 = q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]
+    if first:
+        for j in range(size):
+            x0, x1, x2, x3, x4, x5, x6, x7 = a0[j], a1[j], a2[j], a3[j], a4[j], a5[j], a6[j], a7[j]
+            s = p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3 + p4 * x4 + p5 * x5 + p6 * x6 + p7 * x7
+            t = q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3 + q4 * x4 + q5 * x5 + q6 * x6 + q7 * x7
+            out0[j] = s * factor
+            out1[j] = t * factor
+    else:
+        for j in range(size):
+            x0, x1, x2, x3, x4, x5, x6, x7 = a0[j], a1[j], a2[j], a3[j], a4[j], a5[j], a6[j], a7[j]
+            s = out0[j] + p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3 + p4 * x4 + p5 * x5 + p6 * x6 + p7 * x7
+            t = out1[j] + q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3 + q4 * x4 + q5 * x5 + q6 * x6 + q7 * x7
+            out0[j] = s * factor
+            out1[j] = t * factor
+
+
+@_part
+def _copy(values, out):
+    for j in range(len(out)):
+        out[j] = values[j]
+
+
+@_part
+def _look(term, row, rows, start, top, left, width, out0, out1):
+    """Write one or two rows of a term from column `start` on; a tile that is held begins at (top, left)."""
+    if term.rank == 0:
+        held = term.b + 4 * ((row - top) * width + start - left)
+        _copy(_floats(held, len(out0)), out0)
+        _copy(_floats(held + 4 * (rows - 1) * width, len(out1)), out1)
+    elif term.rank > 0:
+        b0 = term.b + 4 * row * term.rank
+        b1 = b0 + 4 * (rows - 1) * term.rank
+        for k in range(0, term.rank, EIGHT):
+            a = term.a + 4 * (k * term.columns + start)
+            factor = term.scaling if k + EIGHT == term.rank else _F1
+            _add_eight(a, 4 * term.columns, b0 + 4 * k, b1 + 4 * k, k == 0, factor, out0, out1)
+
+
+@_part
+def _drop(t, mask, divisor, factor):
+    for j in range(len(t)):
+        t[j] = (t[j] if mask[j] else _F0) / divisor * factor
+
+
+@_part
+def _trim(t, limit):
+    for j in range(len(t)):
+        t[j] = t[j] if abs(t[j]) > limit else _F0
+
+
+@_part
+def _keep_row(term, row, start, x, mask):
+    """Drop, and trim where the trim's place is in this row; returns the limit of what is still to be trimmed."""
+    if term.drops:
+        stream, adapter, key0, key1 = term.stream, term.adapter, term.key0, term.key1
+        _mask_row(mask, np.uint64(row), start, stream, adapter, key0, key1, term.threshold)
+        _drop(x, mask, term.divisor, term.factor)
+    if row != term.row or term.column <= start:
+        return term.below if row < term.row else term.above
+    if term.column >= start + len(x):
+        return term.below
+    _trim(x[: term.column - start], term.below)
+    _trim(x[term.column - start :], term.above)
+    return -_F1
+
+
+@_part
+def _sign(x):
+    return np.float32(x > _F0) - np.float32(x < _F0)
+
+
+@_part
+def _vote_four(x, limits, ballots, by_sign, first, votes):
+    """votes += the ballots of four terms, whose chunks are _BLOCK apart; votes = them at first."""
+    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
+    b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
+    for j in range(len(votes)):
+        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
+        v0 = (x0 if abs(x0) > l0 else _F0) * b0
+        v1 = (x1 if abs(x1) > l1 else _F0) * b1
+        v2 = (x2 if abs(x2) > l2 else _F0) * b2
+        v3 = (x3 if abs(x3) > l3 else _F0) * b3
+        if by_sign:
+            v0, v1, v2, v3 = _sign(v0), _sign(v1), _sign(v2), _sign(v3)
+        vote = _F0 if first else votes[j]
+        votes[j] = vote + v0 + v1 + v2 + v3
+
+
+@_part
+def _agreeing(x, limit, ballot, elects_plus):
+    """ballot * x where it is kept and on the elected side, else 0; and whether it is."""
+    x = (x if abs(x) > limit else _F0) * ballot
+    agrees = (x > _F0) & elects_plus | (x < _F0) & (not elects_plus)
+    return x if agrees else _F0, agrees
+
+
+@_part
+def _sum_four(x, limits, weights, first, factor, out):
+    """out = (out + what is kept of four terms, times their weights) * factor."""
+    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    for j in range(len(out)):
+        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
+        v0 = (x0 if abs(x0) > l0 else _F0) * w0
+        v1 = (x1 if abs(x1) > l1 else _F0) * w1
+        v2 = (x2 if abs(x2) > l2 else _F0) * w2
+        v3 = (x3 if abs(x3) > l3 else _F0) * w3
+        total = _F0 if first else out[j]
+        out[j] = (total + v0 + v1 + v2 + v3) * factor
+
+
+@_part
+def _sum_agreeing_four(x, limits, ballots, weights, shares, votes, tied_plus, first, count, out):
+    """out += what agrees with the vote of four terms, times their weights, and count += their shares; = at first."""
+    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
+    b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    s0, s1, s2, s3 = shares[0], shares[1], shares[2], shares[3]
+    for j in range(len(out)):
+        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
+        plus = (votes[j] > _F0) | ((votes[j] == _F0) & tied_plus)
+        v0, agrees0 = _agreeing(x0, l0, b0, plus)
+        v1, agrees1 = _agreeing(x1, l1, b1, plus)
+        v2, agrees2 = _agreeing(x2, l2, b2, plus)
+        v3, agrees3 = _agreeing(x3, l3, b3, plus)
+        total = _F0 if first else out[j]
+        share = _F0 if first else count[j]
+        share += s0 if agrees0 else _F0
+        share += s1 if agrees1 else _F0
+        share += s2 if agrees2 else _F0
+        share += s3 if agrees3 else _F0
+        count[j] = share
+        out[j] = total + v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3
+
+
+@_part
+def _finish(count, divides, scale, out):
+    for j in range(len(out)):
+        share = count[j] if divides & (count[j] != _F0) else _F1
+        out[j] = out[j] / share * scale
+
+
+@_compiled((_terms, *_tile, _f32[:, ::1], _flag, _flag, _flag, _flag, _f32, _i64[::1], _i64, _f32[::1]))
+def merge_tile(
+    terms, top, bottom, left, right, weights, elects, by_sign, tied_plus, divides, scale, outs, stride, room
+):
+    """outs[s] = scale * sum_i weights[s, i] x_i over what agrees with the vote of all x, and over its share, of a tile.
+
+    x_i: ballot times what is kept of terms[i]. elects: whether there is a vote at
+    all; by_sign, tied_plus, divides: by what, who wins a tie, and whether the sum is divided by the shares of those
+    that agree (1 where they are 0). outs: addresses of where the tile begins in each result, whose rows are stride
+    elements apart. room: `room_for` that many terms.
+    """
+    count_of_terms, width = len(terms), right - left
+    n = (count_of_terms + 3) // 4 * 4  # zeros up to a multiple of four
+    room[count_of_terms * _BLOCK : n * _BLOCK] = _F0
+    address, all_mask = np.int64(room.ctypes.data), np.empty(CHUNK, np.bool_)
+    limits, ballots, shares = np.zeros(n, np.float32), np.zeros(n, np.float32), np.zeros(n, np.float32)
+    weight = np.zeros((len(outs), n), np.float32)
+    for k in range(count_of_terms):
+        ballots[k], shares[k] = terms[k].ballot, terms[k].share
+        for s in range(len(outs)):
+            weight[s, k] = weights[s, k]
+    last = address + 4 * n * _BLOCK
+    for block in range(top, bottom, ROWS):
+        end = min(block + ROWS, bottom)
+        for start in range(left, right, CHUNK):
+            size = min(CHUNK, right - start)
+            votes, count, mask = _floats(last, size), _floats(last + 4 * CHUNK, size), all_mask[:size]
+            for k in range(count_of_terms):
+                for row in range(block, end, 2):
+                    x = address + 4 * (k * _BLOCK + (row - block) * CHUNK)
+                    x0, x1 = _floats(x, size), _floats(x + 4 * CHUNK, size)
+                    _look(terms[k], row, min(2, end - row), start, top, left, width, x0, x1)
+            for row in range(block, end):
+                place = address + 4 * (row - block) * CHUNK
+                for k in range(count_of_terms):
+                    limits[k] = _keep_row(terms[k], row, start, _floats(place + 4 * k * _BLOCK, size), mask)
+                if elects:
+                    for k in range(0, n, 4):
+                        x = _floats(place + 4 * k * _BLOCK, 4 * _BLOCK)
+                        _vote_four(x, limits[k:], ballots[k:], by_sign, k == 0, votes)
+                for s in range(len(outs)):
+                    out, w = _floats(outs[s] + 4 * ((row - top) * stride + start - left), size), weight[s]
+                    for k in range(0, n, 4):
+                        x = _floats(place + 4 * k * _BLOCK, 4 * _BLOCK)
+                        if elects:
+                            of = limits[k:], ballots[k:], w[k:], shares[k:]
+                            _sum_agreeing_four(x, *of, votes, tied_plus, k == 0, count, out)
+                        else:
+                            _sum_four(x, limits[k:], w[k:], k == 0, scale if k + 4 == n else _F1, out)
+                    if elects:
+                        _finish(count, divides, scale, out)
+
+
+@_compiled((_terms, *_tile, _i64))
+def fill_tile(terms, top, bottom, left, right, out):
+    """Write the tile of terms[0], which is a product, to the address out, its rows one after the other."""
+    width, spare = right - left, np.empty(CHUNK, np.float32)
+    for start in range(left, right, CHUNK):
+        size = min(CHUNK, right - start)
+        for row in range(top, bottom, 2):
+            rows = min(2, bottom - row)
+            place = out + 4 * ((row - top) * width + start - left)
+            second = _floats(place + 4 * width, size) if rows == 2 else spare[:size]
+            _look(terms[0], row, rows, start, top, left, width, _floats(place, size), second)
+
+
+@_part
+def _collect(t, low, width, found, count):
+    bits, above, high = t.view(np.uint32), np.uint32(0), low + width
+    for j in range(len(bits)):
+        above += np.uint32((bits[j] & _SIGN_OFF) > high)
+    for j in range(len(bits)):  # without a branch, which would be mispredicted too often
+        magnitude = bits[j] & _SIGN_OFF
+        found[count] = magnitude
+        count += np.uint64(np.uint32(magnitude - low) <= width)
+    return above, count
+
+
+@_compiled((_terms, *_tile, _u32[::1], _u32[::1], _u32[:, ::1], _i64[:, ::1]))
+def bracket_tile(terms, top, bottom, left, right, lows, widths, found, counts):
+    """counts[s] = (how many magnitudes of terms[0] are above lows[s] + widths[s], how many from lows[s] to that).
+
+    The latter go to the head of found[s], which has room for the whole tile and one more. All are bits of float32.
+    """
+    pair = np.empty((2, CHUNK), np.float32)
+    above, inside = np.zeros(len(lows), np.int64), np.zeros(len(lows), np.uint64)
+    for start in range(left, right, CHUNK):
+        size = min(CHUNK, right - start)
+        for row in range(top, bottom, 2):
+            rows = min(2, bottom - row)
+            _look(terms[0], row, rows, start, top, left, right - left, pair[0, :size], pair[1, :size])
+            for r in range(rows):
+                for s in range(len(lows)):
+                    over, inside[s] = _collect(pair[r, :size], lows[s], widths[s], found[s], inside[s])
+                    above[s] += over
+    for s in range(len(lows)):
+        counts[s, 0], counts[s, 1] = above[s], inside[s]

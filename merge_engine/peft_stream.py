@@ -17,7 +17,7 @@ from merge_engine.lora_config import CHANGES_BASE
 from merge_engine.peft_factors import SIDES, Mask
 from merge_engine.peft_layers import Layer, remove
 from merge_engine.plan import Factors, ModulePlan, Plan
-from merge_engine.tiled import Product, Source, Tile
+from merge_engine.tiles import Product, Source, Tile
 from merge_engine.torch_backend import TorchBackend
 
 
@@ -85,7 +85,7 @@ class TorchStreamBackend(TorchBackend):
 
 
 class _Dropped:
-    """product * mask / density, tile by tile: a `tiled.Source`."""
+    """product * mask / density, tile by tile: a `tiles.Source`."""
 
     def __init__(self, product: Product, mask: Tensor, density: float) -> None:
         self.product, self.mask, self.density = product, mask, density

@@ -22,7 +22,7 @@ from merge_engine.recipe import Recipe
 from merge_engine.shards import parse_size
 from merge_engine.shared_tiles import MOST_HELD, trims
 from merge_engine.tensors import StoredTensor
-from merge_engine.tiled import TILE_ELEMENTS, KeepTile, Source
+from merge_engine.tiles import TILE_ELEMENTS, KeepTile, Source
 
 # Bytes of a process that has imported torch, triton and Numba and merged something small, some 450 MB, and of what
 # allocators keep.

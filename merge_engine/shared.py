@@ -18,7 +18,7 @@ from merge_engine.ops import Backend
 from merge_engine.pipeline import ahead
 from merge_engine.plan import Factors, ModulePlan, Plan
 from merge_engine.pool import Pool, Room, seed_of
-from merge_engine.shared_tiles import Ask
+from merge_engine.tiles import Ask
 from merge_engine.torch_backend import TorchBackend
 
 T = TypeVar("T")

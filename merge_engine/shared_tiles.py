@@ -4,26 +4,13 @@ Each result has the bits that `tiled` gives it alone, since the arithmetic is `t
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from merge_engine import jit, tiled
-from merge_engine.rule import Rule
-from merge_engine.tiled import Drop, KeepTile, Source, Tile, Trim
+from merge_engine import compiled, jit, operators, selection, tiled
+from merge_engine.tiles import Ask, Source, Tile, Trim, for_each_tile, new_matrix, scratch
 
 MOST_HELD = 16  # tiles that a thread holds, 512 KiB each: with more adapters, products are made again for each merge
-
-
-class Ask(NamedTuple):
-    """What `tiled.merge_deltas` is asked for, of given sources and at scale 1."""
-
-    weights: tuple[float, ...]
-    keeps: tuple[KeepTile, ...]
-    rule: Rule
-    tied: int = 1
 
 
 def merge_deltas(sources: Sequence[Source], asks: Sequence[Ask]) -> list[Tensor]:
@@ -34,73 +21,47 @@ def merge_deltas(sources: Sequence[Source], asks: Sequence[Ask]) -> list[Tensor]
     """
     if len(asks) == 1 or len(sources) > MOST_HELD:
         return [tiled.merge_deltas(sources, ask.weights, ask.keeps, ask.rule, tied=ask.tied) for ask in asks]
-    outs = [torch.empty(sources[0].rows, sources[0].columns) for _ in asks]
+    outs = [new_matrix(sources[0].rows, sources[0].columns) for _ in asks]
     ballots: dict[Ask, list[int]] = {}  # by an ask without its weights, the asks that share it
     for i, ask in enumerate(asks):
         weighted = ask.rule.elect != "none" and (ask.rule.vote_weighted or ask.rule.divisor == "weight")
-        alike = ask if weighted or not jit.loops() else ask._replace(weights=())
-        ballots.setdefault(alike, []).append(i)
+        ballots.setdefault(ask if weighted or not jit.loops() else ask._replace(weights=()), []).append(i)
+    merges = [
+        (compiled.Merge(sources, asks[members[0]], [asks[i].weights for i in members]), members)
+        for members in ballots.values()
+        if jit.loops()
+    ]
 
     def merge(tile: Tile) -> None:
-        products = _scratches("held", sources, tile)
-        held = [_Held(source, tile, values) for source, values in zip(sources, products, strict=True)]
-        for ballot, members in ballots.items():
-            if ballot.weights:
-                found = [_merged(held, ballot, tile)] * len(members)
-            else:
-                found = list(_merge_weighted(held, products, ballot, [asks[i].weights for i in members], tile))
-            for i, values in zip(members, found, strict=True):
-                outs[i][tile.top : tile.bottom, tile.left : tile.right].copy_(values)
+        products = scratch("held", (len(sources), *tile.shape))
+        for source, values in zip(sources, products, strict=True):
+            source.fill(tile, values)
+        for compiled_merge, members in merges:
+            compiled_merge.of_held(products, [_of(outs[i], tile) for i in members], tile, 1.0)
+        if not merges:
+            held = [_Held(source, values) for source, values in zip(sources, products, strict=True)]
+            for ask, out in zip(asks, outs, strict=True):
+                _of(out, tile).copy_(operators.merge_tile(held, ask, tile, 1.0))
 
-    tiled._for_each_tile(sources[0], merge)
+    for_each_tile(sources[0], merge)
     return outs
 
 
-def _merged(held: Sequence[Source], ask: Ask, tile: Tile) -> Tensor:
-    """The tile of one ask, in a scratch of this thread."""
-    if ask.rule.elect == "none":
-        return tiled._sum_tile(held, ask.weights, ask.keeps, tile, 1.0)
-    return tiled._elect_tile(held, ask.weights, ask.keeps, ask.rule, tile, 1.0, ask.tied)
-
-
-def _merge_weighted(
-    held: Sequence[Source], products: Tensor, ballot: Ask, weights: Sequence[tuple[float, ...]], tile: Tile
-) -> Tensor:
-    """The tile by each of the weights [s, rows, columns], in a scratch of this thread."""
-    loops = jit.loops()
-    assert loops is not None
-    values = products
-    if any(isinstance(keep, Drop) for keep in ballot.keeps):
-        values = _scratches("kept", held, tile)
-        for source, keep, target in zip(held, ballot.keeps, values, strict=True):
-            target.copy_(tiled._dropped_only(source, keep, tile))
-    below, above, row, column = zip(*(tiled._limits(keep, tile) for keep in ballot.keeps), strict=True)
-    out = tiled._scratch("merged", (len(weights), *tiled._shape(tile)))
-    loops.merge_weighted(
-        *(values.numpy(), np.array(below), np.array(above), np.array(row), np.array(column)),
-        *(ballot.rule.elect != "none", ballot.rule.elect == "frequency", ballot.tied > 0),
-        *(ballot.rule.elect != "none" and ballot.rule.divisor == "count", np.array(weights, np.float32), out.numpy()),
-    )
-    return out
+def _of(out: Tensor, tile: Tile) -> Tensor:
+    return out[tile.top : tile.bottom, tile.left : tile.right]
 
 
 class _Held:
-    """One tile of a source, computed already, in a scratch of this thread."""
+    """One tile of a source, computed already."""
 
-    def __init__(self, source: Source, tile: Tile, values: Tensor) -> None:
+    def __init__(self, source: Source, values: Tensor) -> None:
         self.rows, self.columns, self.values = source.rows, source.columns, values
-        source.fill(tile, values)
 
     def fill(self, tile: Tile, out: Tensor) -> None:
         out.copy_(self.values)
 
 
-def _scratches(name: str, sources: Sequence[Source], tile: Tile) -> Tensor:
-    """A scratch tile for each source [n, rows, columns]."""
-    return tiled._scratch(name, (len(sources), *tiled._shape(tile)))
-
-
 def trims(source: Source, kept: Sequence[int], ties: str) -> list[Trim]:
-    """``tiled.trims([source], k, ties)[0]`` for every k: one sweep of products brackets all thresholds."""
-    found = tiled.kths_by_sample(source, kept)
-    return [tiled.trims([source], k, ties, kth=kth)[0] for k, kth in zip(kept, found, strict=True)]
+    """``selection.trims([source], k, ties)[0]`` for every k: one sweep of products brackets all thresholds."""
+    found = selection.kths_by_sample(source, kept)
+    return [selection.trims([source], k, ties, kth=kth)[0] for k, kth in zip(kept, found, strict=True)]

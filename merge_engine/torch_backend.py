@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine import rng, tiled
+from merge_engine import rng, selection, tiled, tiles
 from merge_engine.finetuned import Difference
 from merge_engine.plan import ModulePlan, Plan, Task
 from merge_engine.rule import make_rule
-from merge_engine.tiled import Drop, KeepTile, Source, Trim
+from merge_engine.tiles import Drop, KeepTile, Source, Trim
 
 Trims = dict[tuple[str, int], Trim]  # by module and adapter
 
@@ -35,7 +35,7 @@ class TorchBackend:
             sources = _AdapterSources(plan, number, side)
             kept, modules = plan.kept_of_model(number, side), sources.modules
             mine = [i for i, module in enumerate(modules) if plan.share is None or module.name in plan.share]
-            found = tiled.trims(sources, kept, plan.rule.trim_ties, mine=mine, total=plan.ranks.sum)
+            found = selection.trims(sources, kept, plan.rule.trim_ties, mine=mine, total=plan.ranks.sum)
             trims.update({(modules[i].name, number): trim for i, trim in zip(mine, found, strict=True)})
         return trims
 
@@ -60,12 +60,12 @@ class TorchBackend:
         keeps = _keeps(plan, module, packed, side, trims)
         options: dict[str, Any] = {"scale": scale, "tied": tied}
         if base is not None:
-            looked_at = any(isinstance(source, tiled.Difference) for source in packed)
+            looked_at = any(isinstance(source, tiles.Difference) for source in packed)
             options |= _onto(base[0], dtype, in_place=not looked_at)
         return [tiled.merge_deltas(packed, module.weights_of(side), keeps, plan.rule, **options)]
 
     def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
-        source = tiled.Product(A, B, 1.0)
+        source = tiles.Product(A, B, 1.0)
         return tiled.merge_deltas([source], [1.0], [None], make_rule("linear"), **_onto(base, dtype, in_place=True))
 
 
@@ -92,9 +92,9 @@ def _onto(base: Tensor, dtype: torch.dtype, *, in_place: bool) -> dict[str, Any]
 
 def _source(task: Task, scaling: float, side: str) -> Source:
     if isinstance(task, Difference):
-        return tiled.Difference(task.x, task.base)
+        return tiles.Difference(task.x, task.base)
     A, B = task
-    return tiled.Product(A, B, scaling) if side == "delta" else tiled.Dense(A if side == "A" else B)
+    return tiles.Product(A, B, scaling) if side == "delta" else tiles.Dense(A if side == "A" else B)
 
 
 def _keeps(plan: Plan, module: ModulePlan, sources: Sequence[Source], side: str, trims: Trims) -> list[KeepTile]:
@@ -111,6 +111,6 @@ def _keep(plan: Plan, module: str, number: int, source: Source, density: float, 
     if plan.spans_model:
         return trims[module, number]
     if rule.keep == "magnitude":
-        return tiled.trims([source], rule.kept(density, source.rows * source.columns), rule.trim_ties)[0]
+        return selection.trims([source], rule.kept(density, source.rows * source.columns), rule.trim_ties)[0]
     drop = Drop(density, plan.recipe.seed, rng.stream_id(module, side), number)
     return replace(drop, factor=tiled.l1_factor(source, drop)) if rule.l1_rescale else drop

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from lora_files import save_factors
 
 import merge_engine
-from merge_engine import cli, reference, tiled
+from merge_engine import cli, reference, tiles
 from merge_engine.cli import main
 from merge_engine.compare_figures import CAVEAT, SHOWN, Figures, Interference, figure, together, upper
 from merge_engine.errors import AdapterError, RecipeError
@@ -175,7 +175,7 @@ def comparisons(draw):
 @given(comparisons(), st.sampled_from([32, 1 << 17]))
 def test_counts_and_exact_products_of_whole_numbers(comparison, tile):
     shapes, adapters, densities = comparison
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(tiled, "TILE_ELEMENTS", tile):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(tiles, "TILE_ELEMENTS", tile):
         folders = [save_lora(Path(folder, str(i)), each) for i, each in enumerate(adapters)]
         result = merge_engine.interference(folders, density=densities)
     sums = {}  # by pair: kept by both, opposed, kept by either

@@ -19,7 +19,7 @@ from merge_engine.kernels.select import l1_factors, model_trims, trims
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Source, Trim, pack
 from torch import Tensor
 
-from merge_engine import reference, rng, tiled
+from merge_engine import reference, rng, selection, tiled, tiles
 from merge_engine.rule import Rule, make_rule
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -331,9 +331,9 @@ def test_kept_sets_are_those_of_the_torch_backend(dtype: torch.dtype, device: to
     trim = trims(source, torch.full((1, 1, adapters), k))
     want, bound = exact(source)
     for i in range(adapters):
-        product = tiled.Product(source.A[0, i].cpu(), source.B[0, i].cpu(), float(source.scaling[0, i]))
+        product = tiles.Product(source.A[0, i].cpu(), source.B[0, i].cpu(), float(source.scaling[0, i]))
         ours = merge_deltas(source, [[float(i == j) for j in range(adapters)]], trim)[0, 0].cpu() != 0
-        theirs = tiled.merge_deltas([product], [1.0], tiled.trims([product], k, "exact"), make_rule("linear")) != 0
+        theirs = tiled.merge_deltas([product], [1.0], selection.trims([product], k, "exact"), make_rule("linear")) != 0
         assert int(ours.sum()) == int(theirs.sum()) == k
         near = (want[0, i].abs() - float(trim.value[0, 0, i])).abs() <= 2 * bound[0, i]
         assert bool((ours == theirs)[~near.cpu()].all())
@@ -470,8 +470,8 @@ def test_l1_factors_are_those_of_the_torch_backend(device: torch.device) -> None
     factors = l1_factors(source, drop).cpu()
     for recipe in range(2):
         for i in range(2):
-            product = tiled.Product(source.A[0, i].cpu(), source.B[0, i].cpu(), float(source.scaling[0, i]))
-            want = tiled.l1_factor(product, tiled.Drop(float(drop.density[recipe, 0, i]), drop.seeds[recipe], 9, i))
+            product = tiles.Product(source.A[0, i].cpu(), source.B[0, i].cpu(), float(source.scaling[0, i]))
+            want = tiled.l1_factor(product, tiles.Drop(float(drop.density[recipe, 0, i]), drop.seeds[recipe], 9, i))
             # Sums of at most 61 * 83 positive terms in float32, however they associate, and the products' rounding.
             assert float(factors[recipe, 0, i]) == pytest.approx(want, rel=61 * 83 * U32)
 

@@ -1,4 +1,4 @@
-"""The compiled loops against the operators that they stand for: the same bits."""
+"""The compiled loops against the operators that they stand for: of the same task tensors, the same bits."""
 
 import numpy as np
 import pytest
@@ -6,22 +6,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_engine import jit, rng, tiled
+from merge_engine import jit, rng, selection, tiled, tiles
 from merge_engine.rule import make_rule
-from merge_engine.tiled import Dense, Difference, Drop, Product
+from merge_engine.tiles import Dense, Difference, Drop, Product
 
 loops = pytest.importorskip("merge_engine.loops", exc_type=ImportError)
 examples = settings(deadline=None, derandomize=True, max_examples=60)
 METHODS = ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 
 
-def both(monkeypatch, compute):
-    """What `compute` gives with the loops and without."""
+def both(monkeypatch, compute, *sources):
+    """What `compute(*sources)` gives with the loops, and without of what the loops made of products."""
     assert jit.loops() is loops
-    compiled = compute()
+    compiled = compute(*sources)
+    values = [Dense(whole(source)) if isinstance(source, Product) else source for source in sources]
     with monkeypatch.context() as patch:
         patch.setattr(jit, "loops", lambda: None)
-        return compiled, compute()
+        return compiled, compute(*values)
+
+
+def whole(source):
+    """A product, put together from the tiles that the loops make."""
+    full = torch.full((source.rows, source.columns), float("nan"))
+    for tile in tiles.tiles_of(source.rows, source.columns):
+        part = torch.empty(tile.shape)
+        source.fill(tile, part)
+        full[tile.top : tile.bottom, tile.left : tile.right] = part
+    return full
 
 
 def same_bits(a, b):
@@ -31,9 +42,9 @@ def same_bits(a, b):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
-    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 128)
-    monkeypatch.setattr(tiled, "SAMPLE", 64)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 8)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 128)
+    monkeypatch.setattr(selection, "SAMPLE", 64)
 
 
 @pytest.mark.parametrize("convention", ["peft", "mergekit", "paper"])
@@ -69,16 +80,16 @@ def test_merges_are_the_same(method, convention, monkeypatch, small_tiles):
         density = data.draw(st.sampled_from([0.01, 0.3, 0.9, 1.0]))
         scale, tied = data.draw(st.sampled_from([1.0, 0.3, -2.0])), data.draw(st.sampled_from([1, -1]))
 
-        def compute():
+        def compute(*sources):
             keeps = [None] * count
             if rule.keep == "magnitude" and density < 1:
-                keeps = [tiled.trims([s], rule.kept(density, rows * columns), rule.trim_ties)[0] for s in sources]
+                keeps = [selection.trims([s], rule.kept(density, rows * columns), rule.trim_ties)[0] for s in sources]
             elif rule.keep == "bernoulli":
                 keeps = [Drop(density, 7, 5, i, data_factor) for i in range(count)]
             return keeps, tiled.merge_deltas(sources, weights, keeps, rule, scale=scale, tied=tied)
 
         data_factor = data.draw(st.sampled_from([None, 1.7]))
-        (keeps, compiled), (other_keeps, operators) = both(monkeypatch, compute)
+        (keeps, compiled), (other_keeps, operators) = both(monkeypatch, compute, *sources)
         assert keeps == other_keeps
         assert same_bits(compiled, operators)
 
@@ -107,7 +118,7 @@ def test_thresholds_are_the_same_for_awkward_values(values, k, shape):
     values = torch.tensor(values or [0.0]).repeat(shape)
     k = min(k, values.numel())
     with pytest.MonkeyPatch.context() as patch:
-        compiled, operators = both(patch, lambda: tiled.trims([Dense(values)], k, "exact"))
+        compiled, operators = both(patch, lambda: selection.trims([Dense(values)], k, "exact"))
     assert compiled == operators
 
 
@@ -117,9 +128,9 @@ def test_the_sampled_bracket_is_the_same(ties, rounded, monkeypatch):
     generator = torch.Generator().manual_seed(11)
     A, B = torch.randn(8, 700, generator=generator), torch.randn(300, 8, generator=generator)
     source = Product(A.round() if rounded else A, B.round() if rounded else B, 0.5)
-    assert source.rows * source.columns >= 4 * tiled.SAMPLE
+    assert source.rows * source.columns >= 4 * selection.SAMPLE
     for k in (1, 1000, 42000, 209_999):
-        compiled, operators = both(monkeypatch, lambda k=k: tiled.trims([source], k, ties))
+        compiled, operators = both(monkeypatch, lambda source, k=k: selection.trims([source], k, ties), source)
         assert compiled == operators
 
 
@@ -160,13 +171,30 @@ def test_a_mask_may_have_any_strides(monkeypatch):
     assert torch.equal(compiled, operators) and not compiled[:, 2::3].any()
 
 
+@examples
+@given(
+    rows=st.integers(1, 21), columns=st.integers(1, 700), rank=st.integers(1, 40), scaling=st.sampled_from([1.0, 0.3])
+)
+def test_products_add_their_terms_in_order(rows, columns, rank, scaling):
+    generator = torch.Generator().manual_seed(rank)
+    A, B = torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
+    total = torch.zeros(rows, columns)
+    for k in range(rank):
+        total += B[:, k : k + 1] * A[k]
+    assert torch.equal(whole(Product(A, B, scaling)), total * np.float32(scaling).item())
+
+
 def test_bracket_finds_what_is_inside():
     generator = np.random.default_rng(5)
-    values = generator.standard_normal(1003).astype(np.float32)
-    low, high = np.float32(0.4).view(np.uint32), np.float32(0.9).view(np.uint32)
-    found = np.zeros(1004, np.uint32)
-    above, count = loops.bracket(values.view(np.uint32), low, np.uint32(high - low), found)
+    values = generator.standard_normal((17, 590)).astype(np.float32)
+    ends = np.array([[0.4, 0.9], [0.0, 0.1], [2.0, np.inf]], np.float32)
+    lows, highs = ends.view(np.uint32).T.copy()
+    found, counts = np.zeros((3, values.size + 1), np.uint32), np.zeros((3, 2), np.int64)
+    term = tiles.terms([Dense(torch.from_numpy(values))])
+    term["b"] = values.ctypes.data
+    loops.bracket_tile(term, 0, 17, 0, 590, lows, highs - lows, found, counts)
     magnitude = np.abs(values)
-    inside = (magnitude >= np.float32(0.4)) & (magnitude <= np.float32(0.9))
-    assert above == (magnitude > np.float32(0.9)).sum() and count == inside.sum()
-    assert np.array_equal(found[:count].view(np.float32), magnitude[inside])
+    for (low, high), (above, count), row in zip(ends, counts, found, strict=True):
+        inside = (magnitude >= low) & (magnitude <= high)
+        assert above == (magnitude > high).sum() and count == inside.sum() > 0
+        assert np.array_equal(np.sort(row[:count].view(np.float32)), np.sort(magnitude[inside]))

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import STEM, save_factors
 
-from merge_engine import engine, jit, many, pool, shared_tiles, tiled
+from merge_engine import engine, jit, many, pool, selection, shared_tiles, tiled, tiles
 from merge_engine.cache import Cache
 from merge_engine.engine import merge
 from merge_engine.errors import AdapterError, MergeError, OutputError, RecipeError
@@ -26,7 +26,6 @@ from merge_engine.lowrank import Stack
 from merge_engine.many import Failed, merge_many
 from merge_engine.rule import make_rule
 from merge_engine.session import Session
-from merge_engine.shared_tiles import Ask
 
 U = 2**-24  # unit roundoff of float32
 ROOT = Path(__file__).parent.parent
@@ -366,7 +365,7 @@ def test_equal_extras_are_compared_once(alike, tmp_path, monkeypatch):
 def product(rows, columns, rank, seed, coarse=False):
     generator = torch.Generator().manual_seed(seed)
     A, B = (torch.randn(shape, generator=generator) for shape in ((rank, columns), (rows, rank)))
-    return tiled.Product((A * 2).round() if coarse else A, (B * 2).round() if coarse else B, 0.5)
+    return tiles.Product((A * 2).round() if coarse else A, (B * 2).round() if coarse else B, 0.5)
 
 
 def whole(source):
@@ -385,15 +384,15 @@ def whole(source):
 def test_thresholds_of_several_densities_from_one_sweep(shape, densities, coarse, compiled, seed):
     """Exactly the k first of a stable sort by falling magnitude stay, ties among them or not."""
     source = product(*shape, 3, seed, coarse)
-    delta = whole(source)
-    ks = [int(density * delta.numel()) for density in densities]
-    order = np.argsort(-delta.abs().flatten().numpy(), kind="stable")
     with nullcontext() if compiled else mock.patch.object(jit, "loops", lambda: None):
+        delta = whole(source)
+        ks = [int(density * delta.numel()) for density in densities]
         exact, keeping = (shared_tiles.trims(source, ks, ties) for ties in ("exact", "keep"))
-    for k, trim in zip(ks, exact, strict=True):
+        trimmed = [tiled.merge_deltas([source], [1.0], [trim], make_rule("linear")) for trim in exact]
+    order = np.argsort(-delta.abs().flatten().numpy(), kind="stable")
+    for k, got in zip(ks, trimmed, strict=True):
         want = np.zeros(delta.numel(), np.float32)
         want[order[:k]] = delta.flatten().numpy()[order[:k]]
-        got = tiled.merge_deltas([source], [1.0], [trim], make_rule("linear"))
         assert np.array_equal(got.flatten().numpy(), want), k
     for k, trim in zip(ks, keeping, strict=True):
         if k:
@@ -414,26 +413,28 @@ def test_thresholds_of_several_densities_from_one_sweep(shape, densities, coarse
 def test_several_merges_of_the_same_tiles(shape, count, methods, convention, election, tied, coarse, compiled):
     """With Numba's loops and without; coarse values tie at the threshold and in the vote."""
     sources = [product(*shape, 3, seed, coarse) for seed in range(count)]
-    asks = []
-    for number, method in enumerate(methods):
-        keeps = [tiled.Drop(0.5, 1, number, i) for i in range(count)]
-        if method != "dare_ties":
-            keeps = [tiled.trims([source], source.rows * source.columns // 3, "exact")[0] for source in sources]
-        weights = tuple((-1) ** i * (number + i) / 3 for i in range(count))
-        asks.append(Ask(weights, tuple(keeps), make_rule(method, convention=convention, election=election), tied))
     with nullcontext() if compiled else mock.patch.object(jit, "loops", lambda: None):
+        asks = []
+        for number, method in enumerate(methods):
+            keeps = [tiles.Drop(0.5, 1, number, i) for i in range(count)]
+            if method != "dare_ties":
+                keeps = [selection.trims([source], source.rows * source.columns // 3, "exact")[0] for source in sources]
+            weights = tuple((-1) ** i * (number + i) / 3 for i in range(count))
+            asks.append(
+                tiles.Ask(weights, tuple(keeps), make_rule(method, convention=convention, election=election), tied)
+            )
         results = shared_tiles.merge_deltas(sources, asks)
-    for ask, got in zip(asks, results, strict=True):
-        want = tiled.merge_deltas(sources, ask.weights, ask.keeps, ask.rule, tied=tied)
-        assert torch.equal(bits(got), bits(want))
+        for ask, got in zip(asks, results, strict=True):
+            want = tiled.merge_deltas(sources, ask.weights, ask.keeps, ask.rule, tied=tied)
+            assert torch.equal(bits(got), bits(want))
 
 
 @pytest.mark.parametrize("tied", [1, -1])
 @pytest.mark.parametrize("election", ["total", "frequency"])
 def test_several_merges_where_every_vote_is_tied(tied, election):
     source = product(67, 131, 3, 0)
-    sources = [source, tiled.Product(source.A, source.B, -source.scaling)]
-    asks = [Ask((1.0, w), (None, None), make_rule("ties", election=election), tied) for w in (0.5, 0.25)]
+    sources = [source, tiles.Product(source.A, source.B, -source.scaling)]
+    asks = [tiles.Ask((1.0, w), (None, None), make_rule("ties", election=election), tied) for w in (0.5, 0.25)]
     delta = whole(source)
     for ask, got in zip(asks, shared_tiles.merge_deltas(sources, asks), strict=True):
         # One of the two is on the elected side, the first where delta has its sign, and is divided by itself alone.
@@ -443,7 +444,7 @@ def test_several_merges_where_every_vote_is_tied(tied, election):
 
 def test_more_adapters_than_a_thread_holds(monkeypatch):
     sources = [product(67, 131, 3, seed) for seed in range(5)]
-    asks = [Ask((w,) * 5, (None,) * 5, make_rule("ties")) for w in (1.0, 0.3)]
+    asks = [tiles.Ask((w,) * 5, (None,) * 5, make_rule("ties")) for w in (1.0, 0.3)]
     want = shared_tiles.merge_deltas(sources, asks)
     monkeypatch.setattr(shared_tiles, "MOST_HELD", 4)
     assert all(map(torch.equal, shared_tiles.merge_deltas(sources, asks), want))

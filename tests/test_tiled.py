@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_engine import reference, rng, tiled
+from merge_engine import reference, rng, selection, tiled, tiles
 from merge_engine.rule import make_rule
-from merge_engine.tiled import Dense, Drop, Product, Trim
+from merge_engine.tiles import Dense, Drop, Product, Trim
 
 U = 2**-24  # unit roundoff of float32
 SEED = 2**40 + 7
@@ -18,15 +18,15 @@ examples = settings(deadline=None, derandomize=True, max_examples=60)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles in both directions, for tensors of test size."""
-    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
-    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 128)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 8)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 128)
 
 
 def whole(source):
     """The task tensor itself, put together from its tiles."""
     full = torch.full((source.rows, source.columns), float("nan"))
-    for tile in tiled._tiles(source.rows, source.columns):
-        part = torch.empty(tiled._shape(tile))
+    for tile in tiles.tiles_of(source.rows, source.columns):
+        part = torch.empty(tile.shape)
         source.fill(tile, part)
         full[tile.top : tile.bottom, tile.left : tile.right] = part
     return full
@@ -35,7 +35,7 @@ def whole(source):
 def keeps_of(rule, sources, density, stream=5):
     if rule.keep == "magnitude":
         numel = sources[0].rows * sources[0].columns
-        return [tiled.trims([s], rule.kept(density, numel), rule.trim_ties)[0] for s in sources]
+        return [selection.trims([s], rule.kept(density, numel), rule.trim_ties)[0] for s in sources]
     if rule.keep == "bernoulli":
         drops = [Drop(density, SEED, stream, i) for i in range(len(sources))]
         if rule.l1_rescale:
@@ -69,8 +69,8 @@ METHODS = ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 @pytest.mark.parametrize("convention", ["peft", "mergekit", "paper"])
 @pytest.mark.parametrize("method", METHODS)
 def test_merge_equals_reference(method, convention, monkeypatch):
-    monkeypatch.setattr(tiled, "TILE_ROWS", 8)
-    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 128)
+    monkeypatch.setattr(tiles, "TILE_ROWS", 8)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 128)
 
     @examples
     @given(data=st.data())
@@ -131,13 +131,13 @@ def test_exactly_k_survive_lowest_index_first(data):
         for _ in range(data.draw(st.integers(1, 3)))
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "TILE_ROWS", 8)
-        patch.setattr(tiled, "TILE_ELEMENTS", 128)
+        patch.setattr(tiles, "TILE_ROWS", 8)
+        patch.setattr(tiles, "TILE_ELEMENTS", 128)
         flat = torch.cat([whole(source).flatten() for source in sources])
         k = data.draw(st.integers(0, flat.numel()))
         kept = [
             tiled.merge_deltas([source], [1.0], [trim], make_rule("linear")).flatten()
-            for source, trim in zip(sources, tiled.trims(sources, k, "exact"), strict=True)
+            for source, trim in zip(sources, selection.trims(sources, k, "exact"), strict=True)
         ]
     want = reference.trim(flat, k, "exact")
     assert torch.equal(torch.cat(kept), want)
@@ -148,12 +148,12 @@ def test_thousands_of_equal_magnitudes(dtype):
     generator = torch.Generator().manual_seed(3)
     A, B = factors(generator, 300, 400, 2, dtype, integers=True)
     source, k = Product(A, B, 1.0), int(0.2 * 300 * 400)
-    kept = tiled.merge_deltas([source], [1.0], tiled.trims([source], k, "exact"), make_rule("linear"))
+    kept = tiled.merge_deltas([source], [1.0], selection.trims([source], k, "exact"), make_rule("linear"))
     threshold = kept[kept != 0].abs().min()
     assert (whole(source).abs() == threshold).sum() > 5000
     assert (kept != 0).sum() == k
     assert torch.equal(kept, reference.trim(whole(source), k, "exact"))
-    every = tiled.merge_deltas([source], [1.0], tiled.trims([source], k, "keep"), make_rule("linear"))
+    every = tiled.merge_deltas([source], [1.0], selection.trims([source], k, "keep"), make_rule("linear"))
     assert torch.equal(every, reference.trim(whole(source), k, "keep"))
 
 
@@ -171,17 +171,17 @@ def test_products_are_exact_to_rounding(rank, dtype):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 977), (977, 1), (127, 131), (64, 2048), (3, 70001), (70001, 2)])
 def test_every_shape_is_covered_once(shape):
     seen = torch.zeros(shape, dtype=torch.int32)
-    for tile in tiled._tiles(*shape):
+    for tile in tiles.tiles_of(*shape):
         seen[tile.top : tile.bottom, tile.left : tile.right] += 1
-        height, width = tiled._shape(tile)
-        assert height * width <= tiled.TILE_ELEMENTS
+        height, width = tile.shape
+        assert height * width <= tiles.TILE_ELEMENTS
     assert (seen == 1).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_empty(shape):
     source = Dense(torch.zeros(shape))
-    assert tiled.trims([source], 0, "exact") == [Trim(float("inf"), 0, 0)]
+    assert selection.trims([source], 0, "exact") == [Trim(float("inf"), 0, 0)]
     assert tiled.merge_deltas([source], [1.0], [None], make_rule("ties")).shape == shape
 
 
@@ -238,8 +238,8 @@ def test_tile_size_changes_no_bit_of_a_dropped_mask(monkeypatch):
     keeps = keeps_of(rule, ones, 0.4)
     results = []
     for rows, elements in ((64, 1 << 17), (8, 128), (1, 7)):
-        monkeypatch.setattr(tiled, "TILE_ROWS", rows)
-        monkeypatch.setattr(tiled, "TILE_ELEMENTS", elements)
+        monkeypatch.setattr(tiles, "TILE_ROWS", rows)
+        monkeypatch.setattr(tiles, "TILE_ELEMENTS", elements)
         results.append(tiled.merge_deltas(ones, [1.0, 2.0, 4.0], keeps, rule))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     masks = masks_of(53, 171, 3, 0.4)
@@ -249,7 +249,7 @@ def test_tile_size_changes_no_bit_of_a_dropped_mask(monkeypatch):
 
 def test_locate():
     histogram = np.array([3, 0, 2, 1])
-    assert [tiled.locate(histogram, k) for k in range(1, 7)] == [(3, 1), (2, 1), (2, 2), (0, 1), (0, 2), (0, 3)]
+    assert [selection.locate(histogram, k) for k in range(1, 7)] == [(3, 1), (2, 1), (2, 2), (0, 1), (0, 2), (0, 3)]
 
 
 def test_an_error_in_a_tile_is_raised():
@@ -260,4 +260,4 @@ def test_an_error_in_a_tile_is_raised():
     with pytest.raises(RuntimeError, match="cannot be read"):
         tiled.merge_deltas([Broken(torch.ones(3, 3))], [1.0], [None], make_rule("linear"))
     with pytest.raises(RuntimeError, match="cannot be read"):
-        tiled.trims([Broken(torch.ones(3, 3))], 2, "exact")
+        selection.trims([Broken(torch.ones(3, 3))], 2, "exact")

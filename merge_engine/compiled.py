@@ -1,0 +1,79 @@
+"""One tile of a merge, by the compiled loops."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from merge_engine import jit
+from merge_engine.operators import kept_but_for_trim
+from merge_engine.tiles import EVERY_ROW, Ask, Product, Source, Tile, scratch, terms
+
+HELD = 1 << 19  # elements that are held at once of sources that are no products: 2 MiB
+
+
+class Merge:
+    """The merge of some sources as asked, by each of some weights in place of those of the ask."""
+
+    def __init__(self, sources: Sequence[Source], ask: Ask, weights: Sequence[tuple[float, ...]]) -> None:
+        rule = ask.rule
+        self._sources, self._keeps, self._terms = sources, ask.keeps, terms(sources, ask.keeps)
+        self._weights = np.array(weights, np.float32)
+        elects = rule.elect != "none"
+        if elects and rule.vote_weighted:
+            self._terms["ballot"], self._weights = ask.weights, np.ones_like(self._weights)
+        if elects and rule.divisor == "weight":
+            self._terms["share"] = ask.weights
+        self._flags = elects, rule.elect == "frequency", ask.tied > 0, rule.divisor != "one"
+        self._others = [i for i, source in enumerate(sources) if not isinstance(source, Product)]
+
+    def into(self, outs: Sequence[Tensor], tile: Tile, scale: float) -> None:
+        """Write scale times the tile into each of outs [rows, columns], float32 with contiguous rows."""
+        if not self._others:
+            self._run(self._terms, outs, tile, scale)
+            return
+        for part in _parts(tile, max(1, HELD // len(self._others))):
+            found, held = self._terms.copy(), scratch("held", (len(self._others), *part.shape))
+            for i, values in zip(self._others, held, strict=True):
+                values.copy_(kept_but_for_trim(self._sources[i], self._keeps[i], part))
+                found[i]["b"], found[i]["drops"] = values.data_ptr(), 0
+            rows = slice(part.top - tile.top, part.bottom - tile.top)
+            columns = slice(part.left - tile.left, part.right - tile.left)
+            self._run(found, [out[rows, columns] for out in outs], part, scale)
+
+    def of_held(self, held: Tensor, outs: Sequence[Tensor], tile: Tile, scale: float) -> None:
+        """The same, of what all sources have in the tile [n, rows, columns]."""
+        found = self._terms.copy()
+        found["rank"], found["b"] = 0, [values.data_ptr() for values in held]
+        self._run(found, outs, tile, scale)
+
+    def _run(self, found: np.ndarray, outs: Sequence[Tensor], tile: Tile, scale: float) -> None:
+        width = tile.right - tile.left
+        if tile.shape[0] > 1 and width == self._sources[0].columns and all(out.is_contiguous() for out in outs):
+            found, tile = _in_one_row(found, tile)
+        addresses, stride = np.array([out.data_ptr() for out in outs], np.int64), outs[0].stride(0)
+        loops = jit.loops()
+        assert loops is not None
+        room = scratch("room", (loops.room_for(len(found)),)).numpy()
+        loops.merge_tile(found, *tile, self._weights, *self._flags, np.float32(scale), addresses, stride, room)
+
+
+def _parts(tile: Tile, elements: int) -> Iterator[Tile]:
+    """The tile, in parts of at most so many elements."""
+    width = min(tile.right - tile.left, elements)
+    height = elements // width
+    for top in range(tile.top, tile.bottom, height):
+        for left in range(tile.left, tile.right, width):
+            yield Tile(top, min(top + height, tile.bottom), left, min(left + width, tile.right))
+
+
+def _in_one_row(found: np.ndarray, tile: Tile) -> tuple[np.ndarray, Tile]:
+    """Whole rows that are held, as one, since short ones are slow; products and what is to be dropped stay."""
+    if found["rank"].any() or found["drops"].any():
+        return found, tile
+    height, width = tile.shape
+    flat = found.copy()
+    place = (found["row"].clip(tile.top, tile.bottom) - tile.top) * width + found["column"].clip(0, width)
+    flat["row"] = np.where(found["row"] < tile.top, -1, np.where(found["row"] >= tile.bottom, EVERY_ROW, 0))
+    flat["column"] = place
+    return flat, Tile(0, 1, 0, height * width)
