@@ -89,7 +89,7 @@ def _tiled_merge(task: Task) -> Tensor:
     sources = [tiles.Product(A, B, SCALING) for A, B in task.pairs]
     keeps: list[tiles.KeepTile] = [None] * work.adapters
     if rule.keep == "magnitude":
-        keeps = [selection.trims([source], task.kept, rule.trim_ties)[0] for source in sources]
+        keeps = [keep for (keep,) in selection.trims_of_each(sources, [[task.kept]] * work.adapters, rule.trim_ties)]
     elif rule.keep == "bernoulli":
         keeps = [tiles.Drop(work.density, 0, STREAM, adapter) for adapter in range(work.adapters)]
     return tiled.merge_deltas(sources, task.weights, keeps, rule)
@@ -253,11 +253,11 @@ SELECT = Kind(
 
 def _on_threads(count: int) -> Build:
     def build_it(work: Workload, device: str) -> Contestant:
-        task, small = Task(work), Task(work.shrunk(32))
+        task = Task(work)
 
         def ready() -> None:
             torch.set_num_threads(count)
-            _tiled_merge(small)  # the threads are there
+            _tiled_merge(task)  # the threads are there, and their cores awake
 
         return Contestant(lambda: _tiled_merge(task), ready=ready)
 

@@ -19,8 +19,9 @@ from merge_engine.lowrank import Stack
 from merge_engine.ops import Backend
 from merge_engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.recipe import Recipe
+from merge_engine.selection import trims_of_each
 from merge_engine.shards import parse_size
-from merge_engine.shared_tiles import MOST_HELD, trims
+from merge_engine.shared_tiles import MOST_HELD
 from merge_engine.tensors import StoredTensor
 from merge_engine.tiles import TILE_ELEMENTS, KeepTile, Source
 
@@ -117,12 +118,12 @@ class Pool:
             ks = list(
                 dict.fromkeys(k for kind, k, of in keys if (kind, of) == ("trim", ties) and (kind, k, of) not in known)
             )
-            known.update(zip((("trim", k, ties) for k in ks), trims(source, ks, ties), strict=True))
+            known.update(zip((("trim", k, ties) for k in ks), trims_of_each([source], [ks], ties)[0], strict=True))
         found: list[KeepTile] = []
         for each, (plan, module, ready) in zip(keys, asks, strict=True):
             if each not in known:
                 number, density = module.adapters[place], module.densities[place]
-                keep = torch_backend._keep(plan, module.name, number, source, density, side, ready.trims[side])
+                keep = torch_backend.keep(plan, module.name, number, source, density, side, ready.trims[side])
                 if each[0] != "drop":
                     found.append(keep)
                     continue

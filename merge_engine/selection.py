@@ -16,7 +16,7 @@ from merge_engine.tiles import (
     Tile,
     Trim,
     filled,
-    for_each_tile,
+    for_each,
     scratch,
     terms,
     tiles_of,
@@ -28,6 +28,7 @@ LOW_BITS = 16  # the coarse histogram counts the upper 15 bits of |x|, the fine 
 # from rows and columns of different norms), one of 256 by 256 by 0.7 %: three times that to either side holds nearly
 # every k-th.
 SAMPLE, LARGEST_SAMPLED = 1 << 14, 1 << 27
+TOGETHER = 4  # sources that are swept at once: what is collected of each is some 4 % of it
 COARSE_BINS, FINE_BINS = 1 << (31 - LOW_BITS), 1 << LOW_BITS
 _LARGEST = 0x7FFFFFFF  # bits of a magnitude
 
@@ -39,7 +40,6 @@ def trims(
     *,
     mine: Sequence[int] | None = None,
     total: Callable[[np.ndarray], np.ndarray] = lambda counts: counts,
-    kth: "Kth | None" = None,
 ) -> list[Trim]:
     """Thresholds that keep exactly the k largest magnitudes of all sources together, one Trim a source.
 
@@ -48,13 +48,41 @@ def trims(
 
     mine: the sources that this process looks at, the others being looked at by its fellows; all of them if None. The
     result has one Trim for each of mine. total: the sum of what every process counted (int64 arrays of one shape).
-    kth: the k-th largest magnitude, where it is known already (`kths_by_sample`).
     """
+    if len(sources) == 1 and mine is None:
+        return trims_of_each(sources, [[k]], ties)[0]
     mine = range(len(sources)) if mine is None else mine
+    return _trims(sources, k, ties, mine, total, None)
+
+
+def trims_of_each(sources: Sequence[Source], ks: Sequence[Sequence[int]], ties: str) -> list[list[Trim]]:
+    """The thresholds of each source on its own: that keep exactly the ks[i][j] largest magnitudes of sources[i]."""
+    found = []
+    for start in range(0, len(sources), TOGETHER):
+        part = slice(start, start + TOGETHER)
+        kths = _kths_by_sample(sources[part], ks[part])
+        for source, own, known in zip(sources[part], ks[part], kths, strict=True):
+            found.append(
+                [
+                    trim
+                    for k, kth in zip(own, known, strict=True)
+                    for trim in _trims([source], k, ties, [0], lambda counts: counts, kth)
+                ]
+            )
+    return found
+
+
+def _trims(
+    sources: Sequence[Source],
+    k: int,
+    ties: str,
+    mine: Sequence[int],
+    total: Callable[[np.ndarray], np.ndarray],
+    kth: "Kth | None",
+) -> list[Trim]:
+    """`trims`; kth: the k-th largest magnitude, where it is known already."""
     if k == 0:
         return [Trim(float("inf"), 0, 0) for _ in mine]
-    if kth is None and len(sources) == 1:
-        (kth,) = kths_by_sample(sources[0], [k])
     kth = kth or _kth_by_histogram(sources, k, mine, total)
     value, quota = float(np.int32(kth.bits).view(np.float32)), kth.quota
     if ties == "keep" or quota == kth.equal:
@@ -90,24 +118,38 @@ def _kth_by_histogram(
     return Kth(high << LOW_BITS | low, quota, int(fine[low]), None)
 
 
-def kths_by_sample(source: Source, ks: Sequence[int]) -> list[Kth | None]:
-    """The same of one source for every k, in one sweep of cheaper steps: a sample says where each lies, in a bracket.
+def _kths_by_sample(sources: Sequence[Source], ks: Sequence[Sequence[int]]) -> list[list[Kth | None]]:
+    """The k-th largest of each source for each of its ks, in one sweep: a sample says where each lies, in a bracket.
 
     The sweep counts what is above a bracket and collects what is inside. None, for a source that cannot be looked at in
     places, a small tensor, one whose brackets would not fit in memory, or where the k-th is outside: the sample costs
     time, never exactness.
     """
-    numel = source.rows * source.columns
-    if not (ks and isinstance(source, Sampled) and 4 * SAMPLE <= numel <= LARGEST_SAMPLED):
-        return [None] * len(ks)
-    # On a thread that runs operators alone: those of several threads keep cores spinning for a while after them.
-    brackets = workers(torch.get_num_threads()).submit(_brackets, source, ks).result()
-    look = _compiled_look(source, brackets) if jit.loops() else _look(source, brackets)
-    looks = for_each_tile(source, look)
-    return [
-        _kth_inside(source, k, low, high, [tile[i] for tile in looks])
-        for i, (k, (low, high)) in enumerate(zip(ks, brackets, strict=True))
-    ]
+    found: list[list[Kth | None]] = [[None] * len(own) for own in ks]
+    fit = [i for i, source in enumerate(sources) if ks[i] and _can_be_sampled(source)]
+    # All of it on threads that run operators alone: those of several keep cores spinning for a while after them.
+    brackets = for_each(fit, lambda i: _brackets(sources[i], ks[i]))  # type: ignore[arg-type]
+    looks = {
+        i: _compiled_look(sources[i], of) if jit.loops() else _look(sources[i], of)
+        for i, of in zip(fit, brackets, strict=True)
+    }
+    places = [(i, tile) for i in fit for tile in tiles_of(sources[i].rows, sources[i].columns)]
+    seen: dict[int, list[list[tuple[int, np.ndarray]]]] = {i: [] for i in fit}
+    for (i, _), look in zip(places, for_each(places, lambda place: looks[place[0]](place[1])), strict=True):
+        seen[i].append(look)
+    wanted = [(i, j) for i in fit for j in range(len(ks[i]))]
+
+    def inside(want: tuple[int, int]) -> Kth | None:
+        i, j = want
+        return _kth_inside(sources[i], ks[i][j], *brackets[fit.index(i)][j], [look[j] for look in seen[i]])
+
+    for (i, j), kth in zip(wanted, for_each(wanted, inside), strict=True):
+        found[i][j] = kth
+    return found
+
+
+def _can_be_sampled(source: Source) -> bool:
+    return isinstance(source, Sampled) and 4 * SAMPLE <= source.rows * source.columns <= LARGEST_SAMPLED
 
 
 def _brackets(source: Sampled, ks: Sequence[int]) -> list[tuple[int, int]]:

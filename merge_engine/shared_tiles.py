@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from merge_engine import compiled, jit, operators, selection, tiled
-from merge_engine.tiles import Ask, Source, Tile, Trim, for_each_tile, new_matrix, scratch
+from merge_engine import compiled, jit, operators, tiled
+from merge_engine.tiles import Ask, Source, Tile, for_each_tile, new_matrix, scratch
 
 MOST_HELD = 16  # tiles that a thread holds, 512 KiB each: with more adapters, products are made again for each merge
 
@@ -59,9 +59,3 @@ class _Held:
 
     def fill(self, tile: Tile, out: Tensor) -> None:
         out.copy_(self.values)
-
-
-def trims(source: Source, kept: Sequence[int], ties: str) -> list[Trim]:
-    """``selection.trims([source], k, ties)[0]`` for every k: one sweep of products brackets all thresholds."""
-    found = selection.kths_by_sample(source, kept)
-    return [selection.trims([source], k, ties, kth=kth)[0] for k, kth in zip(kept, found, strict=True)]

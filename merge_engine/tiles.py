@@ -30,6 +30,7 @@ HUGE = 8 << 20  # bytes of a matrix from which on it comes in huge pages
 EVERY_ROW = 1 << 62  # a position that no row reaches
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class Tile(NamedTuple):
@@ -225,18 +226,22 @@ def new_matrix(rows: int, columns: int) -> Tensor:
 
 
 def for_each_tile(source: Source, work: Callable[[Tile], R]) -> list[R]:
-    """work(tile) for every tile of the source's shape, in their order, shared out over the threads."""
-    tiles, threads = list(tiles_of(source.rows, source.columns)), torch.get_num_threads()
-    left = iter(range(len(tiles)))  # each thread takes the next as it gets to it: one hand-over a thread, not a tile
+    """work(tile) for every tile of the source's shape, in their order."""
+    return for_each(list(tiles_of(source.rows, source.columns)), work)
 
-    def share(_: int) -> list[tuple[int, R]]:
-        return [(i, work(tiles[i])) for i in left]
 
-    done = [pair for pairs in workers(threads).map(share, range(min(threads, len(tiles)))) for pair in pairs]
+def for_each(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
+    """work(item) for every item, in their order, shared out over the threads."""
+    threads, left = torch.get_num_threads(), iter(range(len(items)))
+
+    def share(_: int) -> list[tuple[int, R]]:  # each thread takes the next as it gets to it: one hand-over a thread
+        return [(i, work(items[i])) for i in left]
+
+    done = [pair for pairs in workers(threads).map(share, range(min(threads, len(items)))) for pair in pairs]
     return [result for _, result in sorted(done, key=itemgetter(0))]
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def workers(threads: int) -> ThreadPoolExecutor:
     """Threads that each run torch's operators on one thread: the tiles are what runs in parallel."""
     ready = threading.Barrier(threads + 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import torch
@@ -98,19 +99,21 @@ def _source(task: Task, scaling: float, side: str) -> Source:
 
 
 def _keeps(plan: Plan, module: ModulePlan, sources: Sequence[Source], side: str, trims: Trims) -> list[KeepTile]:
-    return [
-        _keep(plan, module.name, number, source, density, side, trims)
-        for number, source, density in zip(module.adapters, sources, module.densities, strict=True)
-    ]
+    rule, keeps = plan.rule, list[KeepTile]()
+    own = [rule.keep == "magnitude" and not plan.spans_model and density < 1 for density in module.densities]
+    counts = [[rule.kept(density, sources[0].rows * sources[0].columns)] for density in compress(module.densities, own)]
+    found = iter(selection.trims_of_each(list(compress(sources, own)), counts, rule.trim_ties))
+    for number, source, density, is_own in zip(module.adapters, sources, module.densities, own, strict=True):
+        keeps.append(next(found)[0] if is_own else keep(plan, module.name, number, source, density, side, trims))
+    return keeps
 
 
-def _keep(plan: Plan, module: str, number: int, source: Source, density: float, side: str, trims: Trims) -> KeepTile:
+def keep(plan: Plan, module: str, number: int, source: Source, density: float, side: str, trims: Trims) -> KeepTile:
+    """What is kept of one adapter in one module, but for a trim with a threshold of its own."""
     rule = plan.rule
     if rule.keep == "all" or density >= 1:
         return None
     if plan.spans_model:
         return trims[module, number]
-    if rule.keep == "magnitude":
-        return selection.trims([source], rule.kept(density, source.rows * source.columns), rule.trim_ties)[0]
     drop = Drop(density, plan.recipe.seed, rng.stream_id(module, side), number)
     return replace(drop, factor=tiled.l1_factor(source, drop)) if rule.l1_rescale else drop

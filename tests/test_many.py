@@ -283,7 +283,7 @@ def counting(monkeypatch, owner, name):
 
 
 def test_a_session_pays_for_what_changed(folders, monkeypatch):
-    sweeps, stacks = counting(monkeypatch, pool, "trims"), counting(monkeypatch, pool, "Stack")
+    sweeps, stacks = counting(monkeypatch, pool, "trims_of_each"), counting(monkeypatch, pool, "Stack")
     merges, reads = counting(monkeypatch, shared_tiles, "merge_deltas"), counting(monkeypatch, pool, "_bytes_of")
     with Session(folders, backend="torch") as session:
 
@@ -291,7 +291,7 @@ def test_a_session_pays_for_what_changed(folders, monkeypatch):
             for calls in (sweeps, stacks, merges, reads):
                 calls.clear()
             got = session.merge(**recipe)
-            searched = sum(len(ks) for _, ks, _ in sweeps)
+            searched = sum(len(ks) for _, (ks,), _ in sweeps)
             spent = (searched, len(merges), len(stacks), len(reads))
             assert identical(got, alone(folders, recipe, backend="torch"))
             return spent
@@ -387,7 +387,7 @@ def test_thresholds_of_several_densities_from_one_sweep(shape, densities, coarse
     with nullcontext() if compiled else mock.patch.object(jit, "loops", lambda: None):
         delta = whole(source)
         ks = [int(density * delta.numel()) for density in densities]
-        exact, keeping = (shared_tiles.trims(source, ks, ties) for ties in ("exact", "keep"))
+        exact, keeping = (selection.trims_of_each([source], [ks], ties)[0] for ties in ("exact", "keep"))
         trimmed = [tiled.merge_deltas([source], [1.0], [trim], make_rule("linear")) for trim in exact]
     order = np.argsort(-delta.abs().flatten().numpy(), kind="stable")
     for k, got in zip(ks, trimmed, strict=True):
