@@ -2,6 +2,6 @@
 
 import sys
 
-from merge_engine.cli import main
+from merge_engine.cli import command
 
-sys.exit(main())
+sys.exit(command())

@@ -32,7 +32,7 @@ class Merge:
         if not self._others:
             self._run(self._terms, outs, tile, scale)
             return
-        for part in _parts(tile, max(1, HELD // len(self._others))):
+        for part in parts_of(tile, HELD // len(self._others)):
             found, held = self._terms.copy(), scratch("held", (len(self._others), *part.shape))
             for i, values in zip(self._others, held, strict=True):
                 values.copy_(kept_but_for_trim(self._sources[i], self._keeps[i], part))
@@ -58,10 +58,10 @@ class Merge:
         loops.merge_tile(found, *tile, self._weights, *self._flags, np.float32(scale), addresses, stride, room)
 
 
-def _parts(tile: Tile, elements: int) -> Iterator[Tile]:
-    """The tile, in parts of at most so many elements."""
-    width = min(tile.right - tile.left, elements)
-    height = elements // width
+def parts_of(tile: Tile, elements: int) -> Iterator[Tile]:
+    """The tile, in parts of at most so many elements, or of one."""
+    width = max(1, min(tile.right - tile.left, elements))
+    height = max(1, elements // width)
     for top in range(tile.top, tile.bottom, height):
         for left in range(tile.left, tile.right, width):
             yield Tile(top, min(top + height, tile.bottom), left, min(left + width, tile.right))

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from merge_engine import engine, torch_backend
+from merge_engine import engine, jit, torch_backend
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.cache import Cache
+from merge_engine.compiled import HELD
 from merge_engine.errors import RecipeError
 from merge_engine.lowrank import Stack
 from merge_engine.ops import Backend
@@ -152,10 +153,14 @@ class Pool:
         matrix = max(_matrix_bytes(plan, module) for plan, module in pairs)
         cutting = max(_cutting_bytes(plan, module) for plan, module in pairs)
         factors = 4 * max(4 * _ranks(plan, module) * (module.rows + module.columns) for plan, module in pairs)
-        held = max(min(len(module.adapters), MOST_HELD) for _, module in pairs)
         tile = threads * 4 * TILE_ELEMENTS
+        held = (
+            threads * 4 * HELD
+            if jit.loops()
+            else tile * max(min(len(module.adapters), MOST_HELD) for _, module in pairs)
+        )
         results = sum(map(result_bytes, plans)) if in_memory else 0
-        fixed = OWN + results + factors + (2 * held + _SCRATCHES) * tile
+        fixed = OWN + results + factors + held + _SCRATCHES * tile
         for workers in range(min(threads, engine.MAX_RECOMPRESSIONS), 0, -1):
             free = self.memory - fixed - workers * cutting - (workers + 2) * matrix
             if free >= 0:

@@ -211,7 +211,7 @@ def _kth_inside(source: Source, k: int, low: int, high: int, looks: Sequence[tup
     rank, inside = k - sum(above for above, _ in looks), np.concatenate([piece for _, piece in looks])
     if not 0 < rank <= len(inside):
         return None
-    shift = max(0, (high - low).bit_length() - LOW_BITS)
+    shift = (high - low).bit_length() // 2  # of two histograms, neither is large
     place, rank = locate(_count_bins(inside, low, high - low, shift), rank)
     low += place << shift
     finest = _count_bins(inside, low, (1 << shift) - 1, 0)

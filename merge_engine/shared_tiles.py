@@ -33,18 +33,26 @@ def merge_deltas(sources: Sequence[Source], asks: Sequence[Ask]) -> list[Tensor]
     ]
 
     def merge(tile: Tile) -> None:
-        products = scratch("held", (len(sources), *tile.shape))
-        for source, values in zip(sources, products, strict=True):
-            source.fill(tile, values)
-        for compiled_merge, members in merges:
-            compiled_merge.of_held(products, [_of(outs[i], tile) for i in members], tile, 1.0)
-        if not merges:
-            held = [_Held(source, values) for source, values in zip(sources, products, strict=True)]
+        if merges:
+            for part in compiled.parts_of(tile, compiled.HELD // len(sources)):
+                products = _filled(sources, part)
+                for compiled_merge, members in merges:
+                    compiled_merge.of_held(products, [_of(outs[i], part) for i in members], part, 1.0)
+        else:  # by whole tiles: the bits of a product by operators depend on them
+            held = [_Held(source, values) for source, values in zip(sources, _filled(sources, tile), strict=True)]
             for ask, out in zip(asks, outs, strict=True):
                 _of(out, tile).copy_(operators.merge_tile(held, ask, tile, 1.0))
 
     for_each_tile(sources[0], merge)
     return outs
+
+
+def _filled(sources: Sequence[Source], tile: Tile) -> Tensor:
+    """The tile of each source [n, rows, columns], in a scratch of this thread."""
+    products = scratch("held", (len(sources), *tile.shape))
+    for source, values in zip(sources, products, strict=True):
+        source.fill(tile, values)
+    return products
 
 
 def _of(out: Tensor, tile: Tile) -> Tensor:

@@ -25,7 +25,8 @@ from merge_engine.rule import Rule
 from merge_engine.terms import TERM
 
 TILE_ROWS = 64
-TILE_ELEMENTS = 1 << 17  # 512 KiB of float32: a tile and its accumulators stay in the L2 and L3 caches of one core
+TILE_ELEMENTS = 1 << 19  # 2 MiB of float32 at most: threads hand over seldom, and caches of 2 MiB hold a tile
+LEAST_TILES, LEAST_ELEMENTS = 8, 1 << 16  # of a tensor, so that threads end together, and of a tile
 HUGE = 8 << 20  # bytes of a matrix from which on it comes in huge pages
 EVERY_ROW = 1 << 62  # a position that no row reaches
 
@@ -203,8 +204,9 @@ def tiles_of(rows: int, columns: int) -> Iterator[Tile]:
     """The fixed tiles of a [rows, columns] tensor, row-major: a function of its shape alone."""
     if rows == 0 or columns == 0:
         return
-    width = max(1, min(columns, TILE_ELEMENTS // min(rows, TILE_ROWS)))
-    height = max(1, min(rows, TILE_ELEMENTS // width))
+    elements = min(TILE_ELEMENTS, max(rows * columns // LEAST_TILES, LEAST_ELEMENTS))
+    width = max(1, min(columns, elements // min(rows, TILE_ROWS)))
+    height = max(1, min(rows, elements // width))
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             yield Tile(top, min(top + height, rows), left, min(left + width, columns))
