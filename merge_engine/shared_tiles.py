@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from merge_engine import compiled, jit, operators, tiled
-from merge_engine.tiles import Ask, Source, Tile, for_each_tile, new_matrix, scratch
+from merge_engine.memory import new_tensor
+from merge_engine.tiles import Ask, Source, Tile, for_each_tile, scratch
 
 MOST_HELD = 16  # tiles that a thread holds, 512 KiB each: with more adapters, products are made again for each merge
 
@@ -21,7 +22,7 @@ def merge_deltas(sources: Sequence[Source], asks: Sequence[Ask]) -> list[Tensor]
     """
     if len(asks) == 1 or len(sources) > MOST_HELD:
         return [tiled.merge_deltas(sources, ask.weights, ask.keeps, ask.rule, tied=ask.tied) for ask in asks]
-    outs = [new_matrix(sources[0].rows, sources[0].columns) for _ in asks]
+    outs = [new_tensor((sources[0].rows, sources[0].columns)) for _ in asks]
     ballots: dict[Ask, list[int]] = {}  # by an ask without its weights, the asks that share it
     for i, ask in enumerate(asks):
         weighted = ask.rule.elect != "none" and (ask.rule.vote_weighted or ask.rule.divisor == "weight")

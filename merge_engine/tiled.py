@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from merge_engine import compiled, jit, operators
+from merge_engine.memory import new_tensor
 from merge_engine.rule import Rule
-from merge_engine.tiles import Ask, Drop, KeepTile, Source, Tile, dropped, filled, for_each_tile, new_matrix, scratch
+from merge_engine.tiles import Ask, Drop, KeepTile, Source, Tile, dropped, filled, for_each_tile, scratch
 
 
 def merge_deltas(
@@ -36,7 +37,7 @@ def merge_deltas(
     the store into out.
     """
     if out is None:
-        out = new_matrix(sources[0].rows, sources[0].columns)
+        out = new_tensor((sources[0].rows, sources[0].columns))
     ask, merged, direct = Ask(tuple(weights), tuple(keeps), rule, tied), out, _addressable(out) and base is None
     compiled_merge = compiled.Merge(sources, ask, [ask.weights]) if jit.loops() else None
 

@@ -6,11 +6,9 @@ each, so that everyone sees the same bits; tiles are shared out over ``torch.get
 """
 
 import math
-import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
@@ -27,7 +25,6 @@ from merge_engine.terms import TERM
 TILE_ROWS = 64
 TILE_ELEMENTS = 1 << 19  # 2 MiB of float32 at most: threads hand over seldom, and caches of 2 MiB hold a tile
 LEAST_TILES, LEAST_ELEMENTS = 8, 1 << 16  # of a tensor, so that threads end together, and of a tile
-HUGE = 8 << 20  # bytes of a matrix from which on it comes in huge pages
 EVERY_ROW = 1 << 62  # a position that no row reaches
 
 R = TypeVar("R")
@@ -210,21 +207,6 @@ def tiles_of(rows: int, columns: int) -> Iterator[Tile]:
     for top in range(0, rows, height):
         for left in range(0, columns, width):
             yield Tile(top, min(top + height, rows), left, min(left + width, columns))
-
-
-def new_matrix(rows: int, columns: int) -> Tensor:
-    """An uninitialised float32 matrix [rows, columns].
-
-    A large one comes in huge pages where the system has them: to touch 64 MiB for the first time takes 29 ms in small
-    pages, one thread at a time, and 6 ms in huge ones.
-    """
-    nbytes = 4 * rows * columns
-    if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(rows, columns)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(rows, columns)
 
 
 def for_each_tile(source: Source, work: Callable[[Tile], R]) -> list[R]:
