@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,13 +90,15 @@ def run_mergekit(base: Path, adapters: list[Path], method: str) -> Sample:
 
 
 def run_ranks(ranks: int, base: Path, adapters: list[Path], method: str) -> Sample:
-    """The same by so many processes of one thread each, by the time that the merge itself reports."""
+    """The same by so many processes of one thread each, on as many cores, by the time that the merge itself reports."""
     output = output_of(base, f"{ranks} ranks")
     shutil.rmtree(output, ignore_errors=True)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *start, *ours(base, adapters, output, method)[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    cores = set(sorted(os.sched_getaffinity(0))[:ranks])  # for the threads that read and write as well
+    pin = partial(os.sched_setaffinity, 0, cores)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=pin)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
     return Sample(float(done.stdout.strip().splitlines()[-1].split(", ")[-1].removesuffix(" s")), output)

@@ -152,7 +152,7 @@ WORKLOADS = [
     Workload("factors", "ties", layers=LAYERS),
     Workload("base", "ties", layers=12, model=LLAMA_134M),
     Workload("base", "dare_ties", layers=12, model=LLAMA_134M),
-    Workload("ranks", "dare_ties", layers=12, model=LLAMA_134M),
+    Workload("ranks", "ties", layers=6),
     Workload("many", "ties, density x scale", adapters=8, layers=1),
     Workload("session", "ties, other weights", adapters=8, layers=1),
     *(Workload("factors", method, layers=LAYERS) for method in FACTORS),
