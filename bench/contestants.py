@@ -393,7 +393,7 @@ WHOLE = Kind(
 
 
 @lru_cache
-def _base_and_adapters(layers: int, model: str, in_memory: bool = False) -> tuple[Path, list[Path]]:
+def _base_and_adapters(layers: int, model: str, in_memory: bool) -> tuple[Path, list[Path]]:
     folder = (_scratch_in_memory if in_memory else _scratch)().name
     return into_base.make_inputs(Path(folder, f"into-{model}-{layers}"), layers, MODELS[model])
 
@@ -407,7 +407,7 @@ def _into_base(run: Callable[[Path, list[Path], str], Sample], in_memory: bool =
 
 
 def _check_base(work: Workload, results: Results, device: str) -> Mapping[str, float] | None:
-    base, adapters = _base_and_adapters(work.layers, work.model)
+    base, adapters = _base_and_adapters(work.layers, work.model, False)
     into_base.check(base, adapters, work.method, results["merge-engine"])
     # Where deltas are dropped at random, the rival draws masks of its own.
     return into_base.excess(base, adapters, results) if work.method == "ties" and len(results) > 1 else None
@@ -427,7 +427,7 @@ BASE = Kind(
 
 
 def _check_ranks(work: Workload, results: Results, device: str) -> None:
-    base, adapters = _base_and_adapters(work.layers, work.model, in_memory=True)
+    base, adapters = _base_and_adapters(work.layers, work.model, True)
     into_base.check(base, adapters, work.method, results["1 rank"])
     if len({into_base.digest(folder) for folder in results.values()}) != 1:
         raise Disagreement(f"{work.name}: the outputs of {', '.join(results)} have different bytes")
