@@ -37,6 +37,8 @@ GRIDS = {
     "ties, density x scale": _grid(method=["ties"], density=DENSITIES, scale=SCALES),
     "ties, density x weights": _grid(method=["ties"], density=DENSITIES, weights=WEIGHTS),
     "ties, other weights": _grid(method=["ties"], weights=WEIGHTS),
+    "linear, other weights": _grid(method=["linear"], weights=WEIGHTS),
+    "ties of factors, other weights": _grid(method=["ties"], space=["factors"], weights=WEIGHTS),
     "linear, weights x scale": _grid(method=["linear"], weights=WEIGHTS, scale=SCALES),
     "ties of factors, density x weights": _grid(method=["ties"], space=["factors"], density=DENSITIES, weights=WEIGHTS),
 }

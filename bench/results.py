@@ -285,13 +285,16 @@ HEADLINES = [
         for grid in ("ties, density x scale", "ties, density x weights")
         for what, name in (("time", "seconds"), ("CPU time", "processor"))
     ),
-    Headline(
-        "other weights only: a merge of its own / one in a Session",
-        "session",
-        "ties, other weights 8x r16 1 layers d0.2 fp32",
-        ("singly", "seconds"),
-        ("Session", "seconds"),
-        (">=", 4),
+    *(
+        Headline(
+            f"{what}, other weights only: a merge of its own / one in a Session",
+            "session",
+            f"{what}, other weights 8x r16 1 layers d0.2 fp32",
+            ("singly", "seconds"),
+            ("Session", "seconds"),
+            (">=", 4),
+        )
+        for what in ("linear", "ties of factors", "ties")
     ),
 ]
 

@@ -154,7 +154,10 @@ WORKLOADS = [
     Workload("base", "dare_ties", layers=12, model=LLAMA_134M),
     Workload("ranks", "ties", layers=6),
     Workload("many", "ties, density x scale", adapters=8, layers=1),
-    Workload("session", "ties, other weights", adapters=8, layers=1),
+    *(
+        Workload("session", f"{what}, other weights", adapters=8, layers=1)
+        for what in ("ties", "linear", "ties of factors")
+    ),
     *(Workload("factors", method, layers=LAYERS) for method in FACTORS),
     Workload("many", "ties, density x weights", adapters=8, layers=1),
     Workload("many", "linear, weights x scale", adapters=8, layers=4),

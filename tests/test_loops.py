@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_engine import jit, rng, selection, tiled, tiles
+from merge_engine import compiled, jit, reference, rng, selection, shared_tiles, tiled, tiles
 from merge_engine.rule import make_rule
-from merge_engine.tiles import Dense, Difference, Drop, Product
+from merge_engine.tiles import Ask, Dense, Difference, Drop, Product, Trim
 
 loops = pytest.importorskip("merge_engine.loops", exc_type=ImportError)
 examples = settings(deadline=None, derandomize=True, max_examples=60)
@@ -94,6 +94,94 @@ def test_merges_are_the_same(method, convention, monkeypatch, small_tiles):
         assert same_bits(compiled, operators)
 
     check()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_chunks_blocks_and_groups_of_terms_are_the_same(method):
+    """Rows longer than a chunk, more rows than a block, three groups of four terms, and trims that end anywhere."""
+
+    @settings(examples, max_examples=25)
+    @given(data=st.data())
+    def check(data):
+        rows, count = data.draw(st.integers(1, 21)), data.draw(st.integers(1, 9))
+        columns = data.draw(st.sampled_from([1, 2, 255, 256, 257, 511, 512, 513, 700]))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        products_only = data.draw(st.booleans())
+        values = st.sampled_from([0.0, 2.0**-149, 0.7, 1.0, float("inf")])
+        places = st.integers(0, rows), st.integers(0, columns)
+        weights = st.lists(st.sampled_from([1.0, 0.7, -1.3, 0.0]), min_size=count, max_size=count)
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator).mul_(2).round().div_(2)
+
+        def source():
+            kind = "product" if products_only else data.draw(st.sampled_from(["product", "dense", "difference"]))
+            if kind == "product":
+                rank = data.draw(st.integers(1, 17))
+                return Product(draw(rank, columns), draw(rows, rank), 0.7)
+            first = draw(rows, columns)
+            return Dense(first.bfloat16()) if kind == "dense" else Difference(first, draw(rows, columns))
+
+        def keep(adapter):
+            if method in ("magnitude_prune", "ties") and data.draw(st.booleans()):
+                return Trim(data.draw(values), *map(data.draw, places))
+            if method in ("dare_linear", "dare_ties") and data.draw(st.booleans()):
+                return Drop(data.draw(st.sampled_from([0.3, 1.0])), 2**63 + 5, 5, adapter, data.draw(factors))
+            return None
+
+        factors = st.sampled_from([None, 1.7])
+        sources, keeps = [source() for _ in range(count)], tuple(map(keep, range(count)))
+        rule = make_rule(
+            method,
+            convention=data.draw(st.sampled_from(["peft", "mergekit"])),
+            election=data.draw(st.sampled_from(["total", "frequency"])),
+        )
+        tied = data.draw(st.sampled_from([1, -1]))
+        asks = [Ask(tuple(data.draw(weights)), keeps, rule, tied) for _ in range(2)]
+        out = data.draw(st.sampled_from(["new", "strided", "transposed", "base"]))
+        scale = data.draw(st.sampled_from([1.0, -2.0, 0.0]))
+
+        def compute(*sources):
+            base = torch.ones(rows, columns, dtype=torch.bfloat16) if out == "base" else None
+            outs = {"strided": torch.zeros(rows, columns + 3)[:, 1:-2], "transposed": torch.zeros(columns, rows).T}
+            merged = tiled.merge_deltas(
+                sources, asks[0].weights, keeps, rule, scale=scale, tied=tied, base=base, out=outs.get(out, base)
+            )
+            return [merged.float().contiguous(), *shared_tiles.merge_deltas(sources, asks)]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tiles, "LEAST_ELEMENTS", data.draw(st.sampled_from([1 << 16, 1500])))
+            patch.setattr(compiled, "HELD", data.draw(st.sampled_from([1 << 19, 3000, 100])))
+            for ours, theirs in zip(*both(patch, compute, *sources), strict=True):
+                assert same_bits(ours, theirs)
+
+    check()
+
+
+def test_thresholds_of_a_batch_are_those_of_each_source_alone():
+    """Of sources whose samples tell all, nothing, or what is wrong."""
+    generator = torch.Generator().manual_seed(19)
+    rows, columns = 300, 700
+    misleading = torch.randn(rows, columns, generator=generator)
+    misleading[::3] *= 1e-3  # these rows are what is sampled
+    infinite = torch.randn(rows, columns, generator=generator)
+    infinite[:, ::7] = float("inf")
+    matrices = [
+        torch.randn(rows, columns, generator=generator),
+        torch.zeros(rows, columns),
+        torch.full((rows, columns), -2.5),
+        misleading,
+        infinite,
+        torch.randn(4, 5, generator=generator),  # too small for a sample
+    ]
+    ks = [[int(density * matrix.numel()) for density in (0, 0.1, 0.3, 0.99)] for matrix in matrices]
+    with pytest.MonkeyPatch.context() as patch:
+        found, by_operators = both(patch, lambda: selection.trims_of_each([Dense(m) for m in matrices], ks, "exact"))
+    assert found == by_operators
+    for matrix, own, trims in zip(matrices, ks, found, strict=True):
+        for k, trim in zip(own, trims, strict=True):
+            kept = tiled.merge_deltas([Dense(matrix)], [1.0], [trim], make_rule("linear"))
+            assert torch.equal(kept, reference.trim(matrix, k, "exact"))
 
 
 def test_more_adapters_than_a_byte_counts(monkeypatch):
