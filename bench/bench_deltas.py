@@ -2,7 +2,7 @@
 
 from typing import Any
 
-KINDS = ("deltas", "threads", "elements", "adapters")
+KINDS = ("deltas", "threads", "parts", "elements", "adapters")
 
 
 def test_deltas(case: Any, benchmark: Any) -> None:

@@ -20,6 +20,7 @@ from bench.inputs import MODELS, SCALING, make_adapter, peft_layer
 from bench.measure import LEAST, Contestant, Sample
 from bench.workloads import STREAM, Task, Workload
 from merge_engine import reference, selection, tiled, tiles
+from merge_engine.memory import new_tensor
 
 Build = Callable[[Workload, str], Contestant]  # of a workload, on a device
 Results = Mapping[str, Any]
@@ -203,12 +204,11 @@ def _select_tiled(work: Workload, device: str) -> Contestant:
 def _bare_product(work: Workload, device: str) -> Contestant:
     """Every tile of the product, computed and forgotten: what selection cannot do without."""
     A, B = Task(work).pairs[0]
+    return Contestant(lambda: _look_at(tiles.Product(A, B, SCALING)))
 
-    def run() -> None:
-        source = tiles.Product(A, B, SCALING)
-        tiles.for_each_tile(source, lambda tile: source.fill(tile, tiles.scratch("values", tile.shape)))
 
-    return Contestant(run)
+def _look_at(source: tiles.Product) -> None:
+    tiles.for_each_tile(source, lambda tile: source.fill(tile, tiles.scratch("values", tile.shape)))
 
 
 def _select_triton(work: Workload, device: str) -> Contestant:
@@ -245,6 +245,55 @@ SELECT = Kind(
     },
     _check_select,
     baseline=("topk",),
+)
+
+
+# Parts: where the time of a merge with a trim goes.
+
+
+def _part(run: Callable[[Task, list[tiles.Product], list[tiles.KeepTile]], Any]) -> Build:
+    def build_it(work: Workload, device: str) -> Contestant:
+        task = Task(work)
+        sources = [tiles.Product(A, B, SCALING) for A, B in task.pairs]
+        keeps = [keep for (keep,) in _thresholds(task, sources, [])]
+        return Contestant(lambda: run(task, sources, keeps))
+
+    return build_it
+
+
+def _look_at_all(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> None:
+    for source in sources:
+        _look_at(source)
+
+
+def _check_parts(work: Workload, results: Results, device: str) -> None:
+    for name in ("whole", "merge, thresholds known"):
+        check_merge({name: results[name]}, Task(work))
+
+
+def _thresholds(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> Any:
+    return selection.trims_of_each(sources, [[task.kept]] * len(sources), task.rule.trim_ties)
+
+
+def _known(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> Any:
+    return tiled.merge_deltas(sources, task.weights, keeps, task.rule)
+
+
+def _zeros(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> Any:
+    return new_tensor((sources[0].rows, sources[0].columns)).zero_()
+
+
+PARTS = Kind(
+    {
+        "whole": Entry(_tiled, ns=5, devices=("cpu",)),
+        "thresholds": Entry(_part(_thresholds), ns=3, devices=("cpu",)),
+        "merge, thresholds known": Entry(_part(_known), ns=2, devices=("cpu",)),
+        "bare products": Entry(_part(_look_at_all), ns=1, devices=("cpu",)),
+        "a result of zeros": Entry(_part(_zeros), ns=1, devices=("cpu",)),
+    },
+    _check_parts,
+    baseline=("whole",),
+    forks=False,
 )
 
 
@@ -493,6 +542,7 @@ KINDS: dict[str, Kind] = {
     "select": SELECT,
     "deltas": DELTAS,
     "threads": THREADED,
+    "parts": PARTS,
     "elements": DELTAS,
     "adapters": DELTAS,
     "factors": FACTORS,

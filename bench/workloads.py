@@ -143,6 +143,7 @@ WORKLOADS = [
     _deltas("dare_ties", 4096, 4096, only=RIVALS),
     Workload("select", "magnitude_prune", 4096, 4096, adapters=1),
     Workload("threads", "ties", 4096, 4096),
+    Workload("parts", "ties", 4096, 4096),
     Workload("recompress", "svd", 2048, 2048),
     Workload("recompress", "ties_svd", 2048, 2048),
     Workload("whole", "ties", layers=LAYERS),
