@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_engine import operators, selection, tiles
+from merge_engine import compiled, jit, operators, selection, tiles
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.compare_figures import Figures, Interference, together
 from merge_engine.errors import RecipeError
@@ -179,7 +179,10 @@ def _count(sources: Sequence[Source], keeps: Sequence[KeepTile]) -> _Counts:
             conflicting=int((balance < votes).sum()),
         )
 
-    shared, opposed, squares, contested, conflicting = zip(*tiles.for_each_tile(sources[0], count), strict=True)
+    looked_at = list(tiles.tiles_of(sources[0].rows, sources[0].columns))
+    if jit.loops():  # their products do not depend on tiles
+        looked_at = [part for tile in looked_at for part in compiled.parts_of(tile, compiled.HELD // len(sources))]
+    shared, opposed, squares, contested, conflicting = zip(*tiles.for_each(looked_at, count), strict=True)
     return _Counts(
         shared=np.sum(shared, axis=0),
         opposed=np.sum(opposed, axis=0),

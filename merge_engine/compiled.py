@@ -16,7 +16,9 @@ class Merge:
     """The merge of some sources as asked, by each of some weights in place of those of the ask."""
 
     def __init__(self, sources: Sequence[Source], ask: Ask, weights: Sequence[tuple[float, ...]]) -> None:
-        rule = ask.rule
+        rule, shapes = ask.rule, {(source.rows, source.columns) for source in sources}
+        if len(shapes) != 1 or {len(ask.keeps), *map(len, weights)} != {len(sources)}:
+            raise ValueError(f"sources are {sorted(shapes)}, wanted one shape, and {len(sources)} weights and keeps")
         self._sources, self._keeps, self._terms = sources, ask.keeps, terms(sources, ask.keeps)
         self._weights = np.array(weights, np.float32)
         elects = rule.elect != "none"

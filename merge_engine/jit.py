@@ -9,7 +9,7 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def loops() -> ModuleType | None:
-    """`merge_engine.loops`, or None where Numba cannot be imported; operators give the same bits then."""
+    """`merge_engine.loops`, or None where Numba cannot be imported; operators do the same work then."""
     try:
         from merge_engine import loops as compiled
     except ImportError as error:  # not installed, or too old for this numpy

@@ -1,10 +1,10 @@
 """The innermost loops of the torch backend, compiled for this CPU by Numba where that is installed.
 
-One call makes a tile of the products, trims, elects, averages and stores it, in chunks of two rows that stay in the L1
-cache; it runs without Python's interpreter lock, so that threads do not wait for each other. Given the same task
-tensors, each loop gives bit for bit what `tiled`, `selection` and `rng` compute by torch's and numpy's operators: the
-same float32 operations in the same order. A product is the sum of its terms in the order of the ranks, none fused into
-another: the same bits on every CPU, while `torch.addmm`'s are those of its BLAS.
+One call makes a tile of the products, trims, elects, averages and stores it, in blocks of a few rows that stay in the
+L1 and L2 caches; it runs without Python's interpreter lock, so that threads do not wait for each other. Given the same
+finite task tensors, each loop gives bit for bit what `operators`, `selection` and `rng` compute by torch's and numpy's
+operators: the same float32 operations in the same order. A product is the sum of its terms in the order of the ranks,
+none fused into another: the same bits on every CPU, while `torch.addmm`'s are those of its BLAS.
 
 Tensors are float32, and seen by their address: the caller keeps them alive, and their rows contiguous.
 """
@@ -217,7 +217,7 @@ def _look(term, row, rows, start, top, left, width, out0, out1):
         held = term.b + 4 * ((row - top) * width + start - left)
         _copy(_floats(held, len(out0)), out0)
         _copy(_floats(held + 4 * (rows - 1) * width, len(out1)), out1)
-    elif term.rank > 0:
+    else:
         b0 = term.b + 4 * row * term.rank
         b1 = b0 + 4 * (rows - 1) * term.rank
         for k in range(0, term.rank, EIGHT):
@@ -235,7 +235,7 @@ def _drop(t, mask, divisor, factor):
 @_part
 def _trim(t, limit):
     for j in range(len(t)):
-        t[j] = t[j] if abs(t[j]) > limit else _F0
+        t[j] = _F0 if abs(t[j]) <= limit else t[j]  # in this order NaN stays
 
 
 @_part
@@ -266,10 +266,10 @@ def _vote_four(x, limits, ballots, by_sign, first, votes):
     b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
     for j in range(len(votes)):
         x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        v0 = (x0 if abs(x0) > l0 else _F0) * b0
-        v1 = (x1 if abs(x1) > l1 else _F0) * b1
-        v2 = (x2 if abs(x2) > l2 else _F0) * b2
-        v3 = (x3 if abs(x3) > l3 else _F0) * b3
+        v0 = (_F0 if abs(x0) <= l0 else x0) * b0
+        v1 = (_F0 if abs(x1) <= l1 else x1) * b1
+        v2 = (_F0 if abs(x2) <= l2 else x2) * b2
+        v3 = (_F0 if abs(x3) <= l3 else x3) * b3
         if by_sign:
             v0, v1, v2, v3 = _sign(v0), _sign(v1), _sign(v2), _sign(v3)
         vote = _F0 if first else votes[j]
@@ -279,7 +279,7 @@ def _vote_four(x, limits, ballots, by_sign, first, votes):
 @_part
 def _agreeing(x, limit, ballot, elects_plus):
     """ballot * x where it is kept and on the elected side, else 0; and whether it is."""
-    x = (x if abs(x) > limit else _F0) * ballot
+    x = (_F0 if abs(x) <= limit else x) * ballot
     agrees = (x > _F0) & elects_plus | (x < _F0) & (not elects_plus)
     return x if agrees else _F0, agrees
 
@@ -291,10 +291,10 @@ def _sum_four(x, limits, weights, first, factor, out):
     w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
     for j in range(len(out)):
         x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        v0 = (x0 if abs(x0) > l0 else _F0) * w0
-        v1 = (x1 if abs(x1) > l1 else _F0) * w1
-        v2 = (x2 if abs(x2) > l2 else _F0) * w2
-        v3 = (x3 if abs(x3) > l3 else _F0) * w3
+        v0 = (_F0 if abs(x0) <= l0 else x0) * w0
+        v1 = (_F0 if abs(x1) <= l1 else x1) * w1
+        v2 = (_F0 if abs(x2) <= l2 else x2) * w2
+        v3 = (_F0 if abs(x3) <= l3 else x3) * w3
         total = _F0 if first else out[j]
         out[j] = (total + v0 + v1 + v2 + v3) * factor
 

@@ -17,6 +17,7 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
     At most workers + 1 results are under way or waiting, so memory is bounded. Each worker runs torch's operators on
     one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here.
     """
+    threads = torch.get_num_threads()  # a thread that has not asked yet gets what another one sets below
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[R]] = deque()
     try:
@@ -28,3 +29,4 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads that are still to come

@@ -29,7 +29,7 @@ from merge_engine.tiles import TILE_ELEMENTS, KeepTile, Source
 # Bytes of a process that has imported torch, triton and Numba and merged something small, some 450 MB, and of what
 # allocators keep.
 OWN = 544 << 20
-_SCRATCHES = 12  # tiles that `tiled` works with on each thread
+_SCRATCHES = 12  # tiles that `operators` works with on each thread, and `compiled` with fewer
 
 Request = Recipe | Mapping[str, Any]
 
@@ -152,7 +152,7 @@ class Pool:
         pairs = [(plan, module) for plan in plans for module in plan.modules]
         matrix = max(_matrix_bytes(plan, module) for plan, module in pairs)
         cutting = max(_cutting_bytes(plan, module) for plan, module in pairs)
-        factors = 4 * max(4 * _ranks(plan, module) * (module.rows + module.columns) for plan, module in pairs)
+        factors = 4 * max(4 * _eights(plan, module) * (module.rows + module.columns) for plan, module in pairs)
         tile = threads * 4 * TILE_ELEMENTS
         held = (
             threads * 4 * HELD
@@ -225,6 +225,11 @@ def _keep_key(plan: Plan, module: ModulePlan, place: int, source: Source) -> tup
 
 def _ranks(plan: Plan, module: ModulePlan) -> int:
     return sum(plan.adapters[number].modules[module.name].rank for number in module.adapters)
+
+
+def _eights(plan: Plan, module: ModulePlan) -> int:
+    """The same, each up to a multiple of 8, as factors are packed."""
+    return sum(-(-plan.adapters[number].modules[module.name].rank // 8) * 8 for number in module.adapters)
 
 
 def _matrix_bytes(plan: Plan, module: ModulePlan) -> int:

@@ -1,7 +1,7 @@
 """The exact threshold of the k largest magnitudes of task tensors, without a sort and without storing them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ LOW_BITS = 16  # the coarse histogram counts the upper 15 bits of |x|, the fine 
 # from rows and columns of different norms), one of 256 by 256 by 0.7 %: three times that to either side holds nearly
 # every k-th.
 SAMPLE, LARGEST_SAMPLED = 1 << 14, 1 << 27
-TOGETHER = 4  # sources that are swept at once: what is collected of each is some 4 % of it
+TOGETHER = 8  # thresholds of one sweep: some 4 % of a source are collected for each
 COARSE_BINS, FINE_BINS = 1 << (31 - LOW_BITS), 1 << LOW_BITS
 _LARGEST = 0x7FFFFFFF  # bits of a magnitude
 
@@ -50,26 +50,36 @@ def trims(
     result has one Trim for each of mine. total: the sum of what every process counted (int64 arrays of one shape).
     """
     if len(sources) == 1 and mine is None:
-        return trims_of_each(sources, [[k]], ties)[0]
+        return trims_of_each([sources[0]], [[k]], ties)[0]
     mine = range(len(sources)) if mine is None else mine
     return _trims(sources, k, ties, mine, total, None)
 
 
 def trims_of_each(sources: Sequence[Source], ks: Sequence[Sequence[int]], ties: str) -> list[list[Trim]]:
     """The thresholds of each source on its own: that keep exactly the ks[i][j] largest magnitudes of sources[i]."""
-    found = []
-    for start in range(0, len(sources), TOGETHER):
-        part = slice(start, start + TOGETHER)
-        kths = _kths_by_sample(sources[part], ks[part])
-        for source, own, known in zip(sources[part], ks[part], kths, strict=True):
-            found.append(
-                [
-                    trim
-                    for k, kth in zip(own, known, strict=True)
-                    for trim in _trims([source], k, ties, [0], lambda counts: counts, kth)
-                ]
-            )
+    found: list[list[Trim]] = [[] for _ in sources]
+    for batch in _batches(ks):
+        kths = _kths_by_sample([sources[i] for i, _ in batch], [own for _, own in batch])
+        for (i, own), known in zip(batch, kths, strict=True):
+            for k, kth in zip(own, known, strict=True):
+                found[i] += _trims([sources[i]], k, ties, [0], lambda counts: counts, kth)
     return found
+
+
+def _batches(ks: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Sequence[int]]]]:
+    """(source, some of its ks) of those that are swept together."""
+    batch: list[tuple[int, Sequence[int]]] = []
+    room = TOGETHER
+    for i, own in enumerate(ks):
+        for start in range(0, len(own), TOGETHER):
+            part = own[start : start + TOGETHER]
+            if len(part) > room:
+                yield batch
+                batch, room = [], TOGETHER
+            batch.append((i, part))
+            room -= len(part)
+    if batch:
+        yield batch
 
 
 def _trims(
@@ -122,8 +132,7 @@ def _kths_by_sample(sources: Sequence[Source], ks: Sequence[Sequence[int]]) -> l
     """The k-th largest of each source for each of its ks, in one sweep: a sample says where each lies, in a bracket.
 
     The sweep counts what is above a bracket and collects what is inside. None, for a source that cannot be looked at in
-    places, a small tensor, one whose brackets would not fit in memory, or where the k-th is outside: the sample costs
-    time, never exactness.
+    places, for a small or a huge tensor, or where the k-th is outside: the sample costs time, never exactness.
     """
     found: list[list[Kth | None]] = [[None] * len(own) for own in ks]
     fit = [i for i, source in enumerate(sources) if ks[i] and _can_be_sampled(source)]
@@ -153,7 +162,8 @@ def _can_be_sampled(source: Source) -> bool:
 
 
 def _brackets(source: Sampled, ks: Sequence[int]) -> list[tuple[int, int]]:
-    """(lowest, highest) bits around where a sample has the k-th largest, for every k."""
+    """(lowest, highest) bits around where a sample has the k-th largest, for every k; a bracket that holds nothing where
+    equal magnitudes would fill it."""
     numel = source.rows * source.columns
     wanted = min(max(SAMPLE, numel >> 8), 4 * SAMPLE)
     rows = _spread(source.rows, max(round(wanted**0.5), wanted // source.columns))
@@ -163,10 +173,13 @@ def _brackets(source: Sampled, ks: Sequence[int]) -> list[tuple[int, int]]:
     places = [(len(sample) - 1 - k * len(sample) // numel - margin, 2 * margin) for k in ks]
     ends = [(max(first, 0), min(first + width, len(sample) - 1)) for first, width in places]
     sample.partition(sorted({end for pair in ends for end in pair}))
-    return [
-        (int(sample[low]) if low == first else 0, int(sample[high]) if high == first + width else _LARGEST)
-        for (first, width), (low, high) in zip(places, ends, strict=True)
-    ]
+    brackets = []
+    for (first, width), (left, right) in zip(places, ends, strict=True):
+        low = int(sample[left]) if left == first else 0
+        high = int(sample[right]) if right == first + width else _LARGEST
+        many = np.count_nonzero((sample >= low) & (sample <= high)) > 2 * width  # as of a delta that is mostly zeros
+        brackets.append((_LARGEST, _LARGEST) if many else (low, high))
+    return brackets
 
 
 Look = Callable[[Tile], list[tuple[int, np.ndarray]]]

@@ -11,7 +11,9 @@ from merge_engine import compiled, jit, operators, tiled
 from merge_engine.memory import new_tensor
 from merge_engine.tiles import Ask, Source, Tile, for_each_tile, scratch
 
-MOST_HELD = 16  # tiles that a thread holds, 512 KiB each: with more adapters, products are made again for each merge
+MOST_HELD = (
+    16  # tiles that a thread holds, 2 MiB each at most: with more adapters, products are made again for each merge
+)
 
 
 def merge_deltas(sources: Sequence[Source], asks: Sequence[Ask]) -> list[Tensor]:

@@ -6,7 +6,9 @@ each, so that everyone sees the same bits; tiles are shared out over ``torch.get
 """
 
 import math
+import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,6 +70,8 @@ class Product:
     """scaling * B @ A with A [r, N] and B [M, r] of any float dtype, multiplied in float32."""
 
     def __init__(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or {A.device.type, B.device.type} != {"cpu"}:
+            raise ValueError(f"A is {list(A.shape)} and B {list(B.shape)}, wanted [r, N] and [M, r] on the CPU")
         self.rows, self.columns, self.scaling = B.shape[0], A.shape[1], scaling
         self.A, self.B = _whole_eights(A.float(), 0).contiguous(), _whole_eights(B.float(), 1).contiguous()
 
@@ -215,11 +219,18 @@ def for_each_tile(source: Source, work: Callable[[Tile], R]) -> list[R]:
 
 
 def for_each(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
-    """work(item) for every item, in their order, shared out over the threads."""
+    """work(item) for every item, in their order, shared out over the threads; not from within work, which would wait.
+
+    When work fails for an item, those that are not begun are left.
+    """
     threads, left = torch.get_num_threads(), iter(range(len(items)))
 
     def share(_: int) -> list[tuple[int, R]]:  # each thread takes the next as it gets to it: one hand-over a thread
-        return [(i, work(items[i])) for i in left]
+        try:
+            return [(i, work(items[i])) for i in left]
+        except BaseException:
+            deque(left, maxlen=0)
+            raise
 
     done = [pair for pairs in workers(threads).map(share, range(min(threads, len(items)))) for pair in pairs]
     return [result for _, result in sorted(done, key=itemgetter(0))]
@@ -241,6 +252,9 @@ def workers(threads: int) -> ThreadPoolExecutor:
     torch.set_num_threads(threads)  # the setting is each thread's own, but new threads copy the latest
     return pool
 
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=workers.cache_clear)  # a child has none of its parent's threads
 
 _local = threading.local()
 

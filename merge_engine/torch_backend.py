@@ -1,4 +1,4 @@
-"""Merges by the tiled torch operators: one module at a time, on the CPU."""
+"""Merges tile by tile on the CPU, by compiled loops or torch's operators: one module at a time."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -286,3 +286,51 @@ def test_bracket_finds_what_is_inside():
         inside = (magnitude >= low) & (magnitude <= high)
         assert above == (magnitude > high).sum() and count == inside.sum() > 0
         assert np.array_equal(np.sort(row[:count].view(np.float32)), np.sort(magnitude[inside]))
+
+
+def test_what_is_not_a_number_stays(monkeypatch):
+    """Terms that overflow to Inf - Inf: an error further on, and no silent zero."""
+    source = Product(torch.full((2, 5), 1e30), torch.tensor([[1e30, -1e30]] * 3), 1.0)
+    for keep in (None, tiles.Trim(0.5, 1, 2)):
+        compiled, operators = both(
+            monkeypatch, lambda keep=keep: tiled.merge_deltas([source], [1.0], [keep], make_rule("linear"))
+        )
+        assert compiled.isnan().all() and operators.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "sources, weights",
+    [
+        ([Dense(torch.ones(3, 4)), Dense(torch.ones(3, 4))], [1.0]),
+        ([Dense(torch.ones(3, 4)), Dense(torch.ones(2, 4))], [1.0, 1.0]),
+    ],
+)
+def test_sources_and_weights_have_to_agree(sources, weights):
+    with pytest.raises(ValueError, match="wanted one shape, and 2 weights"):
+        tiled.merge_deltas(sources, weights, [None] * 2, make_rule("linear"))
+
+
+@pytest.mark.parametrize("A, B", [((8, 5), (4, 16)), ((8,), (4, 8))])
+def test_factors_have_to_fit(A, B):
+    with pytest.raises(ValueError, match="wanted \\[r, N\\] and \\[M, r\\] on the CPU"):
+        Product(torch.ones(A), torch.ones(B), 1.0)
+    with pytest.raises(ValueError, match="on the CPU"):
+        Product(torch.ones(8, 5, device="meta"), torch.ones(4, 8, device="meta"), 1.0)
+
+
+def test_a_delta_of_zeros_is_not_collected(monkeypatch):
+    """Its sample says nothing, and all of it lies inside any bracket."""
+    collected = []
+    inside = selection._kth_inside
+    monkeypatch.setattr(
+        selection, "_kth_inside", lambda *a: collected.append(sum(len(x) for _, x in a[-1])) or inside(*a)
+    )
+    B = torch.zeros(600, 8)
+    B[:30] = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
+    source = Product(torch.randn(8, 700, generator=torch.Generator().manual_seed(2)), B, 1.0)
+    for k in (1000, 210_000):
+        (trim,) = selection.trims([source], k, "exact")
+        kept = tiled.merge_deltas([source], [1.0], [trim], make_rule("linear"))
+        want = np.sort(whole(source).abs().flatten().numpy())[::-1][:k]
+        assert np.array_equal(np.sort(kept.abs().flatten().numpy())[::-1][:k], want)
+    assert len(collected) == 2 and max(collected) < 600 * 700 / 10

@@ -1,5 +1,9 @@
 """The torch backend against the textbook: same kept sets, values within derived bounds, same bits for any threads."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -261,3 +265,42 @@ def test_an_error_in_a_tile_is_raised():
         tiled.merge_deltas([Broken(torch.ones(3, 3))], [1.0], [None], make_rule("linear"))
     with pytest.raises(RuntimeError, match="cannot be read"):
         selection.trims([Broken(torch.ones(3, 3))], 2, "exact")
+
+
+def test_a_tile_that_fails_ends_the_others(monkeypatch):
+    seen = []
+
+    def work(item):
+        seen.append(item)
+        if item == 3:
+            raise RuntimeError("cannot be read")
+
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        tiles.for_each(range(100_000), work)
+    assert len(seen) < 100_000
+
+
+def test_a_thread_that_has_not_asked_keeps_all_threads():
+    """Stages in the background run on one thread each; what a later thread gets is the count from before."""
+    code = (
+        "import threading, torch; from merge_engine.pipeline import ahead; wanted = int(__import__('sys').argv[1]); "
+        "torch.set_num_threads(wanted); got = []; "
+        "list(ahead(lambda item: got.append(torch.get_num_threads()), range(3))); assert got == [1] * 3; "
+        "thread = threading.Thread(target=lambda: got.append(torch.get_num_threads())); thread.start(); thread.join(); "
+        "assert got[-1] == wanted == torch.get_num_threads(), got"
+    )
+    subprocess.run([sys.executable, "-c", code, "3"], check=True)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_can_merge():
+    code = (
+        "import os, torch; from merge_engine import tiled; from merge_engine.rule import make_rule; "
+        "from merge_engine.tiles import Dense; "
+        "merge = lambda: tiled.merge_deltas([Dense(torch.ones(3, 4))], [2.0], [None], make_rule('linear')); "
+        "merge(); child = os.fork(); "
+        "ok = bool((merge() == 2).all()); "
+        "os._exit(0 if ok else 1) if child == 0 else None; "
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
