@@ -28,7 +28,7 @@ LOW_BITS = 16  # the coarse histogram counts the upper 15 bits of |x|, the fine 
 # from rows and columns of different norms), one of 256 by 256 by 0.7 %: three times that to either side holds nearly
 # every k-th.
 SAMPLE, LARGEST_SAMPLED = 1 << 14, 1 << 27
-TOGETHER = 8  # thresholds of one sweep: some 4 % of a source are collected for each
+TOGETHER = 4  # thresholds of one sweep: some 4 % of a source are collected for each
 COARSE_BINS, FINE_BINS = 1 << (31 - LOW_BITS), 1 << LOW_BITS
 _LARGEST = 0x7FFFFFFF  # bits of a magnitude
 
@@ -162,8 +162,10 @@ def _can_be_sampled(source: Source) -> bool:
 
 
 def _brackets(source: Sampled, ks: Sequence[int]) -> list[tuple[int, int]]:
-    """(lowest, highest) bits around where a sample has the k-th largest, for every k; a bracket that holds nothing where
-    equal magnitudes would fill it."""
+    """(lowest, highest) bits around where a sample has the k-th largest, for every k.
+
+    A bracket that equal magnitudes would fill is one that holds nothing.
+    """
     numel = source.rows * source.columns
     wanted = min(max(SAMPLE, numel >> 8), 4 * SAMPLE)
     rows = _spread(source.rows, max(round(wanted**0.5), wanted // source.columns))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -267,8 +268,8 @@ def test_an_error_in_a_tile_is_raised():
         selection.trims([Broken(torch.ones(3, 3))], 2, "exact")
 
 
-def test_a_tile_that_fails_ends_the_others(monkeypatch):
-    seen = []
+def test_a_tile_that_fails_ends_the_others():
+    seen, all_free = [], threading.Barrier(torch.get_num_threads(), timeout=60)
 
     def work(item):
         seen.append(item)
@@ -277,6 +278,7 @@ def test_a_tile_that_fails_ends_the_others(monkeypatch):
 
     with pytest.raises(RuntimeError, match="cannot be read"):
         tiles.for_each(range(100_000), work)
+    tiles.for_each(range(all_free.parties), lambda _: all_free.wait())
     assert len(seen) < 100_000
 
 
