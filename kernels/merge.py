@@ -13,7 +13,7 @@ from .source import Drop, Keep, Source, check_tensor, keep_name, launch_of, task
 from .tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
 
 # What the loop over adapters costs, and what was tried: SASS instructions an adapter and element for ties, bfloat16,
-# rank 16, on sm_90 (`python -m bench.static_cost`; nothing was run). 15 with five accumulators (a first draft). 11.0
+# rank 16, on sm_90 (`python -m bench.report --only static`; nothing was run). 15 with five accumulators (a first draft). 11.0
 # with the two counts packed in one integer and added as selects; 8.1 with the sign shifted in and a predicated add;
 # 7.5 now, with |S| + sum |w t| in place of two one-sided sums. Two sides by sign predicates take 14, by min and max
 # with predicated adds 9 to 10. A table of divisors gained nothing (its pointers go through shared memory), num_stages
