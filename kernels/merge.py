@@ -13,12 +13,12 @@ from .source import Drop, Keep, Source, check_tensor, keep_name, launch_of, task
 from .tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
 
 # What the loop over adapters costs, and what was tried: SASS instructions an adapter and element for ties, bfloat16,
-# rank 16, on sm_90 (`python -m bench.report --only static`; nothing was run). 15 with five accumulators (a first draft). 11.0
-# with the two counts packed in one integer and added as selects; 8.1 with the sign shifted in and a predicated add;
-# 7.5 now, with |S| + sum |w t| in place of two one-sided sums. Two sides by sign predicates take 14, by min and max
-# with predicated adds 9 to 10. A table of divisors gained nothing (its pointers go through shared memory), num_stages
-# = 2 cost 1.3, and 64 elements a thread spilled 200 bytes. A cut as one column limit a row took 5.4 in the tiles that
-# hold it, now 3.3.
+# rank 16, on sm_90 (`python -m bench.report --only static`; nothing was run). 15 with five accumulators (a first
+# draft). 11.0 with the two counts packed in one integer and added as selects; 8.1 with the sign shifted in and a
+# predicated add; 7.5 now, with |S| + sum |w t| in place of two one-sided sums. Two sides by sign predicates take 14, by
+# min and max with predicated adds 9 to 10. A table of divisors gained nothing (its pointers go through shared memory),
+# num_stages = 2 cost 1.3, and 64 elements a thread spilled 200 bytes. A cut as one column limit a row took 5.4 in the
+# tiles that hold it, now 3.3.
 
 # WEIGH says where the weights come in: "never" (equal ones are one factor at the end), "before" the vote, or "after"
 # it. Where the vote is the weighted sum S up to a positive factor, the elected side is (|S| + sum |w t|) / 2: two sums

@@ -117,15 +117,15 @@ def keep_mask(mask, top, left, stream, adapter, key0, key1, threshold):
     head = min(-left % 4, columns)
     tail = (columns - head) % 4
     first, quads = (left + head) // 4, (columns - head) // 4
-    wide = quads >= _WIDE
-    for i in range(mask.shape[0]):
-        row = np.uint64(top + i)
-        if wide:
-            _mask_row(mask[i], row, left, stream, adapter, key0, key1, threshold)
-        else:
-            _mask_row(mask[i, :head], row, left, stream, adapter, key0, key1, threshold)
-            at = columns - tail
-            _mask_row(mask[i, at:], row, left + at, stream, adapter, key0, key1, threshold)
+    wide, at = quads >= _WIDE, columns - tail
+    if wide or head or tail:
+        for i in range(mask.shape[0]):
+            row = np.uint64(top + i)
+            if wide:
+                _mask_row(mask[i], row, left, stream, adapter, key0, key1, threshold)
+            else:
+                _mask_row(mask[i, :head], row, left, stream, adapter, key0, key1, threshold)
+                _mask_row(mask[i, at:], row, left + at, stream, adapter, key0, key1, threshold)
     if not wide:
         for quad in range(quads):
             part = mask[:, head + 4 * quad : head + 4 * quad + 4]
