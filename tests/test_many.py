@@ -566,7 +566,7 @@ def peaks(*arguments):
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path):
-    """100 adapters of a 2048 x 2048 module, whose deltas would be 1.7 GB: the factors and 95 MB, less than them twice."""
+    """100 adapters of a 2048 x 2048 module, whose deltas would be 1.7 GB: less than the factors twice, and 70 MB."""
     small = [save_adapter(tmp_path / "small", 0, {"q": (512, 512)})] * 2
     large = [save_adapter(tmp_path / str(seed), seed, {"q": (2048, 2048)}, rank=16) for seed in range(100)]
     before, after = peaks(small, large, [{"method": "ties", "density": 0.2, "rank": 16}], None)
