@@ -3,12 +3,24 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """torch's operators run on the calling thread only: on short tensors, sharing them out takes longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
