@@ -4,7 +4,6 @@ A contestant is something that can be run. All contestants of a workload take tu
 the machine does meets all of them alike; the median counts, with the quartiles as its spread.
 """
 
-import contextlib
 import ctypes
 import json
 import multiprocessing
@@ -13,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -246,17 +245,6 @@ def limits(device: str) -> Limits:
     taken = interleaved(contestants, clock, seconds=0, least=7)
     medians = {name: spread([sample.seconds for sample in samples]).median for name, samples in taken.items()}
     return Limits(2 * source.nbytes / medians["copy"], 2 * size**3 / medians["matmul"])
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch runs on so many threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

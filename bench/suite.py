@@ -11,6 +11,7 @@ from bench.contestants import KINDS, build, taking_part
 from bench.measure import MOST, SLOW, Contestant, Limits, Peak, Sample
 from bench.results import Row
 from bench.workloads import Workload
+from merge_engine.pipeline import threads
 
 Key = tuple[Workload, str]
 
@@ -79,7 +80,7 @@ def measured(
     beyond the least, which are those of the kind if None.
     """
     kind = KINDS[work.kind]
-    with measure.threads(torch.get_num_threads()):
+    with threads(torch.get_num_threads()):
         contestants, first, excess = agreed(work, device, asked)
         rounds: dict[str, Any] = {"least": kind.least if least is None else least, "most": most}
         taken = measure.interleaved(contestants, measure.clock_of(device), seconds=seconds, first=first, **rounds)

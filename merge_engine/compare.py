@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_engine import compiled, jit, operators, selection, tiles
+from merge_engine import compiled, jit, operators, tiles
 from merge_engine.adapter import Adapter, open_adapter
 from merge_engine.compare_figures import Figures, Interference, together
 from merge_engine.errors import RecipeError
@@ -21,6 +21,7 @@ from merge_engine.pipeline import ahead
 from merge_engine.plan import Factors, ModulePlan, Plan, make_plan
 from merge_engine.recipe import DEFAULT_DENSITY, Density, Recipe
 from merge_engine.tiles import KeepTile, Product, Source, Tile
+from merge_engine.torch_backend import keeps_of
 
 
 def interference(
@@ -75,7 +76,7 @@ def _compare(plan: Plan, module: ModulePlan, factors: Factors) -> Figures:
     """The figures of one module, from the factors of the adapters that have it."""
     spectra = [_spectrum(A, B, scaling) for (A, B), scaling in zip(factors, module.scalings, strict=True)]
     sources = [Product(A, B, scaling) for (A, B), scaling in zip(factors, module.scalings, strict=True)]
-    counts = _count(sources, [_trim(plan, module, place, source) for place, source in enumerate(sources)])
+    counts = _count(sources, keeps_of(plan, module, sources, "delta", {}))
     squares = np.array([float(spectrum.values.square().sum()) for spectrum in spectra])
     here = np.zeros(len(plan.adapters), np.int64)
     here[list(module.adapters)] = 1
@@ -135,13 +136,6 @@ def _effective_rank(values: Tensor) -> float:
     """exp of the entropy of the singular values as shares of their sum; 0 where all are 0."""
     shares = values[values > 0] / values.sum()
     return math.exp(-float((shares * shares.log()).sum())) if len(shares) else 0.0
-
-
-def _trim(plan: Plan, module: ModulePlan, place: int, source: Source) -> KeepTile:
-    density = module.densities[place]
-    if density >= 1:
-        return None
-    return selection.trims([source], plan.rule.kept(density, source.rows * source.columns), plan.rule.trim_ties)[0]
 
 
 class _Counts(NamedTuple):

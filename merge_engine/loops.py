@@ -233,9 +233,15 @@ def _drop(t, mask, divisor, factor):
 
 
 @_part
+def _over(x, limit):
+    """x where |x| > limit, else 0; asked this way round, so that NaN stays."""
+    return _F0 if abs(x) <= limit else x
+
+
+@_part
 def _trim(t, limit):
     for j in range(len(t)):
-        t[j] = _F0 if abs(t[j]) <= limit else t[j]  # in this order NaN stays
+        t[j] = _over(t[j], limit)
 
 
 @_part
@@ -266,10 +272,10 @@ def _vote_four(x, limits, ballots, by_sign, first, votes):
     b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
     for j in range(len(votes)):
         x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        v0 = (_F0 if abs(x0) <= l0 else x0) * b0
-        v1 = (_F0 if abs(x1) <= l1 else x1) * b1
-        v2 = (_F0 if abs(x2) <= l2 else x2) * b2
-        v3 = (_F0 if abs(x3) <= l3 else x3) * b3
+        v0 = _over(x0, l0) * b0
+        v1 = _over(x1, l1) * b1
+        v2 = _over(x2, l2) * b2
+        v3 = _over(x3, l3) * b3
         if by_sign:
             v0, v1, v2, v3 = _sign(v0), _sign(v1), _sign(v2), _sign(v3)
         vote = _F0 if first else votes[j]
@@ -279,7 +285,7 @@ def _vote_four(x, limits, ballots, by_sign, first, votes):
 @_part
 def _agreeing(x, limit, ballot, elects_plus):
     """ballot * x where it is kept and on the elected side, else 0; and whether it is."""
-    x = (_F0 if abs(x) <= limit else x) * ballot
+    x = _over(x, limit) * ballot
     agrees = (x > _F0) & elects_plus | (x < _F0) & (not elects_plus)
     return x if agrees else _F0, agrees
 
@@ -291,10 +297,10 @@ def _sum_four(x, limits, weights, first, factor, out):
     w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
     for j in range(len(out)):
         x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        v0 = (_F0 if abs(x0) <= l0 else x0) * w0
-        v1 = (_F0 if abs(x1) <= l1 else x1) * w1
-        v2 = (_F0 if abs(x2) <= l2 else x2) * w2
-        v3 = (_F0 if abs(x3) <= l3 else x3) * w3
+        v0 = _over(x0, l0) * w0
+        v1 = _over(x1, l1) * w1
+        v2 = _over(x2, l2) * w2
+        v3 = _over(x3, l3) * w3
         total = _F0 if first else out[j]
         out[j] = (total + v0 + v1 + v2 + v3) * factor
 
@@ -336,10 +342,10 @@ def merge_tile(
 ):
     """outs[s] = scale * sum_i weights[s, i] x_i over what agrees with the vote of all x, and over its share, of a tile.
 
-    x_i: ballot times what is kept of terms[i]. elects: whether there is a vote at
-    all; by_sign, tied_plus, divides: by what, who wins a tie, and whether the sum is divided by the shares of those
-    that agree (1 where they are 0). outs: addresses of where the tile begins in each result, whose rows are stride
-    elements apart. room: `room_for` that many terms.
+    x_i: ballot times what is kept of terms[i]. elects: whether there is a vote at all; by_sign, tied_plus, divides: by
+    what, who wins a tie, and whether the sum is divided by the shares of those that agree (1 where they are 0). outs:
+    addresses of where the tile begins in each result, whose rows are stride elements apart. room: scratch, `room_for`
+    that many terms.
     """
     count_of_terms, width = len(terms), right - left
     n = (count_of_terms + 3) // 4 * 4  # zeros up to a multiple of four

@@ -22,7 +22,7 @@ from torch import Tensor
 from merge_engine import rng
 from merge_engine.errors import AdapterError
 from merge_engine.peft_layers import Factors, Layer, check_finite
-from merge_engine.pipeline import ahead, alone
+from merge_engine.pipeline import ahead, threads
 from merge_engine.rule import Rule
 
 SIDES = ("A", "B")
@@ -48,7 +48,7 @@ def merge_factors(
     Raises AdapterError where factors of one layer differ in rank, hold NaN or Inf, or do not fit the result's dtype.
     """
     found: dict[tuple[str, str], Tensor] = {}
-    threads = torch.get_num_threads()
+    workers = torch.get_num_threads()
     on_cpu = layers[0].parts[0].A.device.type == "cpu"
 
     def work(batch: Batch) -> tuple[Batch, list[Tensor]]:
@@ -56,9 +56,8 @@ def merge_factors(
 
     batches = _batches(layers, weights)
     selects = on_cpu and rule.keep == "magnitude" and density < 1  # numpy does so on one thread
-    with alone() if on_cpu else nullcontext():
-        # The rest is so short that handing it to threads takes longer.
-        results = ahead(work, batches, threads) if selects else map(work, batches)
+    with threads(1) if on_cpu else nullcontext():  # the rest is so short that sharing it out takes longer
+        results = ahead(work, batches, workers) if selects else map(work, batches)
         for batch, merged in results:
             found.update(((layer.name, batch.side), tensor) for layer, tensor in zip(batch.layers, merged, strict=True))
     return [(found[layer.name, "A"], found[layer.name, "B"]) for layer in layers]

@@ -13,14 +13,14 @@ R = TypeVar("R")
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """torch's operators run on the calling thread only: on short tensors, sharing them out takes longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(count: int) -> Iterator[None]:
+    """torch's operators run on so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
@@ -29,7 +29,7 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
     At most workers + 1 results are under way or waiting, so memory is bounded. Each worker runs torch's operators on
     one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here.
     """
-    threads = torch.get_num_threads()  # a thread that has not asked yet gets what another one sets below
+    before = torch.get_num_threads()  # a thread that has not asked yet gets what another one sets below
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[R]] = deque()
     try:
@@ -41,4 +41,4 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # for threads that are still to come
+        torch.set_num_threads(before)  # for threads that are still to come

@@ -3,7 +3,7 @@
 Each result has the bits that `tiled` gives it alone, since the arithmetic is `tiled`'s own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -11,9 +11,7 @@ from merge_engine import compiled, jit, operators, tiled
 from merge_engine.memory import new_tensor
 from merge_engine.tiles import Ask, Source, Tile, for_each_tile, scratch
 
-MOST_HELD = (
-    16  # tiles that a thread holds, 2 MiB each at most: with more adapters, products are made again for each merge
-)
+MOST_HELD = 16  # sources whose tiles a thread holds: with more, products are made again for each merge
 
 
 def merge_deltas(sources: Sequence[Source], asks: Sequence[Ask]) -> list[Tensor]:
@@ -25,29 +23,40 @@ def merge_deltas(sources: Sequence[Source], asks: Sequence[Ask]) -> list[Tensor]
     if len(asks) == 1 or len(sources) > MOST_HELD:
         return [tiled.merge_deltas(sources, ask.weights, ask.keeps, ask.rule, tied=ask.tied) for ask in asks]
     outs = [new_tensor((sources[0].rows, sources[0].columns)) for _ in asks]
-    ballots: dict[Ask, list[int]] = {}  # by an ask without its weights, the asks that share it
+    merge = _by_loops(sources, asks, outs) if jit.loops() else _by_operators(sources, asks, outs)
+    for_each_tile(sources[0], merge)
+    return outs
+
+
+def _by_loops(sources: Sequence[Source], asks: Sequence[Ask], outs: Sequence[Tensor]) -> Callable[[Tile], None]:
+    """Merges a tile into the result of every ask."""
+    alike: dict[Ask, list[int]] = {}  # by an ask without its weights, unless they count in the vote
     for i, ask in enumerate(asks):
         weighted = ask.rule.elect != "none" and (ask.rule.vote_weighted or ask.rule.divisor == "weight")
-        ballots.setdefault(ask if weighted or not jit.loops() else ask._replace(weights=()), []).append(i)
+        alike.setdefault(ask if weighted else ask._replace(weights=()), []).append(i)
     merges = [
-        (compiled.Merge(sources, asks[members[0]], [asks[i].weights for i in members]), members)
-        for members in ballots.values()
-        if jit.loops()
+        (compiled.Merge(sources, asks[numbers[0]], [asks[i].weights for i in numbers]), numbers)
+        for numbers in alike.values()
     ]
 
     def merge(tile: Tile) -> None:
-        if merges:
-            for part in compiled.parts_of(tile, compiled.HELD // len(sources)):
-                products = _filled(sources, part)
-                for compiled_merge, members in merges:
-                    compiled_merge.of_held(products, [_of(outs[i], part) for i in members], part, 1.0)
-        else:  # by whole tiles: the bits of a product by operators depend on them
-            held = [_Held(source, values) for source, values in zip(sources, _filled(sources, tile), strict=True)]
-            for ask, out in zip(asks, outs, strict=True):
-                _of(out, tile).copy_(operators.merge_tile(held, ask, tile, 1.0))
+        for part in compiled.parts_of(tile, compiled.HELD // len(sources)):
+            products = _filled(sources, part)
+            for one, numbers in merges:
+                one.of_held(products, [_of(outs[i], part) for i in numbers], part, 1.0)
 
-    for_each_tile(sources[0], merge)
-    return outs
+    return merge
+
+
+def _by_operators(sources: Sequence[Source], asks: Sequence[Ask], outs: Sequence[Tensor]) -> Callable[[Tile], None]:
+    """The same, by whole tiles: the bits of a product depend on them."""
+
+    def merge(tile: Tile) -> None:
+        held = [_Held(source, values) for source, values in zip(sources, _filled(sources, tile), strict=True)]
+        for ask, out in zip(asks, outs, strict=True):
+            _of(out, tile).copy_(operators.merge_tile(held, ask, tile, 1.0))
+
+    return merge
 
 
 def _filled(sources: Sequence[Source], tile: Tile) -> Tensor:

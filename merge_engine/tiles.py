@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import itemgetter
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -77,10 +77,14 @@ class Product:
 
     def fill(self, tile: Tile, out: Tensor) -> None:
         if loops := jit.loops():
-            loops.fill_tile(terms([self]), *tile, out.data_ptr())
+            loops.fill_tile(self._terms, *tile, out.data_ptr())
         else:
             rows, columns = self.B[tile.top : tile.bottom], self.A[:, tile.left : tile.right]
             out.addmm_(rows, columns, beta=0, alpha=self.scaling)
+
+    @cached_property
+    def _terms(self) -> np.ndarray:
+        return terms([self])
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
         return self.B[rows] @ self.A[:, columns] * self.scaling

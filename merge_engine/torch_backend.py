@@ -42,7 +42,9 @@ class TorchBackend:
 
     def vote_balance(self, plan: Plan, group: Sequence[ModulePlan], packed: list[Source], side: str, trims: Any) -> int:
         (module,) = group
-        return tiled.vote_balance(packed, module.weights_of(side), _keeps(plan, module, packed, side, trims), plan.rule)
+        return tiled.vote_balance(
+            packed, module.weights_of(side), keeps_of(plan, module, packed, side, trims), plan.rule
+        )
 
     def merge(
         self,
@@ -58,7 +60,7 @@ class TorchBackend:
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
         (module,) = group
-        keeps = _keeps(plan, module, packed, side, trims)
+        keeps = keeps_of(plan, module, packed, side, trims)
         options: dict[str, Any] = {"scale": scale, "tied": tied}
         if base is not None:
             looked_at = any(isinstance(source, tiles.Difference) for source in packed)
@@ -98,7 +100,7 @@ def _source(task: Task, scaling: float, side: str) -> Source:
     return tiles.Product(A, B, scaling) if side == "delta" else tiles.Dense(A if side == "A" else B)
 
 
-def _keeps(plan: Plan, module: ModulePlan, sources: Sequence[Source], side: str, trims: Trims) -> list[KeepTile]:
+def keeps_of(plan: Plan, module: ModulePlan, sources: Sequence[Source], side: str, trims: Trims) -> list[KeepTile]:
     rule, keeps = plan.rule, list[KeepTile]()
     own = [rule.keep == "magnitude" and not plan.spans_model and density < 1 for density in module.densities]
     counts = [[rule.kept(density, sources[0].rows * sources[0].columns)] for density in compress(module.densities, own)]

@@ -38,6 +38,7 @@ def _load(name: str) -> ModuleType:
 
 
 _load("lora_files")
+_load("task_tensors")
 if os.environ.get("TRITON_INTERPRET") == "1":
     _load("kernel_interpreter").install()
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from task_tensors import whole
 
 from merge_engine import compiled, jit, reference, rng, selection, shared_tiles, tiled, tiles
 from merge_engine.rule import make_rule
@@ -23,16 +24,6 @@ def both(monkeypatch, compute, *sources):
     with monkeypatch.context() as patch:
         patch.setattr(jit, "loops", lambda: None)
         return compiled, compute(*values)
-
-
-def whole(source):
-    """A product, put together from the tiles that the loops make."""
-    full = torch.full((source.rows, source.columns), float("nan"))
-    for tile in tiles.tiles_of(source.rows, source.columns):
-        part = torch.empty(tile.shape)
-        source.fill(tile, part)
-        full[tile.top : tile.bottom, tile.left : tile.right] = part
-    return full
 
 
 def same_bits(a, b):

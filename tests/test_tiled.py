@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from task_tensors import whole
 
 from merge_engine import reference, rng, selection, tiled, tiles
 from merge_engine.rule import make_rule
@@ -25,16 +26,6 @@ def small_tiles(monkeypatch):
     """Several tiles in both directions, for tensors of test size."""
     monkeypatch.setattr(tiles, "TILE_ROWS", 8)
     monkeypatch.setattr(tiles, "TILE_ELEMENTS", 128)
-
-
-def whole(source):
-    """The task tensor itself, put together from its tiles."""
-    full = torch.full((source.rows, source.columns), float("nan"))
-    for tile in tiles.tiles_of(source.rows, source.columns):
-        part = torch.empty(tile.shape)
-        source.fill(tile, part)
-        full[tile.top : tile.bottom, tile.left : tile.right] = part
-    return full
 
 
 def keeps_of(rule, sources, density, stream=5):
