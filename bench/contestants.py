@@ -484,8 +484,8 @@ def _check_ranks(work: Workload, results: Results, device: str) -> None:
 
 RANKS = Kind(
     {
-        "1 rank": Entry(_into_base(partial(into_base.run_ranks, 1), in_memory=True), seconds=8),
-        "2 ranks": Entry(_into_base(partial(into_base.run_ranks, 2), in_memory=True), seconds=8),
+        "1 rank": Entry(_into_base(partial(into_base.run_ranks, 1), in_memory=True), seconds=13),
+        "2 ranks": Entry(_into_base(partial(into_base.run_ranks, 2), in_memory=True), seconds=10),
     },
     _check_ranks,
     baseline=("1 rank",),

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +89,16 @@ def run_mergekit(base: Path, adapters: list[Path], method: str) -> Sample:
 
 
 def run_ranks(ranks: int, base: Path, adapters: list[Path], method: str) -> Sample:
-    """The same by so many processes of one thread each, on as many cores, by the time that the merge itself reports."""
+    """The same by so many processes of one thread each, by the time that the merge itself reports.
+
+    They may use every core: of a single one, too, the threads that read and write have a core of their own.
+    """
     output = output_of(base, f"{ranks} ranks")
     shutil.rmtree(output, ignore_errors=True)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *start, *ours(base, adapters, output, method)[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    cores = set(sorted(os.sched_getaffinity(0))[:ranks])  # for the threads that read and write as well
-    pin = partial(os.sched_setaffinity, 0, cores)
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=pin)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
     return Sample(float(done.stdout.strip().splitlines()[-1].split(", ")[-1].removesuffix(" s")), output)

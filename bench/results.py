@@ -266,9 +266,9 @@ HEADLINES = [
         for method, n in (("ties", 10), ("dare_ties", 6))
     ),
     Headline(
-        "ties into a base: 1 rank's time on one core / that of 2 on two",
+        "ties into a 22-layer TinyLlama: 1 rank's time / that of 2, of one thread each",
         "ranks",
-        "ties 3x r16 6 layers d0.2 fp32",
+        "ties 3x r16 22 layers d0.2 fp32",
         ("1 rank", "seconds"),
         ("2 ranks", "seconds"),
         (">=", 1.6),

@@ -153,7 +153,7 @@ WORKLOADS = [
     Workload("factors", "ties", layers=LAYERS),
     Workload("base", "ties", layers=12, model=LLAMA_134M),
     Workload("base", "dare_ties", layers=12, model=LLAMA_134M),
-    Workload("ranks", "ties", layers=6),
+    Workload("ranks", "ties", layers=LAYERS),
     Workload("many", "ties, density x scale", adapters=8, layers=1),
     *(
         Workload("session", f"{what}, other weights", adapters=8, layers=1)

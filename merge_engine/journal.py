@@ -1,9 +1,9 @@
 """What an unfinished output already holds, so that the same command goes on from there after a kill.
 
 The journal lies in the working folder beside the output: one file a rank, of JSON lines. The first line of rank 0's
-says what is being made; every other line names a finished tensor and the SHA-256 of its bytes. A tensor is written
-before its line, a line in one call; a torn last line does not count. What a line claims is checked against the disk
-before it is believed.
+says what is being made; every other line names a finished tensor and the hash of its bytes: XXH3 of 128 bits, which
+finds damage as SHA-256 does, at 20 times its speed, but no forger. A tensor is written before its line, a line in one
+call; a torn last line does not count. What a line claims is checked against the disk before it is believed.
 """
 
 import json
@@ -35,7 +35,7 @@ class Journal:
 
     def finished(self, key: str, digest: str) -> None:
         """One tensor is whole."""
-        self._add({"tensor": key, "sha256": digest})
+        self._add({"tensor": key, "xxh3": digest})
 
     def __enter__(self) -> "Journal":
         return self
@@ -49,7 +49,7 @@ class Journal:
 
 
 def read_journal(folder: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """(what is being made, or None where nothing says so; {tensor: SHA-256} of all ranks)."""
+    """(what is being made, or None where nothing says so; {tensor: hash} of all ranks)."""
     identity, finished = None, {}
     for path in sorted(folder.glob(f"{_PREFIX}*")):
         for line in path.read_bytes().splitlines():
@@ -59,8 +59,8 @@ def read_journal(folder: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
                 continue
             if "merge" in entry:
                 identity = entry["merge"]
-            elif "sha256" in entry:
-                finished[entry["tensor"]] = entry["sha256"]
+            elif "xxh3" in entry:
+                finished[entry["tensor"]] = entry["xxh3"]
     return identity, finished
 
 

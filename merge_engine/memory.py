@@ -19,7 +19,7 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tens
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(*shape, dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype)
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -4,7 +4,6 @@ All shapes are known before the first byte is written, so every tensor has its p
 tensors of one shard and shards of one model can be written by different threads, processes and runs.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from xxhash import xxh3_128
 
 from merge_engine.errors import RecipeError
 from merge_engine.stream import NAMES, writing
@@ -148,8 +148,8 @@ class ShardFiles:
         self._write(slot.shard, slot.offset + start, data)
 
     def digest(self, slot: Slot) -> str:
-        """The SHA-256 of a tensor's bytes as they are on the disk now."""
-        digest = hashlib.sha256()
+        """The hash of a tensor's bytes, XXH3 of 128 bits, as they are on the disk now."""
+        digest = xxh3_128()
         descriptor = self._descriptor(slot.shard)
         with writing(self.folder / slot.shard):
             for start in range(0, slot.nbytes, _BLOCK):

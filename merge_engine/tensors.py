@@ -5,13 +5,16 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from merge_engine.errors import AdapterError
+from merge_engine.memory import new_tensor
 from merge_engine.stream import DTYPES
 
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -40,33 +43,41 @@ class StoredTensor:
         """
         if self.mapped is not None:
             return self.mapped.detach().clone(memory_format=torch.contiguous_format)
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        # Read rather than mapped: mapped pages count as this process's memory for as long as the tensor lives.
-        try:
-            with open(self.file, "rb", buffering=0) as file:
-                file.seek(self.offset)
-                rest = tensor.reshape(-1).view(torch.uint8).numpy().data
-                while rest.nbytes:
-                    count = file.readinto(rest)
-                    if not count:
-                        raise AdapterError(f"{self.file} ends inside tensor {self.key}, {rest.nbytes} bytes short")
-                    rest = rest[count:]
-        except OSError as error:
-            raise AdapterError(f"{self.file} cannot be read: {error.strerror or error}") from error
+        tensor = new_tensor(self.shape, self.dtype)
+        with self._opened() as file:
+            self._fill(file, tensor)
         return tensor
 
-    def pieces(self, elements: int = 1 << 21) -> Iterator[torch.Tensor]:
-        """The tensor as flat pieces of at most `elements`, read one at a time; raises as `read` does."""
+    def pieces(self, elements: int = 1 << 20) -> Iterator[torch.Tensor]:
+        """The tensor as flat pieces of at most `elements`, each in place of the one before; raises as `read` does."""
         size = math.prod(self.shape)
-        flat = None if self.mapped is None else self.mapped.detach().reshape(-1)
-        for start in range(0, size, elements):
-            count = min(elements, size - start)
-            if flat is not None:
-                yield flat[start : start + count]
-            else:
-                yield StoredTensor(
-                    self.key, self.file, (count,), self.dtype, self.offset + start * self.dtype.itemsize
-                ).read()
+        if self.mapped is not None:
+            yield from self.mapped.detach().reshape(-1).split(elements)
+            return
+        buffer = torch.empty(min(elements, size), dtype=self.dtype)
+        with self._opened() as file:
+            for start in range(0, size, elements):
+                piece = buffer[: size - start]
+                self._fill(file, piece)
+                yield piece
+
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        """The file, where the tensor begins. Read rather than mapped: mapped pages count as this process's memory."""
+        try:
+            with FileIO(self.file) as file:
+                file.seek(self.offset)
+                yield file
+        except OSError as error:
+            raise AdapterError(f"{self.file} cannot be read: {error.strerror or error}") from error
+
+    def _fill(self, file: FileIO, tensor: torch.Tensor) -> None:
+        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+        while rest.nbytes:
+            count = file.readinto(rest)
+            if not count:
+                raise AdapterError(f"{self.file} ends inside tensor {self.key}, {rest.nbytes} bytes short")
+            rest = rest[count:]
 
     def same_as(self, other: "StoredTensor") -> bool:
         """Whether two tensors are of one shape and dtype and hold the same bits; raises as `read` does."""
