@@ -104,6 +104,13 @@ def run(
     return result.merged
 
 
+class Finished(NamedTuple):
+    """One module of the result: its factors, on the CPU, and |B A|_F^2."""
+
+    factors: LowRank
+    squared_norm: float
+
+
 class Output:
     """What a merge makes, module by module: kept, or written into a folder."""
 
@@ -114,14 +121,15 @@ class Output:
         self.kept: dict[str, LowRank] = {}
         self.norms = _Norms()
 
-    def add(self, name: str, result: LowRank) -> None:
+    def add(self, name: str, result: Finished) -> None:
         """Take one module's factors, in any order."""
-        self.energy[name] = result.energy
-        self.norms.add(result)
+        A, B, energy = result.factors
+        self.energy[name] = energy
+        self.norms.add(result.squared_norm, energy)
         if self.writer is None:
-            self.kept[name] = result
+            self.kept[name] = result.factors
         else:
-            self.writer.add(name, result.A, result.B)
+            self.writer.add(name, A, B)
 
     def finish(self) -> None:
         """Complete the folder: every module is there."""
@@ -153,8 +161,8 @@ def output_of(plan: Plan, backend: Backend, path: Path | None, overwrite: bool =
             raise
 
 
-def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -> Iterator[tuple[str, LowRank]]:
-    """(name, merged factors) of every module; reading, merging and recompressing overlap."""
+def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -> Iterator[tuple[str, Finished]]:
+    """(name, result) of every module; reading, merging and recompressing overlap."""
     from tqdm import tqdm
 
     shown = None if progress is None else not progress
@@ -208,8 +216,8 @@ def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[W
             yield Work(module, factors[i], {side: tensors[i] for side, tensors in merged.items()})
 
 
-def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, LowRank]:
-    """The factors of one module's result, on the CPU."""
+def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
+    """One module of the result."""
     return work.module, scaled(cut(plan, backend, work), plan.recipe.scale, work.module.name)
 
 
@@ -238,7 +246,7 @@ def cut(
     return lowrank.from_products([A], [B], [1.0], module.rank, recipe.energy)
 
 
-def scaled(result: LowRank, scale: float, name: str) -> LowRank:
+def scaled(result: LowRank, scale: float, name: str) -> Finished:
     """scale * B @ A, on the CPU: B times scale, rounded to float32; merges that differ in scale share all before it.
 
     Raises RecipeError, naming the module, where that leaves float32.
@@ -248,7 +256,7 @@ def scaled(result: LowRank, scale: float, name: str) -> LowRank:
         B = B * scale
         if not bool(B.isfinite().all()):
             raise RecipeError(f"scale: {scale} times {name}, which reaches {result.B.abs().max():.1e}, is no float32")
-    return LowRank(A, B, result.energy)
+    return Finished(LowRank(A, B, result.energy), lowrank.product_norm(A, B) ** 2)
 
 
 def _start(As: Sequence[Tensor], rank: int) -> Tensor:
@@ -278,10 +286,9 @@ class _Norms:
     def __init__(self) -> None:
         self.kept = self.total = 0.0
 
-    def add(self, result: LowRank) -> None:
-        norm = lowrank.product_norm(result.A, result.B) ** 2
-        self.kept += norm
-        self.total += norm / result.energy if result.energy > 0 else 0.0
+    def add(self, squared_norm: float, energy: float) -> None:
+        self.kept += squared_norm
+        self.total += squared_norm / energy if energy > 0 else 0.0
 
     @property
     def kept_energy(self) -> float:

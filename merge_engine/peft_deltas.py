@@ -32,10 +32,14 @@ def merge_deltas(layers: Sequence[Layer], request: Request) -> list[Factors]:
     if request.rng == "torch" and request.drops:
         stream = TorchStreamBackend(layers, request.density)
         plan, backend = stream.prepared(plan), stream
-    cut = _exactly_cut(plan, backend, request) if request.exact else engine.merged_modules(plan, backend, False)
+    cut = _exactly_cut(plan, backend, request) if request.exact else _cut(plan, backend)
     of = {layer.name: layer for layer in layers}
     found = {name: _shaped(of[name], result, request) for name, result in cut}
     return [found[layer.name] for layer in layers]
+
+
+def _cut(plan: Plan, backend: Backend) -> Iterator[tuple[str, LowRank]]:
+    return ((name, result.factors) for name, result in engine.merged_modules(plan, backend, False))
 
 
 def _exactly_cut(plan: Plan, backend: Backend, request: Request) -> Iterator[tuple[str, LowRank]]:
@@ -51,7 +55,7 @@ def _exactly_cut(plan: Plan, backend: Backend, request: Request) -> Iterator[tup
             yield work.module.name, LowRank(Vh[:k], U[:, :k] * S[:k], energy)
         else:
             module, result = engine.recompress(plan, backend, work)
-            yield module.name, result
+            yield module.name, result.factors
 
 
 def _shaped(layer: Layer, result: LowRank, request: Request) -> Factors:

@@ -1,8 +1,9 @@
 """Stages of work that overlap: each runs in threads of its own, and hands its results on in order."""
 
-from collections import deque
+import os
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -10,6 +11,11 @@ import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+# Threads by how many they are, for the next who works ahead: new ones share a core for their first 10 ms or so.
+_idle: defaultdict[int, list[ThreadPoolExecutor]] = defaultdict(list)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads
 
 
 @contextmanager
@@ -30,7 +36,7 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
     one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here.
     """
     before = torch.get_num_threads()  # a thread that has not asked yet gets what another one sets below
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = _take(workers)
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -40,5 +46,13 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        wait([future for future in waiting if not future.cancel()])
+        _idle[workers].append(pool)
         torch.set_num_threads(before)  # for threads that are still to come
+
+
+def _take(workers: int) -> ThreadPoolExecutor:
+    try:
+        return _idle[workers].pop()
+    except IndexError:  # all are in use
+        return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from merge_engine import engine, shared_tiles
-from merge_engine.engine import Preparation, Work
+from merge_engine.engine import Finished, Preparation, Work
 from merge_engine.lowrank import LowRank
 from merge_engine.ops import Backend
 from merge_engine.pipeline import ahead
@@ -49,13 +49,14 @@ class Job(NamedTuple):
     state: Work | LowRank | Exception
 
 
-Outcome = LowRank | Exception
+Outcome = Finished | Exception
+Outcomes = tuple[Numbers, ModulePlan, list[Outcome]]  # of each of these plans
 
 
 def merged_modules(
     plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room, failed: set[int]
 ) -> Iterator[tuple[int, ModulePlan, Outcome]]:
-    """(number of the plan, module, its merged factors) for every module of every plan, with the bits `engine` gives.
+    """(number of the plan, module, its result) for every module of every plan, with the bits `engine` gives.
 
     Where something goes wrong with a plan, one of its modules comes with an exception, and no other comes any more, as
     for the plans that the caller counts as failed.
@@ -64,45 +65,42 @@ def merged_modules(
         outcomes = _module_by_module(plans, backend, pool, room, failed)
     else:
         outcomes = _plan_by_plan(plans, backend, pool, room)
-    for numbers, module, outcome in outcomes:
-        for number in numbers:
+    for numbers, module, results in outcomes:
+        for number, result in zip(numbers, results, strict=True):
             if number not in failed:
-                own = outcome if isinstance(outcome, Exception) else _attempt(_own, outcome, plans[number], module)
-                if isinstance(own, Exception):
+                if isinstance(result, Exception):
                     failed.add(number)
-                yield number, module, own
+                yield number, module, result
 
 
-def _plan_by_plan(
-    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room
-) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
+def _plan_by_plan(plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room) -> Iterator[Outcomes]:
     alike: dict[Hashable, Numbers] = {}
     for number, plan in enumerate(plans):
         alike.setdefault((plan.adapters, plan.modules, _way(plan)), []).append(number)
     for numbers in alike.values():
-        plan = plans[numbers[0]]
+        same = [plans[number] for number in numbers]
         try:
-            works = engine.merge_groups(plan, backend, pool.prepared(plan, backend))
-            cut = partial(_cut, plan, backend)
-            for work, result in ahead(cut, works, room.workers):
-                yield numbers, work.module, result
+            works = engine.merge_groups(same[0], backend, pool.prepared(same[0], backend))
+            for module, results in ahead(partial(_cut, same, backend), works, room.workers):
+                yield numbers, module, results
         except Exception as error:
-            yield numbers, plan.modules[0], error
+            yield numbers, same[0].modules[0], [error] * len(numbers)
 
 
-def _cut(plan: Plan, backend: Backend, work: Work) -> tuple[Work, LowRank]:
-    return work, engine.cut(plan, backend, work)
+def _cut(plans: Sequence[Plan], backend: Backend, work: Work) -> tuple[ModulePlan, list[Outcome]]:
+    result = engine.cut(plans[0], backend, work)
+    return work.module, [_attempt(_own, result, plan, work.module) for plan in plans]
 
 
 def _module_by_module(
     plans: Sequence[Plan], backend: TorchBackend, pool: Pool, room: Room, failed: set[int]
-) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
+) -> Iterator[Outcomes]:
     modules = [{module.name: module for module in plan.modules} for plan in plans]
     ready: dict[int, Preparation] = {}
     for number, plan in enumerate(plans):
         found = _attempt(pool.prepared, plan, backend)
         if isinstance(found, Exception):
-            yield [number], plan.modules[0], found
+            yield [number], plan.modules[0], [found]
         else:
             ready[number] = found
 
@@ -137,8 +135,7 @@ def _module_by_module(
                 except Exception as error:
                     yield from (Job(member, error) for member in each.members)
 
-    for job, outcome in ahead(partial(_finished, backend, pool), jobs(), room.workers):
-        yield job.member.numbers, job.member.module, outcome
+    yield from ahead(partial(_finished, plans, backend, pool), jobs(), room.workers)
 
 
 def _as_one(members: Sequence[Member]) -> list[Member]:
@@ -196,21 +193,21 @@ def _taken(results: list[Tensor], i: int) -> Tensor:
     return tensor
 
 
-def _finished(backend: Backend, pool: Pool, job: Job) -> tuple[Job, Outcome]:
-    member, state = job
-    if not isinstance(state, Work):
-        return job, state
-    stack = partial(pool.stack, member.plan, member.module)
-    made = _attempt(engine.cut, member.plan, backend, state, stack)
-    if pool.keeps_results and not isinstance(made, Exception):
-        pool.cache.put(_result_key(member), made, _result_bytes(made))
-    return job, made
+def _finished(plans: Sequence[Plan], backend: Backend, pool: Pool, job: Job) -> Outcomes:
+    (numbers, plan, module, _), made = job
+    if isinstance(made, Work):
+        made = _attempt(engine.cut, plan, backend, made, partial(pool.stack, plan, module))
+        if pool.keeps_results and not isinstance(made, Exception):
+            pool.cache.put(_result_key(job.member), made, _result_bytes(made))
+    if isinstance(made, Exception):
+        return numbers, module, [made] * len(numbers)
+    return numbers, module, [_attempt(_own, made, plans[number], module) for number in numbers]
 
 
-def _own(result: LowRank, plan: Plan, module: ModulePlan) -> LowRank:
+def _own(result: LowRank, plan: Plan, module: ModulePlan) -> Finished:
     """The plan's result, in memory of its own."""
-    A, B, energy = engine.scaled(result, plan.recipe.scale, module.name)
-    return LowRank(A.clone(), B.clone() if B is result.B else B, energy)
+    (A, B, energy), squared_norm = engine.scaled(result, plan.recipe.scale, module.name)
+    return Finished(LowRank(A.clone(), B.clone() if B is result.B else B, energy), squared_norm)
 
 
 def _alone(plan: Plan) -> bool:
