@@ -178,18 +178,22 @@ def from_matrix(
         if energy is None or k == rank:
             break
         # No later singular value is larger than the last one found, so a rank below this one will not do.
-        squares = torch.linalg.eigvalsh(right.T @ right)
+        squares = torch.linalg.eigvalsh(right @ right.T)
         missing = energy * total - float(squares.sum())
         if missing <= 0:
             break
         least = k + missing / max(float(squares[0]), missing / rank)
         k = min(rank, max(2 * k, math.ceil(least)))
-        start = right.T
+        start = right
     return _cut(left, right, rank, energy, total=total)
 
 
+# Vectors are rows from here on, in float64: rows that join lie behind the others, and BLAS multiplies few rows sooner
+# than few columns.
+
+
 def _krylov(matrix: Tensor, start: Tensor, k: int, total: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    """U [M, k] orthonormal and D^T U [N, k], with U U^T D near the best approximation of rank k."""
+    """U [k, M] orthonormal and U D [k, N], with U^T U D near the best approximation of rank k."""
     n = matrix.shape[1]
     widest = min(matrix.shape) // 2
     generator = torch.Generator().manual_seed(0)
@@ -198,32 +202,32 @@ def _krylov(matrix: Tensor, start: Tensor, k: int, total: float, tolerance: floa
         start = sketch.to(start.device) @ start
     count = max(_OVERSAMPLING, k + _OVERSAMPLING - start.shape[0])
     gaussians = torch.randn(count, n, generator=generator, dtype=torch.float64)
-    new = _orthonormal(torch.cat([start, gaussians.to(start.device)]).T)
-    v = new.new_empty(n, 0)
-    w = new.new_empty(matrix.shape[0], 0)  # D V
-    gram = new.new_empty(0, 0)  # W^T W
+    new = _orthonormal(torch.cat([start, gaussians.to(start.device)]))
+    v = new.new_empty(0, n)
+    w = new.new_empty(0, matrix.shape[0])  # V D^T
+    gram = new.new_empty(0, 0)  # W W^T
     captured: list[float] = []
     for _ in range(_MAX_STEPS):
-        if v.shape[1] + new.shape[1] > widest:
+        if len(v) + len(new) > widest:
             return _eigen(matrix, k, math.inf)
-        v = torch.cat([v, new], dim=1)
+        v = torch.cat([v, new])
         image = _times(matrix, new)
-        border = w.T @ image
-        gram = torch.cat([torch.cat([gram, border], dim=1), torch.cat([border.T, image.T @ image], dim=1)])
-        w = torch.cat([w, image], dim=1)
-        u = _orthonormal(w @ torch.linalg.eigh(gram).eigenvectors[:, -k:])
+        border = w @ image.T
+        gram = torch.cat([torch.cat([gram, border], dim=1), torch.cat([border.T, image @ image.T], dim=1)])
+        w = torch.cat([w, image])
+        u = _orthonormal(torch.linalg.eigh(gram).eigenvectors[:, -k:].T @ w)
         z = _times(matrix.T, u)
         captured.append(float(z.square().sum()))
         excess = _excess(captured, total)
         if excess <= max(tolerance * (total - captured[-1]), _NOISE * total):
             return u, z
         # A vector that has converged leaves nothing but rounding, which no projection could keep orthogonal to V.
-        rest = z - v @ (v.T @ z)
-        rest = rest[:, rest.norm(dim=0) > _CONVERGED * z.norm(dim=0)]
-        if rest.shape[1] == 0:
+        rest = z - z @ v.T @ v
+        rest = rest[rest.norm(dim=1) > _CONVERGED * z.norm(dim=1)]
+        if len(rest) == 0:
             return u, z
         new = _orthonormal(rest)
-        new = _orthonormal(new - v @ (v.T @ new))
+        new = _orthonormal(new - new @ v.T @ v)
     logger.warning(
         "rank %d of a matrix %s: after %d steps the squared error is about %.1e of the least above it, wanted %.1e",
         *(k, list(matrix.shape), _MAX_STEPS, excess / max(total - captured[-1], _NOISE * total), tolerance),
@@ -254,7 +258,7 @@ def _excess(captured: Sequence[float], total: float) -> float:
 
 
 def _eigen(matrix: Tensor, k: int, enough: float) -> tuple[Tensor, Tensor]:
-    """Factors [M, k] and [N, k] of the best approximation, from the eigenvectors of the smaller Gram matrix.
+    """Factors [k, M] and [k, N] of the best approximation, from the eigenvectors of the smaller Gram matrix.
 
     k falls to the smallest rank that captures ``enough`` energy, and one more against rounding.
     """
@@ -268,13 +272,13 @@ def _eigen(matrix: Tensor, k: int, enough: float) -> tuple[Tensor, Tensor]:
         gram.addmm_(wide.T, wide)
     squares, vectors = torch.linalg.eigh(gram)
     k = min(k, 2 + int((squares.flip(0).cumsum(0) < enough).sum()))
-    right = vectors[:, -k:]
+    right = vectors[:, -k:].T
     return _times(matrix, right), right
 
 
 def _cut(left: Tensor, right: Tensor, rank: int, energy: float | None, *, total: float) -> LowRank:
-    """left @ right.T [M, N] cut to the rank asked for; ``total`` is |D|_F^2."""
-    of_left, of_right = torch.geqrf(left), torch.geqrf(right)
+    """left.T @ right [M, N] cut to the rank asked for; ``total`` is |D|_F^2."""
+    of_left, of_right = torch.geqrf(left.T), torch.geqrf(right.T)
     core = _leading(_upper(of_left) @ _upper(of_right).T, rank, energy, total=total)
     return _unfolded(core, of_left, of_right)
 
@@ -341,11 +345,11 @@ def _upper(decomposed: Decomposed) -> Tensor:
 
 
 def _times(matrix: Tensor, block: Tensor) -> Tensor:
-    return (matrix @ block.float()).double()
+    return (block.float() @ matrix.T).double()
 
 
 def _orthonormal(block: Tensor) -> Tensor:
-    return torch.linalg.qr(block)[0]
+    return torch.linalg.qr(block.T)[0].T
 
 
 def _squared_norm(matrix: Tensor) -> float:
