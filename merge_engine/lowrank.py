@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from merge_engine import passes
+
 logger = logging.getLogger(__name__)
 
 # Gaussian rows that join the start, so that no direction of the matrix stays unseen. The space starts at least this
@@ -163,7 +165,7 @@ def from_matrix(
     _check(rank, energy)
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}, wanted more than 0")
-    total = _squared_norm(matrix)
+    total = passes.squared_norm(matrix)
     if not (math.isfinite(total) and bool(start.isfinite().all())):
         raise ValueError("matrix or start is not finite")
 
@@ -211,12 +213,12 @@ def _krylov(matrix: Tensor, start: Tensor, k: int, total: float, tolerance: floa
         if len(v) + len(new) > widest:
             return _eigen(matrix, k, math.inf)
         v = torch.cat([v, new])
-        image = _times(matrix, new)
+        image = passes.times(new, matrix)
         border = w @ image.T
         gram = torch.cat([torch.cat([gram, border], dim=1), torch.cat([border.T, image @ image.T], dim=1)])
         w = torch.cat([w, image])
         u = _orthonormal(torch.linalg.eigh(gram).eigenvectors[:, -k:].T @ w)
-        z = _times(matrix.T, u)
+        z = passes.times(u, matrix.T)
         captured.append(float(z.square().sum()))
         excess = _excess(captured, total)
         if excess <= max(tolerance * (total - captured[-1]), _NOISE * total):
@@ -273,7 +275,7 @@ def _eigen(matrix: Tensor, k: int, enough: float) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(gram)
     k = min(k, 2 + int((squares.flip(0).cumsum(0) < enough).sum()))
     right = vectors[:, -k:].T
-    return _times(matrix, right), right
+    return passes.times(right, matrix), right
 
 
 def _cut(left: Tensor, right: Tensor, rank: int, energy: float | None, *, total: float) -> LowRank:
@@ -344,20 +346,8 @@ def _upper(decomposed: Decomposed) -> Tensor:
     return packed[: len(tau)].triu()
 
 
-def _times(matrix: Tensor, block: Tensor) -> Tensor:
-    return (block.float() @ matrix.T).double()
-
-
 def _orthonormal(block: Tensor) -> Tensor:
     return torch.linalg.qr(block.T)[0].T
-
-
-def _squared_norm(matrix: Tensor) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for rows in matrix.split(max(1, 2**17 // matrix.shape[1])):
-        wide = rows.double().flatten()
-        total += wide.dot(wide)
-    return float(total)
 
 
 def _check(rank: int, energy: float | None) -> None:
