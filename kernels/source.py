@@ -1,7 +1,6 @@
 """What the kernels read: task tensors packed by group of same-shaped modules, and what becomes of each.
 
-Shapes: modules of one shape [M, N] in a group, `adapters` adapters in every module, R the padded rank. A module that an
-adapter does not have holds zeros in its place. Zeros never agree and never count, so no flag is needed.
+Shapes: modules of one shape [M, N] in a group, `adapters` adapters that have every one of them, R the padded rank.
 """
 
 from collections.abc import Sequence
@@ -139,43 +138,42 @@ Keep = Trim | Drop | None
 
 
 def pack(
-    modules: Sequence[Sequence[Pair | None]],
+    modules: Sequence[Sequence[Pair]],
     scaling: Sequence[Sequence[float]],
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Lora:
-    """Slabs of the factors (A [r, N], B [M, r]) of each adapter in each module of one shape; None where it has none.
+    """Slabs of the factors (A [r, N], B [M, r]) of each adapter in each module of one shape.
 
     Ranks may differ: they are padded with zero rows of A and columns of B to the largest, rounded up to 16, which adds
     exact zeros to every product. dtype: by default what all the factors promote to, so that packing never rounds.
     device: by default that of the first factor. Raises ValueError where shapes or counts differ.
     """
-    present = [pair for row in modules for pair in row if pair is not None]
-    if not present:
+    pairs = [pair for row in modules for pair in row]
+    if not pairs:
         raise ValueError("modules hold no factors: wanted at least one (A, B)")
-    adapters, columns, rows = len(modules[0]), present[0][0].shape[1], present[0][1].shape[0]
+    adapters, columns, rows = len(modules[0]), pairs[0][0].shape[1], pairs[0][1].shape[0]
     if [len(row) for row in modules] != [adapters] * len(modules) or [len(row) for row in scaling] != [adapters] * len(
         modules
     ):
         raise ValueError(f"modules and scaling want {adapters} adapters in each of {len(modules)} modules")
-    for A, B in present:
+    for A, B in pairs:
         if A.ndim != 2 or B.ndim != 2 or A.shape != (B.shape[1], columns) or B.shape[0] != rows:
             raise ValueError(f"got A {list(A.shape)} and B {list(B.shape)}, wanted [r, {columns}] and [{rows}, r]")
     if dtype is None:
-        dtype = present[0][0].dtype
-        for factor in (factor for factors in present for factor in factors):
+        dtype = pairs[0][0].dtype
+        for factor in (factor for pair in pairs for factor in pair):
             dtype = torch.promote_types(dtype, factor.dtype)
-    largest = max(max(A.shape[0] for A, _ in present), 1)
+    largest = max(max(A.shape[0] for A, _ in pairs), 1)
     rank = -(-largest // RANK_STEP) * RANK_STEP
-    device = torch.device(device) if device is not None else present[0][0].device
+    device = torch.device(device) if device is not None else pairs[0][0].device
     slab_a = torch.zeros(len(modules), adapters, rank, columns, dtype=dtype, device=device)
     slab_b = torch.zeros(len(modules), adapters, rows, rank, dtype=dtype, device=device)
     for i, row in enumerate(modules):
-        for j, pair in enumerate(row):
-            if pair is not None:
-                slab_a[i, j, : pair[0].shape[0]].copy_(pair[0], non_blocking=True)
-                slab_b[i, j, :, : pair[1].shape[1]].copy_(pair[1], non_blocking=True)
+        for j, (A, B) in enumerate(row):
+            slab_a[i, j, : A.shape[0]].copy_(A, non_blocking=True)
+            slab_b[i, j, :, : B.shape[1]].copy_(B, non_blocking=True)
     return Lora(slab_a, slab_b, torch.tensor(scaling, dtype=torch.float32).to(device))
 
 

@@ -6,7 +6,7 @@ says only how a delta is laid over the base weight, so it stays in the configura
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,15 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     if not modules:
         raise AdapterError(f"{name}: {path} holds no LoRA tensors, wanted keys {KEY_PREFIX}<module>.lora_A.weight")
     return Adapter(name, str(source), path, config, modules, extras, pairs)
+
+
+def open_adapters(sources: Iterable[str | Path | Adapter]) -> list[Adapter]:
+    """Each source as `open_adapter` opens it, in their order; one that is open already as it is.
+
+    Raises:
+        AdapterError: as `open_adapter` does, for the first that cannot be opened.
+    """
+    return [source if isinstance(source, Adapter) else open_adapter(source) for source in sources]
 
 
 def shared_extras(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:

@@ -14,11 +14,10 @@ from merge_engine import __version__
 from merge_engine.adapter import KEY_PREFIX, WEIGHTS_FILE, Adapter, Module, saves, shared_extras
 from merge_engine.errors import OutputError
 from merge_engine.lora_config import CONFIG_FILE
+from merge_engine.source import is_hub_id
 from merge_engine.stream import SafetensorsWriter, writing
 
 logger = logging.getLogger(__name__)
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class AdapterWriter:
@@ -152,7 +151,7 @@ def model_card(adapters: Sequence[Adapter], config: Mapping[str, Any], recipe: M
 
     base = config["base_model_name_or_path"]
     front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "merge", "merge-engine"]}
-    if base and _HUB_ID.fullmatch(base):  # the hub takes no local path here
+    if base and is_hub_id(base):  # the hub takes no local path here
         front = {"base_model": base, **front}
     weights = recipe.get("weights")
     if not isinstance(weights, Sequence) or len(weights) != len(adapters):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_engine import compiled, jit, operators, tiles
-from merge_engine.adapter import Adapter, open_adapter
+from merge_engine.adapter import Adapter, open_adapters
 from merge_engine.compare_figures import Figures, Interference, together
 from merge_engine.errors import RecipeError
 from merge_engine.pipeline import ahead
@@ -45,7 +45,7 @@ def interference(
     Raises MergeError for adapters that could not be merged either, or fewer than two.
     """
     recipe = Recipe(method="ties", density=density)
-    opened = [adapter if isinstance(adapter, Adapter) else open_adapter(adapter) for adapter in adapters]
+    opened = open_adapters(adapters)
     if len(opened) < 2:
         raise RecipeError(f"adapters: wanted at least two to compare, got {len(opened)}")
     plan = make_plan(opened, recipe)

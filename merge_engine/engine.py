@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_engine import lowrank, ops
-from merge_engine.adapter import Adapter, open_adapter
+from merge_engine.adapter import Adapter, open_adapters
 from merge_engine.adapter_writer import AdapterWriter
 from merge_engine.errors import RecipeError
 from merge_engine.finetuned import Finetuned
@@ -84,7 +84,7 @@ def merge(
     No base model is loaded, and no delta of an adapter is stored. Raises MergeError before anything is written.
     """
     asked = Recipe.from_mapping(recipe)
-    opened = [adapter if isinstance(adapter, Adapter) else open_adapter(adapter) for adapter in adapters]
+    opened = open_adapters(adapters)
     chosen = ops.choose(backend)
     return run(make_plan(opened, asked), output, backend=chosen, overwrite=overwrite, progress=progress)
 

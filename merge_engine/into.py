@@ -20,7 +20,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from merge_engine import __version__, ops
-from merge_engine.adapter import Adapter, open_adapter
+from merge_engine.adapter import Adapter, open_adapter, open_adapters
 from merge_engine.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from merge_engine.engine import Preparation, prepare, work_of
 from merge_engine.errors import MergeError, ModelError, OutputError, RecipeError
@@ -146,7 +146,7 @@ def merge_into(
     """
     return merge_models(
         base,
-        [adapter if isinstance(adapter, Adapter) else open_adapter(adapter) for adapter in adapters],
+        open_adapters(adapters),
         output,
         shard_size=shard_size,
         overwrite=overwrite,
@@ -419,9 +419,17 @@ def _share(job: Job, keys: Sequence[str]) -> frozenset[str]:
 
 
 def _costs(job: Job, keys: Sequence[str]) -> list[int]:
-    """What each tensor takes, in elements of one task tensor: four bytes are written in the time of one of these."""
-    costs = {job.targets[module.name].stored.key: module.cost for module in job.plan.modules}
-    return [1 + costs.get(key, 0) + job.layout.slots[key].nbytes // 4 for key in keys]
+    """What each tensor takes, in elements of one task tensor: four bytes are written in the time of one of these.
+
+    That of twins goes with the first of them, as in `_share`.
+    """
+    costs = dict.fromkeys(keys, 1)
+    for module in job.plan.modules:
+        costs[job.targets[module.name].stored.key] += module.cost
+    for key in keys:
+        writer = job.targets[job.module_of[key]].stored.key if key in job.module_of else key
+        costs[writer] += job.layout.slots[key].nbytes // 4
+    return list(costs.values())
 
 
 def _estimate(job: Job, backend: ModelBackend) -> float:

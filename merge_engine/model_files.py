@@ -1,7 +1,6 @@
 """What a full model's folder holds beside its weights: configuration, tokenizer, model card and report."""
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -12,10 +11,10 @@ from merge_engine.adapter_writer import recipe_text, versions
 from merge_engine.checkpoint import CONFIG_FILE, Checkpoint
 from merge_engine.plan import Plan
 from merge_engine.shards import INDEX_FILE, Layout
+from merge_engine.source import is_hub_id
 from merge_engine.stream import writing
 from merge_engine.vocabulary import TOKENIZER_FILE, Union
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHOWN = 64  # added tokens that a model card lists
 
 
@@ -116,7 +115,7 @@ def model_card(base: Checkpoint, plan: Plan, recipe: dict[str, Any], union: Unio
     import yaml
 
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "merge-engine"]}
-    if _HUB_ID.fullmatch(base.source):  # the hub takes no local path here
+    if is_hub_id(base.source):  # the hub takes no local path here
         front = {"base_model": base.source, **front}
     weights = plan.recipe.weights_for([source.name for source in plan.adapters])
     rows = [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merge_engine.errors import RecipeError
 from merge_engine.plan import ModulePlan, Plan
+from merge_engine.ranks import gpu
 from merge_engine.torch_backend import TorchBackend
 
 BACKENDS = ("auto", "triton", "torch")
@@ -109,13 +110,13 @@ def choose(name: str | None = None) -> ModelBackend:
 
 
 def triton_device() -> tuple[torch.device | None, str]:
-    """(where Triton's kernels can run, why): a GPU, the CPU if they are interpreted, or None."""
+    """(where Triton's kernels can run, why): this process's GPU (`ranks.gpu`), the CPU if interpreted, or None."""
     try:
         import triton
     except ImportError as error:
         return None, f"triton cannot be imported ({error})"
     if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = gpu()
         return device, f"triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
     if triton.knobs.runtime.interpret:
         return torch.device("cpu"), f"triton {triton.__version__} in its interpreter (TRITON_INTERPRET=1), very slow"

@@ -3,7 +3,7 @@
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -29,25 +29,38 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def one_thread() -> None:
+    """This thread runs torch's operators alone from now on.
+
+    It has to ask before it sets: a thread that asks for the first time, or runs its first operator, gets what any other
+    thread has set last, in place of what it has set itself.
+    """
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
     """function(item) for every item, in order, computed in the background while earlier results are in use.
 
     At most workers + 1 results are under way or waiting, so memory is bounded. Each worker runs torch's operators on
     one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here.
     """
-    before = torch.get_num_threads()  # a thread that has not asked yet gets what another one sets below
+    before = torch.get_num_threads()
     pool = _take(workers)
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(_on_one_thread, function, item))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        wait([future for future in waiting if not future.cancel()])
+    except BaseException:  # these threads may be at work, or not be there in a child: they end, and are no one's
+        pool.shutdown(cancel_futures=True)
+        raise
+    else:
         _idle[workers].append(pool)
+    finally:
         torch.set_num_threads(before)  # for threads that are still to come
 
 
@@ -55,4 +68,9 @@ def _take(workers: int) -> ThreadPoolExecutor:
     try:
         return _idle[workers].pop()
     except IndexError:  # all are in use
-        return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        return ThreadPoolExecutor(workers)
+
+
+def _on_one_thread(function: Callable[[T], R], item: T) -> R:
+    one_thread()
+    return function(item)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from merge_engine import engine, jit, torch_backend
-from merge_engine.adapter import Adapter, open_adapter
+from merge_engine.adapter import Adapter, open_adapters
 from merge_engine.cache import Cache
 from merge_engine.compiled import HELD
 from merge_engine.errors import RecipeError
@@ -56,7 +56,7 @@ class Pool:
         self.keeps_results = keeps_results
         self.memory = _parse_memory(memory)
         self.cache = Cache(0)
-        opened = [adapter if isinstance(adapter, Adapter) else open_adapter(adapter) for adapter in adapters]
+        opened = open_adapters(adapters)
         for adapter in opened:
             adapter.check_finite()
         extras = _same_extras(opened)

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import torch
 
 from merge_engine.errors import OutputError
 
@@ -25,10 +26,9 @@ class Ranks:
         """The sum of every rank's int64 array, on every rank."""
         if self.world == 1:
             return counts
-        import torch
         import torch.distributed as dist
 
-        device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
+        device = gpu() if dist.get_backend() == "nccl" else torch.device("cpu")
         values = torch.from_numpy(np.ascontiguousarray(counts, np.int64)).to(device)
         self._together(dist.all_reduce, values)
         return values.cpu().numpy()
@@ -72,6 +72,16 @@ def join() -> Ranks:
         ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
         atexit.register(_leave)
     return ranks
+
+
+def gpu() -> torch.device:
+    """The GPU that this process computes on, of those it sees; there must be one.
+
+    That which its caller made current (`torch.cuda.set_device`), if it is not the first. Else, where torchrun started
+    it, GPU number LOCAL_RANK, counted round again where more processes than GPUs are on the machine. Else the first.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", torch.cuda.current_device() or local % torch.cuda.device_count())
 
 
 def _leave() -> None:

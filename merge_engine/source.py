@@ -6,7 +6,12 @@ from pathlib import Path
 
 from merge_engine.errors import MergeError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether it is ``user/repo`` of the characters that the hub allows, whether or not the hub has it."""
+    return _HUB_ID.fullmatch(source) is not None
 
 
 def find(
@@ -29,7 +34,7 @@ def find(
         return path.resolve().name, path
     if path.exists():
         raise error(f"{source} is a file, wanted a folder with {config_file}")
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+    if not isinstance(source, str) or not is_hub_id(source):
         raise error(f"{source} does not exist, wanted a folder with {config_file} or a hub id user/repo")
     import huggingface_hub
 

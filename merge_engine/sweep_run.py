@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from merge_engine.adapter import WEIGHTS_FILE, Adapter, open_adapter
+from merge_engine.adapter import WEIGHTS_FILE, Adapter, open_adapters
 from merge_engine.engine import Merged
 from merge_engine.errors import MergeError, OutputError, RecipeError
 from merge_engine.lora_config import CONFIG_FILE
@@ -148,7 +148,7 @@ def run(
     if choose not in BEST:
         raise RecipeError(f"best: wanted one of {', '.join(BEST)}, got {choose!r}")
     output = Path(output)
-    opened = [adapter if isinstance(adapter, Adapter) else open_adapter(adapter) for adapter in adapters]
+    opened = open_adapters(adapters)
     digests = [_digest(adapter) for adapter in opened]
     made_from = [" ".join(digests[number] for number in trial.adapters) for trial in trials]
     table = Table(output / TABLE)

@@ -52,7 +52,7 @@ class StoredTensor:
         """The tensor as flat pieces of at most `elements`, each in place of the one before; raises as `read` does."""
         size = math.prod(self.shape)
         if self.mapped is not None:
-            yield from self.mapped.detach().reshape(-1).split(elements)
+            yield from self.mapped.detach().reshape(-1).split(elements) if size else ()
             return
         buffer = torch.empty(min(elements, size), dtype=self.dtype)
         with self._opened() as file:

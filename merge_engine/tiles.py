@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from merge_engine import jit, rng
+from merge_engine.pipeline import one_thread
 from merge_engine.rule import Rule
 from merge_engine.terms import TERM
 
@@ -246,7 +247,7 @@ def workers(threads: int) -> ThreadPoolExecutor:
     ready = threading.Barrier(threads + 1)
 
     def start() -> None:
-        torch.set_num_threads(1)
+        one_thread()
         ready.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="merge_engine")

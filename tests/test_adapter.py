@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lora_files import save_factors
@@ -25,6 +26,7 @@ from merge_engine import lora_config
 from merge_engine.adapter import Adapter, open_adapter, shared_extras
 from merge_engine.adapter_writer import AdapterWriter
 from merge_engine.errors import AdapterError, OutputError
+from merge_engine.source import is_hub_id
 from merge_engine.tensors import StoredTensor
 
 pytestmark = [
@@ -378,10 +380,22 @@ def test_what_the_hub_does_not_have(hub):
     refused("user/nothing", match=r"^user/nothing is no local folder and could not be fetched from the hub: \w+")
 
 
+@pytest.mark.parametrize(
+    "source", ["user/repo", "User-1/r.e-p_o", "_user/_repo", "-user/repo", "user/-repo", "user/.repo"]
+)
+def test_a_hub_id_is_what_the_hub_takes_for_one(source):
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        assert not is_hub_id(source)
+    else:
+        assert is_hub_id(source)
+
+
 # --- bad inputs ---
 
 
-@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "nowhere", "a/b/c", "user/..", "../nowhere"])
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "nowhere", "a/b/c", "user/..", "../nowhere", "é/a"])
 def test_a_source_that_is_neither_folder_nor_hub_id(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AdapterError, match=r"does not exist, wanted a folder with adapter_config.json or a hub id"):

@@ -4,6 +4,7 @@ import builtins
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from lora_files import save_factors
@@ -15,6 +16,7 @@ from merge_engine.cli import main
 from merge_engine.demo import adapter_paths
 from merge_engine.errors import MergeError, RecipeError
 from merge_engine.plan import make_plan
+from merge_engine.ranks import Ranks
 from merge_engine.recipe import Recipe
 from merge_engine.torch_backend import TorchBackend
 
@@ -217,6 +219,51 @@ def test_without_triton(monkeypatch):
     assert ops.choose("auto").name == "torch"
     with pytest.raises(RecipeError, match=r"triton cannot be imported \(No module named 'triton'\)$"):
         ops.choose("triton")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(gpus, current, local rank or None): what torch.cuda and torchrun say there."""
+
+    def fake(gpus, current, local):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local is not None:
+            monkeypatch.setenv("LOCAL_RANK", str(local))
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("gpus", "current", "local", "want"),
+    [
+        (4, 0, None, 0),  # no torchrun
+        (4, 2, None, 2),
+        (4, 0, 0, 0),
+        (4, 0, 3, 3),
+        (2, 0, 5, 1),  # more processes than GPUs
+        (1, 0, 3, 0),  # as where each process sees but its own GPU
+        (4, 2, 3, 2),  # the caller's choice stands
+    ],
+)
+def test_every_process_of_a_machine_takes_a_gpu_of_its_own(machine, gpus, current, local, want):
+    machine(gpus, current, local)
+    device, reason = ops.triton_device()
+    assert device == torch.device("cuda", want) and reason.endswith(f" on GPU {want}")
+
+
+@pytest.mark.parametrize(("group", "want"), [("nccl", "cuda:3"), ("gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu")])
+def test_counts_are_summed_where_the_process_group_can(machine, monkeypatch, group, want):
+    machine(4, 0, 3)
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(device) or tensor)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: group)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.mul_(2))  # two that count alike
+    assert Ranks(1, 2).sum(np.array([1, 2**40])).tolist() == [2, 2**41]
+    assert moved == [torch.device(want)]
 
 
 def test_info_system_says_which_and_why(capsys, monkeypatch):

@@ -215,6 +215,15 @@ def test_shards_and_what_lies_beside_them(base, three, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "sql", "chat", "ads", "one", "many"}
 
 
+def test_the_card_names_a_base_of_the_hub(base, three, tmp_path, repositories):
+    """Its front matter, that is: the hub takes no local path there."""
+    repositories["org/base"] = base
+    for source, named in ((base, []), ("org/base", ["base_model: org/base"])):
+        merge_engine.merge_into(source, three, tmp_path / "out", overwrite=True)
+        front = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
+        assert [line for line in front.splitlines() if line.startswith("base_model")] == named
+
+
 @pytest.mark.parametrize("form", ["sharded", "bin", "sharded bin"])
 def test_other_forms_of_the_base(base, three, tmp_path, form):
     merge_engine.merge_into(base, three, tmp_path / "want", weights=WEIGHTS)
@@ -646,3 +655,127 @@ def test_ranks_share_by_cost():
     shares = [Ranks(rank, 3).share(costs) for rank in range(3)]
     assert [i for share in shares for i in share] == list(range(7))
     assert max(sum(costs[i] for i in share) for share in shares) <= 10
+
+
+def written_by(job, world):
+    """Bytes that each of so many ranks writes: its own copies, and its modules with their twins."""
+    from merge_engine.ranks import Ranks
+
+    keys, nbytes = list(job.layout.slots), {key: slot.nbytes for key, slot in job.layout.slots.items()}
+    shares = [[keys[i] for i in Ranks(rank, world).share(into._costs(job, keys))] for rank in range(world)]
+    assert [key for share in shares for key in share] == keys
+    written = []
+    for share in shares:
+        modules = into._share(job, share)
+        copies = [key for key in share if key not in job.module_of]
+        written.append(sum(nbytes[key] for key in [*copies, *(k for name in modules for k in job.keys_of(name))]))
+    assert sum(written) == sum(nbytes.values())
+    return written, max(nbytes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+@pytest.mark.parametrize("world", [2, 3, 4, 7])
+def test_no_rank_writes_more_than_its_due(tmp_path, dtype, world):
+    """Embeddings outweigh the layers, one small one of which is merged: as good as all of the cost is what is copied.
+
+    A run of neighbours ends within half a tensor of its due at either end.
+    """
+    shapes = {f"model.embed.{i}": (500 - 40 * i, 64) for i in range(9)}
+    shapes |= {f"model.layers.{i}.q_proj": (16, 16) for i in range(4)} | {"lm_head": (800, 64)}
+    base = save_base(tmp_path / "base", shapes=shapes, dtype=dtype)
+    adapted = ["model.layers.0.q_proj"]
+    if dtype == torch.int8:  # copied as it is, but for what is merged
+        tensors = load_file(base / "model.safetensors")
+        tensors = {k: t.float() if k.startswith("model.layers") else t for k, t in tensors.items()}
+        save_file(tensors, base / "model.safetensors")
+    adapter = open_adapter(save_adapter(tmp_path / "sql", 1, modules=adapted, shapes=shapes))
+    job = into.make_job(into.open_checkpoint(base), [adapter], into.Recipe.from_mapping({"method": "linear"}), 10**9)
+    written, largest = written_by(job, world)
+    assert max(written) <= sum(written) / world + largest + 4 * 16 * 16 + 4 * len(shapes)
+
+
+def test_what_is_merged_costs_its_writing_too(base, three):
+    """Elements of every task tensor, and a quarter of the bytes of each tensor; and one, so that nothing is free."""
+    recipe = into.Recipe.from_mapping({"method": "ties", "dtype": "float32"})
+    opened = [open_adapter(folder) for folder in three]
+    job = into.make_job(into.open_checkpoint(base), opened, recipe, 10**9)
+    keys = list(job.layout.slots)
+    want = {f"{name}.weight": 1 + torch.Size(shape).numel() for name, shape in SHAPES.items()}  # float32
+    want |= {f"{name}.weight": want[f"{name}.weight"] + 3 * torch.Size(SHAPES[name]).numel() for name in ADAPTED}
+    assert dict(zip(keys, into._costs(job, keys), strict=True)) == want | {"model.steps": 1 + 5 * 8 // 4}
+
+
+def test_twins_cost_the_rank_that_writes_them(tmp_path):
+    """A full model whose head is tied to the embeddings in its file: the first of the two is written with the other."""
+    folders = []
+    for seed, name in enumerate(["base", "tuned"]):
+        folder, generator = tmp_path / name, torch.Generator().manual_seed(seed)
+        folder.mkdir()
+        tensors = {"model.embed_tokens.weight": torch.randn(300, 8, generator=generator)}
+        tensors |= {f"model.layers.{i}.up.weight": torch.randn(40, 8, generator=generator) for i in range(15)}
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        torch.save(tensors, folder / "pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300, "tie_word_embeddings": True}))
+        folders.append(into.open_checkpoint(folder))
+    job = into.make_job(folders[0], folders[1:], into.Recipe.from_mapping({"method": "linear"}), 10**9)
+    costs = dict(zip(job.layout.slots, into._costs(job, list(job.layout.slots)), strict=True))
+    assert job.base.twins == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert costs["lm_head.weight"] == 1 and costs["model.embed_tokens.weight"] == 1 + 3 * 300 * 8
+    written, largest = written_by(job, 2)
+    assert max(written) <= sum(written) / 2 + largest
+
+
+def unfinished(base, adapters, tmp_path, monkeypatch, after=5):
+    """The journal of a run that was interrupted after some tensors; its recipe is the default one."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, after)
+        with pytest.raises(KeyboardInterrupt):
+            merge_engine.merge_into(base, adapters, tmp_path / "out", shard_size=900)
+    return tmp_path / ".out.partial" / ".journal.0"
+
+
+def test_the_journal_has_the_hash_of_what_is_on_the_disk(base, three, tmp_path, monkeypatch):
+    from xxhash import xxh3_128_hexdigest
+
+    journal = unfinished(base, three, tmp_path, monkeypatch)
+    entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    assert len({entry["tensor"] for entry in entries}) == 5
+    found = {}
+    for path in journal.parent.glob("*.safetensors"):
+        data, header = path.read_bytes(), load_header(path)
+        start = 8 + int.from_bytes(data[:8], "little")
+        for key in header.keys() - {"__metadata__"}:
+            begin, end = header[key]["data_offsets"]
+            found[key] = xxh3_128_hexdigest(data[start + begin : start + end])
+    assert entries == [{"tensor": entry["tensor"], "xxh3": found[entry["tensor"]]} for entry in entries]
+
+
+@pytest.mark.parametrize("old", [5, 2])
+def test_what_an_older_journal_says_is_made_again(base, three, tmp_path, monkeypatch, caplog, old):
+    """Lines with SHA-256, which the version before wrote: nothing is taken over from them, nor looked at."""
+    merge_engine.merge_into(base, three, tmp_path / "want", shard_size=900)
+    journal = unfinished(base, three, tmp_path, monkeypatch)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for entry in lines[1 : 1 + old]:
+        entry["sha256"] = 2 * entry.pop("xxh3")
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    result = merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    assert result.resumed == 5 - old and "damaged" not in caplog.text
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
+
+
+@pytest.mark.parametrize("dtype", [None, "float16"])
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_tensors_of_several_pieces_are_copied_whole(tmp_path, dtype, form):
+    """Pieces are read one in place of another: each is written, cast or not, before the next."""
+    shapes = {"model.embed_tokens": (1300, 1024), "model.layers.0.q_proj": (12, 20), "lm_head": (1025, 1024)}
+    base = save_base(tmp_path / "base", shapes=shapes, dtype=torch.float32)
+    before = load_file(base / "model.safetensors")
+    if form == "bin":
+        torch.save(before, base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    adapter = save_adapter(tmp_path / "sql", 1, modules=["model.layers.0.q_proj"], shapes=shapes)
+    merge_engine.merge_into(base, [adapter], tmp_path / "out", dtype=dtype)
+    got = weights_of(tmp_path / "out")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(got[key], before[key].to(getattr(torch, dtype) if dtype else torch.float32))

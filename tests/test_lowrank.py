@@ -455,3 +455,163 @@ def test_product_norm_is_the_dense_one(shape, dtype):
     # Two float64 sums of at most N and M terms: 1e-12 is far above their rounding.
     assert lowrank.product_norm(A, B) == pytest.approx((B.double() @ A.double()).norm().item(), rel=1e-12)
     assert lowrank.product_norm(A, torch.zeros_like(B)) == 0.0
+
+
+# --- stacks whose weights change
+
+
+def orthonormal(m: int, k: int, g: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(m, k, generator=g, dtype=torch.float64))[0]
+
+
+def graded(seed: int, m: int, n: int, ranks: list[int], exponents: list[float], mixed: bool):
+    """Factors in float64 of a matrix with singular values 10**exponents, split by ranks; mixed: none is one's own."""
+    g = generator(seed)
+    r = sum(ranks)
+    s = 10.0 ** torch.tensor([exponents[i % len(exponents)] for i in range(r)], dtype=torch.float64)
+    turn = orthonormal(r, r, g) if mixed else torch.eye(r, dtype=torch.float64)
+    left = torch.randn(m, r, generator=g, dtype=torch.float64) if m < r else orthonormal(m, r, g)
+    right = torch.randn(n, r, generator=g, dtype=torch.float64) if n < r else orthonormal(n, r, g)
+    B, A = left * s @ turn, turn.T @ right.T
+    return list(A.split(ranks)), list(B.split(ranks, dim=1))
+
+
+def summands(As, Bs, weights) -> float:
+    """sum |w_i| |B_i|_F |A_i|_F"""
+    return sum(abs(w) * float(A.norm() * B.norm()) for A, B, w in zip(As, Bs, weights, strict=True))
+
+
+# What float64 loses in core^2 moves the error by sqrt(2 k |core core^T - its eigenvectors'|): of a few units of U64
+# each, for the ranks below, less than this share of |D|_F; and where products cancel, a few units of U64 of these.
+SQUARED = 2.0**-25
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    m=st.integers(1, 60),
+    n=st.integers(1, 60),
+    ranks=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    exponents=st.lists(st.floats(-12, 0), min_size=1, max_size=6),
+    mixed=st.booleans(),
+    copies=st.integers(1, 3),
+    weights=st.lists(st.sampled_from([1.0, -0.5, 0.0, 1e-7, -1e6]), min_size=5, max_size=5),
+    again=st.lists(st.sampled_from([1.0, -1.0, -1.0 + 2**-30, 1e-3, 0.0]), min_size=2, max_size=2),
+    rank=st.integers(1, 70),
+    scale=st.sampled_from([1.0, 1e-15, 1e15]),
+)
+def test_stacks_of_any_condition_are_cut_as_by_a_dense_svd(
+    seed, m, n, ranks, exponents, mixed, copies, weights, again, rank, scale
+):
+    """Singular values from 1 to 1e-12 of the first, adapters that come twice, and weights with which they cancel."""
+    As, Bs = graded(seed, m, n, ranks, exponents, mixed)
+    As = [A * scale for A in As]
+    own = weights[: len(ranks)]
+    weights = [w * x for x in (1.0, *again)[:copies] for w in own]
+    As, Bs = As * copies, Bs * copies
+    exact, size = summed(As, Bs, weights), summands(As, Bs, weights)
+    result = from_products(As, Bs, weights, rank)
+    k = min(rank, m, n, sum(map(len, As)))
+    check_form(result, m, n, k)
+    norm = float(exact.norm())
+    slack = (ROUNDING + SQUARED) * norm + 1000 * U64 * size
+    least = least_error(squares_of(exact), k)
+    assert least - slack <= error_of(result, exact) <= least + slack
+    if norm > 1e-6 * size:
+        check_energy(result, exact, 2 * ROUNDING + 1e-8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    ranks=st.sampled_from([[16, 16, 16, 16], [40], [7, 30, 5]]),
+    slope=st.floats(0.0, 12.0),
+    rank=st.integers(1, 24),
+    energy=st.one_of(st.floats(0.01, 1.0), st.just(1.0), st.floats(1e-12, 1e-3).map(lambda x: 1 - x)),
+)
+def test_energy_chooses_the_rank_whatever_the_spectrum(seed, ranks, slope, rank, energy):
+    """The values beyond those that are found count: whether few or most are asked for."""
+    r = sum(ranks)
+    As, Bs = graded(seed, 80, 70, ranks, [-slope * i / r for i in range(r)], True)
+    squares = squares_of(summed(As, Bs, [1.0] * len(ranks)))[:r]
+    kept = squares.cumsum(0) / squares.sum()
+    result = from_products(As, Bs, [1.0] * len(ranks), rank, energy)
+    k = len(result.A)
+    check_form(result, 80, 70, k)
+    # Eigenvalues below r 2 U64 of the first count as none: r of them come to less than r^2 2 U64 = 1e-12 of all.
+    assert k == min(rank, r) or kept[k - 1] >= energy - 2e-12
+    assert k == 1 or kept[k - 2] < energy + 2e-12
+    assert result.energy == pytest.approx(float(kept[k - 1]), abs=2e-12)
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 2.1e-6, 1.1e-6, 0.9e-6, 1e-8, 1e-13, 0.0])
+@pytest.mark.parametrize("rank", [3, 10, 12, 48])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_form_holds_down_to_the_smallest_value(smallest, rank, mixed):
+    """On both sides of where A is no longer found by a division by S; the largest value apart, all kept are small."""
+    exponent = math.log10(smallest) if smallest else -400.0
+    spread = [0.0, *(exponent + 0.01 * i for i in range(2, rank)), *(exponent for _ in range(49 - rank))][:48]
+    As, Bs = graded(7, 90, 75, [12, 12, 12, 12], spread, mixed)
+    exact = summed(As, Bs, [1.0] * 4)
+    result = from_products(As, Bs, [1.0] * 4, rank)
+    check_form(result, 90, 75, rank)
+    least, norm = least_error(squares_of(exact), rank), float(exact.norm())
+    assert error_of(result, exact) <= least + (ROUNDING + SQUARED) * norm
+    # Of few values the squares are found, and of many they themselves: to some units of U64 of the largest. The latter
+    # count as zero below 2**-51 48 sum_i |B_i|_F |A_i|_F.
+    s, lengths = squares_of(exact)[:rank].sqrt(), torch.linalg.vector_norm(result.B.double(), dim=0)
+    if 4 * rank <= 48:
+        assert ((lengths.square() - s.square()).abs() <= 2 * ROUNDING * s.square() + 50 * U64 * norm**2).all()
+    else:
+        assert ((lengths - s).abs() <= ROUNDING * s + 4 * 48 * U64 * summands(As, Bs, [1.0] * 4)).all()
+
+
+def test_few_leading_vectors_are_those_of_a_full_svd():
+    """Ranks on both sides of a quarter of the core, of values that are apart: found in the span of eigenvectors."""
+    g = generator(11)
+    core = orthonormal(64, 64, g) * torch.logspace(0, -3, 64, dtype=torch.float64) @ orthonormal(64, 50, g)
+    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    for rank in (1, 15, 16, 17, 50, 64):
+        found = lowrank._leading(core, rank, None)
+        k = min(rank, 50)
+        assert found.u.shape == (64, k) and found.s.shape == (k,) and found.vh.shape == (k, 50)
+        want = u[:, :k] * s[:k] @ vh[:k]
+        assert float((found.u * found.s @ found.vh - want).norm()) <= 1e-10
+        assert torch.allclose(found.s, s[:k], rtol=1e-10, atol=0)
+        assert found.kept == pytest.approx(float(s[:k].square().sum() / s.square().sum()), abs=1e-13)
+        for vectors in (found.u.T, found.vh):
+            assert torch.allclose(vectors @ vectors.T, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+def test_a_weight_of_zero_leaves_no_trace():
+    """Not even of an adapter 1e20 times as large, in whose rounding all others would drown."""
+    As, Bs = random_factors(12, 60, 50, [8, 8, 8], torch.float64)
+    Bs[1] *= 1e20
+    exact = summed(As, Bs, [1.0, 0.0, -0.5])
+    for rank in (4, 16):
+        result = from_products(As, Bs, [1.0, 0.0, -0.5], rank)
+        check_form(result, 60, 50, rank)
+        least, norm = least_error(squares_of(exact), rank), float(exact.norm())
+        assert error_of(result, exact) <= least + (ROUNDING + SQUARED) * norm
+        assert result.energy == pytest.approx(1 - least**2 / norm**2, abs=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [[8, 8, 8, 8], [9, 31, 40]])
+def test_a_stack_is_as_it_was_after_every_cut(ranks):
+    """The bits of a cut depend on its weights alone, not on the cuts before it, and the stack's factors are its own."""
+    As, Bs = random_factors(13, 45, 52, ranks, torch.float64)
+    kept = [tensor.clone() for tensor in (*As, *Bs)]
+    stack = lowrank.Stack(As, Bs)
+    asked = [
+        ([1.0] * len(ranks), 8, None),
+        ([0.0] * len(ranks), 3, None),
+        ([0.3, -1.0, *[2.0] * (len(ranks) - 2)], 40, 0.9),
+    ]
+    first = [stack.cut(*each) for each in asked]
+    for tensor in (*As, *Bs):
+        tensor.fill_(math.nan)
+    for each, want in zip(asked, first, strict=True):
+        got = stack.cut(*each)
+        fresh = from_products(kept[: len(ranks)], kept[len(ranks) :], *each)
+        for other in (got, fresh):
+            assert torch.equal(other.A, want.A) and torch.equal(other.B, want.B) and other.energy == want.energy

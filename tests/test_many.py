@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lora_files import STEM, save_factors
 
 from merge_engine import engine, jit, many, pool, selection, shared_tiles, tiled, tiles
+from merge_engine.adapter import open_adapter
 from merge_engine.cache import Cache
 from merge_engine.engine import merge
 from merge_engine.errors import AdapterError, MergeError, OutputError, RecipeError
@@ -167,7 +168,7 @@ def test_each_folder_has_the_bytes_of_a_merge_alone(folders, tmp_path):
 
 def test_recipes_as_objects_and_names_by_default(alike, tmp_path):
     recipe = engine.Recipe(method="linear", rank=2)
-    results = list(merge_many([engine.open_adapter(folder) for folder in alike], [recipe, recipe], tmp_path / "out"))
+    results = list(merge_many([open_adapter(folder) for folder in alike], [recipe, recipe], tmp_path / "out"))
     assert [result.path.name for result in results] == ["000", "001"]
     assert list(merge_many(alike, [])) == []
 

@@ -259,6 +259,16 @@ def test_an_error_in_a_tile_is_raised():
         selection.trims([Broken(torch.ones(3, 3))], 2, "exact")
 
 
+def test_threads_that_share_tiles_run_operators_alone():
+    """In a process of its own, since a thread settles how many it uses once."""
+    program = (
+        "import torch; from merge_engine import tiles; torch.set_num_threads(3); "
+        "seen = tiles.for_each(range(9), lambda _: torch.get_num_threads()); assert seen == [1] * 9, seen; "
+        "assert torch.get_num_threads() == 3"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_tile_that_fails_ends_the_others():
     seen, all_free = [], threading.Barrier(torch.get_num_threads(), timeout=60)
 
