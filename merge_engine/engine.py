@@ -19,7 +19,7 @@ from merge_engine.adapter import Adapter, open_adapters
 from merge_engine.adapter_writer import AdapterWriter
 from merge_engine.errors import RecipeError
 from merge_engine.finetuned import Finetuned
-from merge_engine.lowrank import LowRank, Stack
+from merge_engine.lowrank import LowRank, Stack, first_space
 from merge_engine.ops import Backend
 from merge_engine.pipeline import ahead
 from merge_engine.place import place_folder
@@ -105,7 +105,7 @@ def run(
 
 
 class Finished(NamedTuple):
-    """One module of the result: its factors, on the CPU, and |B A|_F^2."""
+    """One module of the result: its factors, on the CPU, and what |B A|_F^2 is before they are scaled."""
 
     factors: LowRank
     squared_norm: float
@@ -218,7 +218,7 @@ def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[W
 
 def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
     """One module of the result."""
-    return work.module, scaled(cut(plan, backend, work), plan.recipe.scale, work.module.name)
+    return work.module, scaled(finished(cut(plan, backend, work)), plan.recipe.scale, work.module.name)
 
 
 def cut(
@@ -226,10 +226,11 @@ def cut(
     backend: Backend,
     work: Work,
     stack: Callable[[Sequence[Tensor], Sequence[Tensor]], Stack] = Stack,
+    space: Callable[[Tensor, tuple[int, int], int], Tensor] = first_space,
 ) -> LowRank:
     """The factors of one module's result before `scaled`: stacked, cut by QR, or cut by subspace iteration.
 
-    stack: makes a `Stack` of As and Bs, or knows it already.
+    stack, space: make what depends on the factors only, or know it already.
     """
     recipe, module = plan.recipe, work.module
     strengths = [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
@@ -237,7 +238,8 @@ def cut(
     if recipe.method == "cat":
         return LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
     if "delta" in work.merged:
-        return lowrank.from_matrix(work.merged["delta"], _start(As, module.rank), module.rank, recipe.energy)
+        start = _start(As, module.rank)
+        return lowrank.from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=space)
     if recipe.space == "delta":
         return stack(As, Bs).cut(strengths, module.rank, recipe.energy)
     A, B = work.merged["A"], work.merged["B"]
@@ -246,17 +248,24 @@ def cut(
     return lowrank.from_products([A], [B], [1.0], module.rank, recipe.energy)
 
 
-def scaled(result: LowRank, scale: float, name: str) -> Finished:
-    """scale * B @ A, on the CPU: B times scale, rounded to float32; merges that differ in scale share all before it.
+def finished(result: LowRank) -> Finished:
+    """What merges that differ in scale only have in common."""
+    A, B, energy = result
+    return Finished(LowRank(A.cpu(), B.cpu(), energy), lowrank.product_norm(A, B) ** 2)
+
+
+def scaled(result: Finished, scale: float, name: str) -> Finished:
+    """scale * B @ A: B times scale, rounded to float32.
 
     Raises RecipeError, naming the module, where that leaves float32.
     """
-    A, B = result.A.cpu(), result.B.cpu()
-    if scale != 1:
-        B = B * scale
-        if not bool(B.isfinite().all()):
-            raise RecipeError(f"scale: {scale} times {name}, which reaches {result.B.abs().max():.1e}, is no float32")
-    return Finished(LowRank(A, B, result.energy), lowrank.product_norm(A, B) ** 2)
+    (A, B, energy), squared_norm = result
+    if scale == 1:
+        return result
+    scaled_B = B * scale
+    if not bool(scaled_B.isfinite().all()):
+        raise RecipeError(f"scale: {scale} times {name}, which reaches {B.abs().max():.1e}, is no float32")
+    return Finished(LowRank(A, scaled_B, energy), squared_norm)
 
 
 def _start(As: Sequence[Tensor], rank: int) -> Tensor:
@@ -281,7 +290,7 @@ def _load(
 
 
 class _Norms:
-    """Kept energy over all modules: sum |B A|^2 / sum |merged delta|^2."""
+    """Kept energy over all modules: sum |B A|^2 / sum |merged delta|^2, whatever they are scaled by."""
 
     def __init__(self) -> None:
         self.kept = self.total = 0.0

@@ -7,7 +7,7 @@ float32. Rounding the factors to float32 moves their product by at most ``2 * 2*
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -136,8 +136,29 @@ class Stack:
         return _rounded(A, B.T, core)
 
 
+def first_space(start: Tensor, shape: tuple[int, int], k: int) -> Tensor:
+    """Orthonormal rows [p, N] that the iteration for k vectors of a matrix [M, N] = ``shape`` begins with, in float64.
+
+    They span ``start`` [., N], or min(M, N) / 4 random sums of its rows where there are more, and fixed Gaussian rows:
+    8, and as many as p = k + 8 takes.
+    """
+    widest = min(shape) // 4
+    generator = torch.Generator().manual_seed(0)
+    if len(start) > widest:
+        start = torch.randn(widest, len(start), generator=generator, dtype=torch.float64).to(start.device) @ start
+    count = max(_OVERSAMPLING, k + _OVERSAMPLING - len(start))
+    gaussians = torch.randn(count, shape[1], generator=generator, dtype=torch.float64)
+    return _orthonormal(torch.cat([start, gaussians.to(start.device)]))
+
+
 def from_matrix(
-    matrix: Tensor, start: Tensor, rank: int, energy: float | None = None, tolerance: float = 1e-5
+    matrix: Tensor,
+    start: Tensor,
+    rank: int,
+    energy: float | None = None,
+    tolerance: float = 1e-5,
+    *,
+    space: Callable[[Tensor, tuple[int, int], int], Tensor] = first_space,
 ) -> LowRank:
     """B A = an approximation of rank k = min(rank, M, N) of D = ``matrix``, as good as the best within ``tolerance``.
 
@@ -147,7 +168,7 @@ def from_matrix(
     an estimate (`_excess`), which a flat spectrum can deceive, and below about 1e-8 |D|_F^2 float32
     hides what is missing. Where 24 steps do not reach it
     a warning is logged. With ``energy`` in (0, 1], k is the smallest rank, up to the above, that keeps this share of
-    |D|_F^2, or the above where none does.
+    |D|_F^2, or the above where none does. ``space`` is `first_space`, or knows what that would return.
 
     Method: block Krylov with Rayleigh-Ritz. The space V starts as the rows of ``start`` and 8 or more fixed Gaussian
     ones; a step takes the k leading left Ritz vectors U of D V, and adds D^T U to V: two passes over D, k columns wide.
@@ -176,7 +197,7 @@ def from_matrix(
         if k * _DENSE_FRACTION > min(matrix.shape):
             left, right = _eigen(matrix, rank, math.inf if energy is None else energy * total)
             break
-        left, right = _krylov(matrix, start, k, total, tolerance)
+        left, right = _krylov(matrix, space(start, (matrix.shape[0], matrix.shape[1]), k), k, total, tolerance)
         if energy is None or k == rank:
             break
         # No later singular value is larger than the last one found, so a rank below this one will not do.
@@ -186,7 +207,7 @@ def from_matrix(
             break
         least = k + missing / max(float(squares[0]), missing / rank)
         k = min(rank, max(2 * k, math.ceil(least)))
-        start = right
+        start, space = right, first_space
     return _cut(left, right, rank, energy, total=total)
 
 
@@ -194,18 +215,10 @@ def from_matrix(
 # than few columns.
 
 
-def _krylov(matrix: Tensor, start: Tensor, k: int, total: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    """U [k, M] orthonormal and U D [k, N], with U^T U D near the best approximation of rank k."""
-    n = matrix.shape[1]
+def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float) -> tuple[Tensor, Tensor]:
+    """U [k, M] orthonormal and U D [k, N], with U^T U D near the best approximation of rank k; new: `first_space`."""
     widest = min(matrix.shape) // 2
-    generator = torch.Generator().manual_seed(0)
-    if start.shape[0] > widest // 2:
-        sketch = torch.randn(widest // 2, start.shape[0], generator=generator, dtype=torch.float64)
-        start = sketch.to(start.device) @ start
-    count = max(_OVERSAMPLING, k + _OVERSAMPLING - start.shape[0])
-    gaussians = torch.randn(count, n, generator=generator, dtype=torch.float64)
-    new = _orthonormal(torch.cat([start, gaussians.to(start.device)]))
-    v = new.new_empty(0, n)
+    v = new.new_empty(0, matrix.shape[1])
     w = new.new_empty(0, matrix.shape[0])  # V D^T
     gram = new.new_empty(0, 0)  # W W^T
     captured: list[float] = []
@@ -296,9 +309,12 @@ def _leading(
     """
     span, rest = None, 0.0
     if 4 * rank <= len(core):
-        values, vectors = torch.linalg.eigh(core @ core.T)
-        others, blur = values[:-rank], len(core) * torch.finfo(values.dtype).eps * float(values[-1])
-        span, rest = vectors[:, -rank:], float(others[others > max(noise**2, blur)].sum())
+        unit = float(core.abs().max()) or 1.0  # squares stay in float64
+        squares, vectors = torch.linalg.eigh((core / unit) @ (core / unit).T)
+        values = unit * squares.clamp(min=0).sqrt()
+        blur = math.sqrt(len(core) * torch.finfo(values.dtype).eps) * float(values[-1])
+        span, others = vectors[:, -rank:], values[:-rank]
+        rest = float(others[others > max(noise, blur)].square().sum())
     u, s, vh = torch.linalg.svd(core if span is None else span.T @ core, full_matrices=False)
     s = torch.where(s > noise, s, 0.0)
     squares = s.square().cumsum(0)

@@ -16,7 +16,7 @@ from merge_engine.adapter import Adapter, open_adapters
 from merge_engine.cache import Cache
 from merge_engine.compiled import HELD
 from merge_engine.errors import RecipeError
-from merge_engine.lowrank import Stack
+from merge_engine.lowrank import Stack, first_space
 from merge_engine.ops import Backend
 from merge_engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.recipe import Recipe
@@ -136,6 +136,12 @@ class Pool:
         """The stacked factors of a module, decomposed."""
         key = ("stack", tuple(plan.adapters[number] for number in module.adapters), module.name)
         return self.cache.get(key, lambda: Stack(As, Bs), lambda stack: stack.nbytes)
+
+    def space(self, plan: Plan, module: ModulePlan, start: Tensor, shape: tuple[int, int], k: int) -> Tensor:
+        """What the iteration for a module's merged delta begins with."""
+        adapters = tuple(plan.adapters[number] for number in module.adapters)
+        key = ("space", adapters, module.name, module.rank, k)
+        return self.cache.get(key, lambda: first_space(start, shape, k), lambda rows: rows.nbytes)
 
     def begin(self, plans: Sequence[Plan], *, in_memory: bool) -> Room:
         """A pass begins: `room`, of which the cache takes its share."""

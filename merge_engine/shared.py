@@ -15,7 +15,7 @@ from merge_engine import engine, shared_tiles
 from merge_engine.engine import Finished, Preparation, Work
 from merge_engine.lowrank import LowRank
 from merge_engine.ops import Backend
-from merge_engine.pipeline import ahead
+from merge_engine.pipeline import ahead, threads
 from merge_engine.plan import Factors, ModulePlan, Plan
 from merge_engine.pool import Pool, Room, seed_of
 from merge_engine.tiles import Ask
@@ -46,11 +46,10 @@ class Job(NamedTuple):
     """A member on its way to its factors: merged, found, or failed."""
 
     member: Member
-    state: Work | LowRank | Exception
+    state: Work | Finished | Exception
 
 
 Outcome = Finished | Exception
-Outcomes = tuple[Numbers, ModulePlan, list[Outcome]]  # of each of these plans
 
 
 def merged_modules(
@@ -65,42 +64,44 @@ def merged_modules(
         outcomes = _module_by_module(plans, backend, pool, room, failed)
     else:
         outcomes = _plan_by_plan(plans, backend, pool, room)
-    for numbers, module, results in outcomes:
-        for number, result in zip(numbers, results, strict=True):
+    for numbers, module, outcome in outcomes:
+        for number in numbers:
             if number not in failed:
-                if isinstance(result, Exception):
+                own = outcome if isinstance(outcome, Exception) else _attempt(_own, outcome, plans[number], module)
+                if isinstance(own, Exception):
                     failed.add(number)
-                yield number, module, result
+                yield number, module, own
 
 
-def _plan_by_plan(plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room) -> Iterator[Outcomes]:
+def _plan_by_plan(
+    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room
+) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
     alike: dict[Hashable, Numbers] = {}
     for number, plan in enumerate(plans):
         alike.setdefault((plan.adapters, plan.modules, _way(plan)), []).append(number)
     for numbers in alike.values():
-        same = [plans[number] for number in numbers]
+        plan = plans[numbers[0]]
         try:
-            works = engine.merge_groups(same[0], backend, pool.prepared(same[0], backend))
-            for module, results in ahead(partial(_cut, same, backend), works, room.workers):
-                yield numbers, module, results
+            works = engine.merge_groups(plan, backend, pool.prepared(plan, backend))
+            for module, result in ahead(partial(_cut, plan, backend), works, room.workers):
+                yield numbers, module, result
         except Exception as error:
-            yield numbers, same[0].modules[0], [error] * len(numbers)
+            yield numbers, plan.modules[0], error
 
 
-def _cut(plans: Sequence[Plan], backend: Backend, work: Work) -> tuple[ModulePlan, list[Outcome]]:
-    result = engine.cut(plans[0], backend, work)
-    return work.module, [_attempt(_own, result, plan, work.module) for plan in plans]
+def _cut(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
+    return work.module, engine.finished(engine.cut(plan, backend, work))
 
 
 def _module_by_module(
     plans: Sequence[Plan], backend: TorchBackend, pool: Pool, room: Room, failed: set[int]
-) -> Iterator[Outcomes]:
+) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
     modules = [{module.name: module for module in plan.modules} for plan in plans]
     ready: dict[int, Preparation] = {}
     for number, plan in enumerate(plans):
         found = _attempt(pool.prepared, plan, backend)
         if isinstance(found, Exception):
-            yield [number], plan.modules[0], [found]
+            yield [number], plan.modules[0], found
         else:
             ready[number] = found
 
@@ -135,7 +136,8 @@ def _module_by_module(
                 except Exception as error:
                     yield from (Job(member, error) for member in each.members)
 
-    yield from ahead(partial(_finished, plans, backend, pool), jobs(), room.workers)
+    for job, outcome in ahead(partial(_finished, backend, pool), jobs(), room.workers):
+        yield job.member.numbers, job.member.module, outcome
 
 
 def _as_one(members: Sequence[Member]) -> list[Member]:
@@ -193,21 +195,23 @@ def _taken(results: list[Tensor], i: int) -> Tensor:
     return tensor
 
 
-def _finished(plans: Sequence[Plan], backend: Backend, pool: Pool, job: Job) -> Outcomes:
-    (numbers, plan, module, _), made = job
-    if isinstance(made, Work):
-        made = _attempt(engine.cut, plan, backend, made, partial(pool.stack, plan, module))
-        if pool.keeps_results and not isinstance(made, Exception):
-            pool.cache.put(_result_key(job.member), made, _result_bytes(made))
-    if isinstance(made, Exception):
-        return numbers, module, [made] * len(numbers)
-    return numbers, module, [_attempt(_own, made, plans[number], module) for number in numbers]
+def _finished(backend: Backend, pool: Pool, job: Job) -> tuple[Job, Outcome]:
+    (_, plan, module, _), state = job
+    if not isinstance(state, Work):
+        return job, state
+    known = partial(pool.stack, plan, module), partial(pool.space, plan, module)
+    made = _attempt(lambda: engine.finished(engine.cut(plan, backend, state, *known)))
+    if pool.keeps_results and not isinstance(made, Exception):
+        pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors))
+    return job, made
 
 
-def _own(result: LowRank, plan: Plan, module: ModulePlan) -> Finished:
+def _own(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
     """The plan's result, in memory of its own."""
-    (A, B, energy), squared_norm = engine.scaled(result, plan.recipe.scale, module.name)
-    return Finished(LowRank(A.clone(), B.clone() if B is result.B else B, energy), squared_norm)
+    with threads(1):  # more would still wait for work when the next module is cut
+        factors, squared_norm = engine.scaled(result, plan.recipe.scale, module.name)
+        B = factors.B.clone() if factors.B is result.factors.B else factors.B
+        return Finished(LowRank(factors.A.clone(), B, factors.energy), squared_norm)
 
 
 def _alone(plan: Plan) -> bool:

@@ -286,25 +286,26 @@ def counting(monkeypatch, owner, name):
 def test_a_session_pays_for_what_changed(folders, monkeypatch):
     sweeps, stacks = counting(monkeypatch, pool, "trims_of_each"), counting(monkeypatch, pool, "Stack")
     merges, reads = counting(monkeypatch, shared_tiles, "merge_deltas"), counting(monkeypatch, pool, "_bytes_of")
+    spaces = counting(monkeypatch, pool, "first_space")
     with Session(folders, backend="torch") as session:
 
         def merged(**recipe):
-            for calls in (sweeps, stacks, merges, reads):
+            for calls in (sweeps, stacks, merges, reads, spaces):
                 calls.clear()
             got = session.merge(**recipe)
             searched = sum(len(ks) for _, (ks,), _ in sweeps)
-            spent = (searched, len(merges), len(stacks), len(reads))
+            spent = (searched, len(merges), len(stacks), len(reads), len(spaces))
             assert identical(got, alone(folders, recipe, backend="torch"))
             return spent
 
-        assert merged(method="ties", density=0.2, weights=W[0]) == (8, 3, 0, 8)
-        assert merged(method="ties", density=0.2, weights=W[1]) == (0, 3, 0, 0)
-        assert merged(method="ties", density=0.2, weights=W[1], scale=3.0) == (0, 0, 0, 0)
-        assert merged(method="ties", density=[0.2, 0.3, 0.2], weights=W[1]) == (2, 2, 0, 0)
-        assert merged(method="magnitude_prune", density=0.3, adapters=["sql", "chat"]) == (3, 3, 0, 0)
-        assert merged(method="linear", weights=W[0], rank=3) == (0, 0, 3, 0)
-        assert merged(method="linear", weights=W[1], energy=0.5) == (0, 0, 0, 0)
-        assert merged(method="ties", density=0.2, scope="model") == (0, 3, 0, 0)
+        assert merged(method="ties", density=0.2, weights=W[0]) == (8, 3, 0, 8, 1)
+        assert merged(method="ties", density=0.2, weights=W[1]) == (0, 3, 0, 0, 0)
+        assert merged(method="ties", density=0.2, weights=W[1], scale=3.0) == (0, 0, 0, 0, 0)
+        assert merged(method="ties", density=[0.2, 0.3, 0.2], weights=W[1]) == (2, 2, 0, 0, 0)
+        assert merged(method="magnitude_prune", density=0.3, adapters=["sql", "chat"]) == (3, 3, 0, 0, 1)
+        assert merged(method="linear", weights=W[0], rank=3) == (0, 0, 3, 0, 0)
+        assert merged(method="linear", weights=W[1], energy=0.5) == (0, 0, 0, 0, 0)
+        assert merged(method="ties", density=0.2, scope="model") == (0, 3, 0, 0, 0)
 
 
 @pytest.mark.parametrize("cache", [0, 40_000, 10**9])
