@@ -129,11 +129,13 @@ class Stack:
             raise ValueError("a weight is not finite")
         noise = 2 * max(len(columns), 8) * torch.finfo(columns.dtype).eps * scale
         core = _leading((self._upper_left * columns) @ self._upper_right.T, rank, energy, noise=noise)
-        if core.s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) has lost too much to be divided by S
+        found, k = int((core.s > 0).sum()), len(core.s)
+        u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
+        if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) has lost too much to be divided by S
             return _unfolded(core, torch.geqrf(self._left.T), torch.geqrf(self._right.T))
-        B = (core.vh @ self._upper_right * columns) @ self._left
-        A = ((core.u / core.s).T @ self._upper_left * columns) @ self._right
-        return _rounded(A, B.T, core)
+        B = (vh @ self._upper_right * columns) @ self._left
+        A = ((u / s).T @ self._upper_left * columns) @ self._right
+        return _rounded(_completed(A, k), torch.nn.functional.pad(B, (0, 0, 0, k - found)).T, core)
 
 
 def first_space(start: Tensor, shape: tuple[int, int], k: int) -> Tensor:
@@ -355,6 +357,17 @@ def _stacked(blocks: Sequence[Tensor]) -> Tensor:
     if 0 in stacked.shape:
         raise ValueError(f"the stacked factors are {list(stacked.shape)}, wanted no empty side")
     return stacked
+
+
+def _completed(rows: Tensor, count: int) -> Tensor:
+    """Orthonormal rows, and more of them up to that number."""
+    if len(rows) == count:
+        return rows
+    generator = torch.Generator().manual_seed(0)
+    more = torch.randn(count - len(rows), rows.shape[1], generator=generator, dtype=torch.float64).to(rows.device)
+    for _ in range(2):
+        more = _orthonormal(more - more @ rows.T @ rows)
+    return torch.cat([rows, more])
 
 
 def _upper(decomposed: Decomposed) -> Tensor:
