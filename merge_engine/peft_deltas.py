@@ -3,7 +3,8 @@
 One layer's merged delta is in memory at a time, or as many as `engine` recompresses at once; no adapter's delta is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from merge_engine.peft_layers import Factors, Layer, check_finite, live_adapters
 from merge_engine.peft_request import Request
 from merge_engine.peft_stream import TorchStreamBackend
 from merge_engine.plan import Plan, make_plan
+
+Cut = Generator[tuple[str, LowRank], None, None]
 
 
 def merge_deltas(layers: Sequence[Layer], request: Request) -> list[Factors]:
@@ -34,15 +37,17 @@ def merge_deltas(layers: Sequence[Layer], request: Request) -> list[Factors]:
         plan, backend = stream.prepared(plan), stream
     cut = _exactly_cut(plan, backend, request) if request.exact else _cut(plan, backend)
     of = {layer.name: layer for layer in layers}
-    found = {name: _shaped(of[name], result, request) for name, result in cut}
+    with closing(cut) as modules:
+        found = {name: _shaped(of[name], result, request) for name, result in modules}
     return [found[layer.name] for layer in layers]
 
 
-def _cut(plan: Plan, backend: Backend) -> Iterator[tuple[str, LowRank]]:
-    return ((name, result.factors) for name, result in engine.merged_modules(plan, backend, False))
+def _cut(plan: Plan, backend: Backend) -> Cut:
+    for name, result in engine.merged_modules(plan, backend, False):
+        yield name, result.factors
 
 
-def _exactly_cut(plan: Plan, backend: Backend, request: Request) -> Iterator[tuple[str, LowRank]]:
+def _exactly_cut(plan: Plan, backend: Backend, request: Request) -> Cut:
     """By a dense SVD wherever the merged delta is dense."""
     ready = engine.prepare(plan, backend, lambda covered: None)
     for work in engine.merge_groups(plan, backend, ready):

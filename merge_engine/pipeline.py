@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -43,7 +43,8 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
     """function(item) for every item, in order, computed in the background while earlier results are in use.
 
     At most workers + 1 results are under way or waiting, so memory is bounded. Each worker runs torch's operators on
-    one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here.
+    one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here. A generator
+    `items` is closed at the end.
     """
     before = torch.get_num_threads()
     pool = _take(workers)
@@ -62,6 +63,8 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
         _idle[workers].append(pool)
     finally:
         torch.set_num_threads(before)  # for threads that are still to come
+        if isinstance(items, Generator):
+            items.close()  # and its threads: where a traceback keeps it, it would end in whatever thread collects garbage
 
 
 def _take(workers: int) -> ThreadPoolExecutor:

@@ -5,7 +5,8 @@ one sweep, products are made once a tile, and plans that differ in scale or dtyp
 Other backends carry out one plan after the other, from factors that were read once.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -61,21 +62,22 @@ def merged_modules(
     for the plans that the caller counts as failed.
     """
     if isinstance(backend, TorchBackend):
-        outcomes = _module_by_module(plans, backend, pool, room, failed)
+        found = _module_by_module(plans, backend, pool, room, failed)
     else:
-        outcomes = _plan_by_plan(plans, backend, pool, room)
-    for numbers, module, outcome in outcomes:
-        for number in numbers:
-            if number not in failed:
-                own = outcome if isinstance(outcome, Exception) else _attempt(_own, outcome, plans[number], module)
-                if isinstance(own, Exception):
-                    failed.add(number)
-                yield number, module, own
+        found = _plan_by_plan(plans, backend, pool, room)
+    with closing(found) as outcomes:
+        for numbers, module, outcome in outcomes:
+            for number in numbers:
+                if number not in failed:
+                    own = outcome if isinstance(outcome, Exception) else _attempt(_own, outcome, plans[number], module)
+                    if isinstance(own, Exception):
+                        failed.add(number)
+                    yield number, module, own
 
 
 def _plan_by_plan(
     plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room
-) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
+) -> Generator[tuple[Numbers, ModulePlan, Outcome], None, None]:
     alike: dict[Hashable, Numbers] = {}
     for number, plan in enumerate(plans):
         alike.setdefault((plan.adapters, plan.modules, _way(plan)), []).append(number)
@@ -95,7 +97,7 @@ def _cut(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished
 
 def _module_by_module(
     plans: Sequence[Plan], backend: TorchBackend, pool: Pool, room: Room, failed: set[int]
-) -> Iterator[tuple[Numbers, ModulePlan, Outcome]]:
+) -> Generator[tuple[Numbers, ModulePlan, Outcome], None, None]:
     modules = [{module.name: module for module in plan.modules} for plan in plans]
     ready: dict[int, Preparation] = {}
     for number, plan in enumerate(plans):

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merge_engine import lowrank, passes
-from merge_engine.lowrank import LowRank, from_matrix, from_products
+from merge_engine import jit, lowrank, passes
+from merge_engine.lowrank import LowRank, Stack, first_space, from_matrix, from_products
+from merge_engine.pipeline import threads
 
 U32 = 2.0**-24
 U64 = 2.0**-53
@@ -615,3 +616,147 @@ def test_a_stack_is_as_it_was_after_every_cut(ranks):
         fresh = from_products(kept[: len(ranks)], kept[len(ranks) :], *each)
         for other in (got, fresh):
             assert torch.equal(other.A, want.A) and torch.equal(other.B, want.B) and other.energy == want.energy
+
+
+# --- rows beyond the rank that a sum has
+
+
+def check_same(got: LowRank, want: LowRank) -> None:
+    assert torch.equal(got.A, want.A) and torch.equal(got.B, want.B) and got.energy == want.energy
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (31, 12), (12, 31), (6, 40)], ids=str)
+@pytest.mark.parametrize("left", [0, 1, 3])
+def test_rows_beyond_the_rank_of_a_sum(shape, left):
+    """All but one adapter, of so many ranks, have weight 0; the rows that complete A may span all that there is."""
+    m, n = shape
+    As, Bs = random_factors(21, m, n, [left, 4, 17], torch.float64)
+    stack = Stack(As, Bs)
+    weights = [-0.5, 0.0, 0.0]
+    exact = summed(As, Bs, weights)
+    for rank in (1, 3, 5, 8, min(m, n), 100):
+        result, k = stack.cut(weights, rank), min(rank, m, n, left + 21)
+        check_form(result, m, n, k)
+        least = least_error(squares_of(exact), k) if left else 0.0
+        assert error_of(result, exact) <= least + ROUNDING * float(exact.norm()) + 1e-13
+        assert not result.B[:, left:].any() and int(result.B.any(dim=0).sum()) == min(k, left)
+        check_same(stack.cut(weights, rank), result)
+        check_same(from_products(As, Bs, weights, rank), result)
+
+
+def test_rows_beyond_the_rank_leave_random_numbers_alone():
+    As, Bs = random_factors(22, 30, 20, [2, 5])
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        found.append(from_products(As, Bs, [1.0, 0.0], 7))
+        assert torch.equal(torch.get_rng_state(), state)
+    check_same(*found)
+
+
+@pytest.mark.parametrize("energy", [0.5, 1.0])
+def test_energy_asks_for_no_row_beyond_the_rank(energy):
+    """Adapters whose A or B are multiples of one another: the sum has rank 3 of 12."""
+    As, Bs = random_factors(23, 40, 30, [3], torch.float64)
+    As, Bs = [As[0], 2 * As[0], As[0], As[0]], [Bs[0], Bs[0], -Bs[0], 3 * Bs[0]]
+    exact = summed(As, Bs, [1.0, 0.3, 0.2, 0.1])
+    kept = squares_of(exact).cumsum(0) / float(exact.square().sum())
+    result = from_products(As, Bs, [1.0, 0.3, 0.2, 0.1], 12, energy)
+    check_form(result, 40, 30, len(result.A))
+    assert len(result.A) <= 3 and float(kept[len(result.A) - 1]) >= energy - 1e-12
+    plain = from_products(As, Bs, [1.0, 0.3, 0.2, 0.1], 12)
+    check_form(plain, 40, 30, 12)
+    assert error_of(plain, exact) <= ROUNDING * float(exact.norm())
+
+
+@pytest.mark.parametrize("scale", [1e-140, 1.0, 1e140])
+def test_few_leading_vectors_of_a_core_of_any_size(scale):
+    """As long as the squares of its values are float64."""
+    core = orthonormal(32, 32, generator(24)) * torch.logspace(0, -2, 32, dtype=torch.float64) * scale
+    core = core @ orthonormal(32, 32, generator(25))
+    found, squares = lowrank._leading(core, 5, None), squares_of(core / scale)
+    assert torch.allclose(found.s, scale * squares[:5].sqrt(), rtol=1e-10, atol=0)
+    assert found.kept == pytest.approx(float(squares[:5].sum() / squares.sum()), abs=1e-12)
+    assert len(lowrank._leading(core, 8, 0.9).s) == 1 + int((squares.cumsum(0) / squares.sum() < 0.9).sum())
+
+
+# --- what an iteration begins with
+
+
+@pytest.mark.parametrize("rows", [0, 3, 20, 60, 200])
+@pytest.mark.parametrize("shape", [(300, 240), (240, 900)], ids=str)
+@pytest.mark.parametrize("k", [1, 20])
+def test_the_first_space(rows, shape, k):
+    start = torch.randn(rows, shape[1], generator=generator(31), dtype=torch.float64)
+    kept = start.clone()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    space = first_space(start, shape, k)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(start, kept)
+    # 8 Gaussian rows beside the start, or as many as make it k + 8 wide; of more than 60 rows, 60 sums.
+    assert space.shape == (max(min(rows, 60) + 8, k + 8), shape[1]) and space.dtype == torch.float64
+    assert torch.allclose(space @ space.T, torch.eye(len(space), dtype=torch.float64), rtol=0, atol=1e-13)
+    beside = torch.linalg.vector_norm(start - start @ space.T @ space, dim=1)
+    if rows <= 60:
+        assert bool((beside <= 1e-12 * torch.linalg.vector_norm(start, dim=1)).all())
+    else:  # 60 directions of the start's, and those of 8 Gaussians
+        inside = torch.linalg.matrix_rank(torch.cat([start, space])) - torch.linalg.matrix_rank(start)
+        assert int(inside) == 8
+    assert torch.equal(first_space(start, shape, k), space)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_first_space_of_a_useless_start(start):
+    space = first_space(STARTS[start].double(), (260, N), 12)
+    assert torch.allclose(space @ space.T, torch.eye(len(space), dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("rank", "energy"), [(16, None), (16, 0.5), (30, 0.9)])
+def test_a_space_that_is_known_changes_no_bit(rank, energy):
+    """It is asked for once, with the start as given, even where the block grows; and it is left as it was."""
+    matrix, start = ties_delta(500, 400)
+    start, asked = start[:20], []
+    want = from_matrix(matrix, start, rank, energy)
+
+    def space(*asks):
+        asked.append(asks)
+        return known
+
+    k = rank if energy is None else min(rank, 20)
+    known = first_space(start.double(), (500, 400), k)
+    before = known.clone()
+    check_same(from_matrix(matrix, start, rank, energy, space=space), want)
+    ((got, shape, width),) = asked
+    assert torch.equal(got, start.double()) and shape == (500, 400) and width == k
+    assert torch.equal(known, before)
+
+
+# --- on one thread, where loops multiply
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("start", ["none", "random"])
+def test_hard_spectra_on_one_thread(spectrum, start, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(jit, "loops", lambda: None)
+    matrix = with_spectrum(260, N, SPECTRA[spectrum])
+    with threads(1):
+        for each in (matrix, matrix.T.contiguous().T):
+            check_against_svd(each, STARTS[start], 12)
+        check_against_svd(matrix, STARTS[start], 40)  # by the Gram matrix
+
+
+@pytest.mark.parametrize("shape", [(512, 768), (1100, 300)], ids=str)
+def test_one_thread_and_two_agree(shape):
+    """The iteration takes the same steps, and what it finds differs by the rounding of products in float32."""
+    matrix, start = ties_delta(*shape)
+    for rank in (4, 16):
+        found = []
+        for count in (1, 2):
+            with threads(count):
+                found.append(check_against_svd(matrix, start, rank))
+        one, two = found
+        assert one.energy == pytest.approx(two.energy, abs=2 * lowrank._BLUR)
+        assert abs(error_of(one, matrix) / error_of(two, matrix) - 1) <= 1e-7

@@ -25,6 +25,7 @@ from merge_engine.engine import merge
 from merge_engine.errors import AdapterError, MergeError, OutputError, RecipeError
 from merge_engine.lowrank import Stack
 from merge_engine.many import Failed, merge_many
+from merge_engine.pipeline import threads
 from merge_engine.rule import make_rule
 from merge_engine.session import Session
 
@@ -187,6 +188,59 @@ def test_results_own_their_memory(alike):
     assert identical(doubled, merge(alike, method="linear", scale=2.0))
 
 
+OWNED = [
+    {"method": "ties", "density": 0.3, "rank": 5},
+    {"method": "linear"},
+    {"method": "cat"},
+    {"method": "linear", "space": "factors"},
+    {"method": "ties", "density": 0.4, "space": "factors", "rank": 2},
+]
+
+
+@pytest.mark.parametrize("recipe", OWNED, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.0])
+def test_a_result_that_is_changed_changes_no_other(alike, recipe, scale):
+    """Of a session, whatever it has kept, or of recipes that are one until the last step."""
+    others = [{**recipe, "scale": other} for other in (1.0, 2.0, 0.0)]
+    want = [alone(alike, other, backend="torch") for other in others]
+
+    def spoil(merged):
+        for module in merged.modules.values():
+            for side in (module.A, module.B):
+                assert side.is_contiguous() and side.untyped_storage().nbytes() == 4 * side.numel()
+                side.fill_(math.nan)
+
+    with Session(alike, backend="torch") as session:
+        for _ in range(2):
+            spoil(session.merge(**recipe, scale=scale))
+        for other, each in zip(others, want, strict=True):
+            assert identical(session.merge(**other), each)
+    first, *rest = merge_many(alike, [{**recipe, "scale": scale}, *others, {**recipe, "scale": scale}], backend="torch")
+    spoil(first)
+    for got, each in zip(rest, [*want, alone(alike, {**recipe, "scale": scale}, backend="torch")], strict=True):
+        assert identical(got, each)
+
+
+@pytest.mark.parametrize("recipe", OWNED, ids=str)
+def test_energy_is_that_of_scale_one(alike, recipe):
+    """Even where nothing is left: a scale of 0, or one that takes every factor below float32; a sign stays in B."""
+    plain = merge(alike, **recipe, backend="torch")
+    kept = sum(float((m.B.double() @ m.A.double()).square().sum()) for m in plain.modules.values())
+    whole_norm = sum(float((m.B.double() @ m.A.double()).square().sum()) / m.energy for m in plain.modules.values())
+    assert plain.total_energy == pytest.approx(kept / whole_norm, rel=1e-12)
+    with Session(alike, backend="torch") as session:
+        for scale in (0.0, -0.0, 1e-60, -2.0, 1e20):
+            for got in (merge(alike, **recipe, scale=scale, backend="torch"), session.merge(**recipe, scale=scale)):
+                assert got.energy == plain.energy and got.total_energy == plain.total_energy
+                for name, (A, B, _) in got.modules.items():
+                    assert torch.equal(bits(A), bits(plain.modules[name].A))
+                    assert torch.equal(bits(B), bits(plain.modules[name].B * scale))
+        for scale in (1e39, -3e38):
+            with pytest.raises(RecipeError, match=r"^scale: .* is no float32$"):
+                session.merge(**recipe, scale=scale)
+        assert identical(session.merge(**recipe), plain)
+
+
 def test_the_scale_comes_last(folders):
     """scale * B @ A: A is that of scale 1, and each element of B rounded once."""
     for recipe in ({"method": "ties", "density": 0.3, "rank": 5}, {"method": "linear"}, {"method": "cat"}):
@@ -306,6 +360,69 @@ def test_a_session_pays_for_what_changed(folders, monkeypatch):
         assert merged(method="linear", weights=W[0], rank=3) == (0, 0, 3, 0, 0)
         assert merged(method="linear", weights=W[1], energy=0.5) == (0, 0, 0, 0, 0)
         assert merged(method="ties", density=0.2, scope="model") == (0, 3, 0, 0, 0)
+
+
+TRIMMED = {"method": "magnitude_prune", "density": 0.5}
+SPACES = [  # of a module of rank 15, from 257 x 263 on: what each begins with differs from all before it
+    {**TRIMMED, "rank": 5},
+    {**TRIMMED, "rank": 20},
+    {**TRIMMED, "rank": 20, "energy": 0.3},  # begins with 16 rows
+    {**TRIMMED, "rank": 5, "adapters": [0, 1]},
+    {**TRIMMED, "rank": 5, "adapters": [1, 0]},
+    {**TRIMMED, "rank": 5, "adapters": ["ads"]},
+]
+SAME_SPACES = [  # nothing of what these begin with is new
+    {**TRIMMED, "rank": 20, "energy": 0.97},  # grows from 16 rows to 20 vectors: those before are what it starts from
+    {**TRIMMED, "rank": 20, "energy": 0.97, "weights": W[0]},
+    {**TRIMMED, "rank": 20, "weights": W[0]},
+    {"method": "dare_ties", "density": 0.4, "rank": 5, "seed": 3, "weights": W[2]},
+    {"method": "ties", "density": 0.2, "rank": 5, "adapters": [1, 0], "weights": [1.0, -2.0], "scale": 3.0},
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_iterations_begin_with_is_found_once(folders, monkeypatch, order):
+    """Of the same adapters in the same order, for as many vectors; a block that grows is not what one begins with."""
+    grid = SPACES + SAME_SPACES
+    want = [alone(folders, recipe, backend="torch") for recipe in grid]
+    spaces = counting(monkeypatch, pool, "first_space")
+    with Session(folders, backend="torch") as session:
+        for number in range(len(grid))[::order]:
+            assert identical(session.merge(**grid[number]), want[number]), grid[number]
+            assert order == -1 or len(spaces) == min(number + 1, len(SPACES))
+        for recipe, each in zip(grid, want, strict=True):
+            assert identical(session.merge(**recipe), each), recipe
+        assert len(spaces) == len(SPACES)
+        cache = session._pool.cache
+        held = {key: entry for key, entry in cache._entries.items() if key[0] == "space"}
+        assert len(held) == len(SPACES)
+        for value, nbytes, _ in held.values():
+            assert value.untyped_storage().nbytes() == nbytes
+        assert cache.held == sum(nbytes for _, nbytes, _ in cache._entries.values())
+    spaces.clear()
+    with threads(3):  # that cut, and ask for the same at once
+        for recipe, got, each in zip(grid, merge_many(folders, grid, backend="torch"), want, strict=True):
+            assert identical(got, each), recipe
+    assert len(spaces) == len(SPACES)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_number_of_threads_changes_no_bit(folders, compiled, monkeypatch):
+    """With loops and without; those that cut run on one thread each, however many there are."""
+    if not compiled:
+        monkeypatch.setattr(jit, "loops", lambda: None)
+    grid = [GRID[0], GRID[8], GRID[13], GRID[19], GRID[21], *SPACES[:3], SAME_SPACES[0]]
+    with threads(1):
+        want = [alone(folders, recipe, backend="torch") for recipe in grid]
+    for count in (1, 2, 3):
+        with threads(count):
+            assert identical(alone(folders, grid[-1], backend="torch"), want[-1])
+            many_at_once = list(merge_many(folders, grid, backend="torch"))
+            with Session(folders, backend="torch") as session:
+                in_turn = [session.merge(**recipe) for recipe in grid]
+            assert torch.get_num_threads() == count
+        for recipe, *got, each in zip(grid, many_at_once, in_turn, want, strict=True):
+            assert all(identical(one, each) for one in got), (count, recipe)
 
 
 @pytest.mark.parametrize("cache", [0, 40_000, 10**9])
