@@ -2,9 +2,10 @@
 
 One call makes a tile of the products, trims, elects, averages and stores it, in blocks of a few rows that stay in the
 L1 and L2 caches; it runs without Python's interpreter lock, so that threads do not wait for each other. Given the same
-finite task tensors, each loop gives bit for bit what `operators`, `selection` and `rng` compute by torch's and numpy's
+finite task tensors, it gives bit for bit what `operators`, `selection` and `rng` compute by torch's and numpy's
 operators: the same float32 operations in the same order. A product is the sum of its terms in the order of the ranks,
-none fused into another: the same bits on every CPU, while `torch.addmm`'s are those of its BLAS.
+none fused into another: the same bits on every CPU, while `torch.addmm`'s are those of its BLAS. The last part, for
+`passes`, sums in any order, as a BLAS does.
 
 Tensors are float32, and seen by their address: the caller keeps them alive, and their rows contiguous.
 """

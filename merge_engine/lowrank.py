@@ -191,6 +191,8 @@ def from_matrix(
     total = passes.squared_norm(matrix)
     if not (math.isfinite(total) and bool(start.isfinite().all())):
         raise ValueError("matrix or start is not finite")
+    if total >= torch.finfo(torch.float32).max ** 2:  # no product with a unit vector is larger
+        raise ValueError(f"the norm of matrix is {math.sqrt(total):.1e}: its products do not fit float32")
 
     start = start.to(matrix.device, torch.float64)
     rank = min(rank, *matrix.shape)
@@ -309,25 +311,24 @@ def _leading(
     eigenvectors U of core core^T, in half the time: U U^T core loses to the best at most what float64 loses in core^2,
     some 2**-26 |core|, and its own SVD has orthonormal vectors however small a value is.
     """
-    span, rest = None, 0.0
+    unit = float(core.abs().max()) or 1.0  # of which squares stay in float64
+    core, noise, span, rest = core / unit, noise / unit, None, 0.0
     if 4 * rank <= len(core):
-        unit = float(core.abs().max()) or 1.0  # squares stay in float64
-        squares, vectors = torch.linalg.eigh((core / unit) @ (core / unit).T)
-        values = unit * squares.clamp(min=0).sqrt()
+        squares, vectors = torch.linalg.eigh(core @ core.T)
+        values = squares.clamp(min=0).sqrt()
         blur = math.sqrt(len(core) * torch.finfo(values.dtype).eps) * float(values[-1])
         span, others = vectors[:, -rank:], values[:-rank]
         rest = float(others[others > max(noise, blur)].square().sum())
     u, s, vh = torch.linalg.svd(core if span is None else span.T @ core, full_matrices=False)
     s = torch.where(s > noise, s, 0.0)
     squares = s.square().cumsum(0)
-    if total is None:
-        total = float(squares[-1]) + rest
+    total = float(squares[-1]) + rest if total is None else total / unit / unit
     kept = (squares / total).clamp(max=1) if total > 0 else torch.ones_like(squares)
     k = min(rank, len(s))
     if energy is not None:
         k = min(k, 1 + int((kept < energy).sum()))
     u = u[:, :k]
-    return Leading(u if span is None else span @ u, s[:k], vh[:k], float(kept[k - 1]))
+    return Leading(u if span is None else span @ u, unit * s[:k], vh[:k], float(kept[k - 1]))
 
 
 def _unfolded(core: Leading, left: Decomposed, right: Decomposed) -> LowRank:

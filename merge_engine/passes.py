@@ -13,18 +13,19 @@ from torch import Tensor
 from merge_engine import jit
 
 _MOST = 64  # vectors that are multiplied with columns by loops: the sums of more leave the L2 cache
+_LONGEST = 1 << 21  # elements of vectors that are multiplied with rows by loops: they are read for every six rows
 
 
 def times(block: Tensor, matrix: Tensor) -> Tensor:
     """block [p, N] @ matrix.T in float64, of sums in float32: matrix is float32 [M, N], block of any float dtype.
 
-    Off by some 2**-21 of |block| |matrix|, as BLAS is.
+    Off by some 2**-21 of |block| |matrix| for N of some thousands, as BLAS is.
     """
     narrow, loops = block.float(), _loops(matrix)
     if loops is None:
         return (narrow @ matrix.T).double()
     vectors = torch.nn.functional.pad(narrow, (0, 0, 0, -len(narrow) % 4)).contiguous()  # in fours
-    if matrix.is_contiguous() and len(matrix) >= loops.DOTS:
+    if matrix.is_contiguous() and len(matrix) >= loops.DOTS and vectors.numel() <= _LONGEST:
         out = torch.empty(len(vectors), len(matrix), dtype=torch.float64)
         loops.times_rows(vectors.numpy(), matrix.numpy(), out.numpy())
     elif matrix.T.is_contiguous() and len(vectors) <= _MOST:

@@ -1,6 +1,7 @@
 """Stages of work that overlap: each runs in threads of its own, and hands its results on in order."""
 
 import os
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,10 +44,10 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
     """function(item) for every item, in order, computed in the background while earlier results are in use.
 
     At most workers + 1 results are under way or waiting, so memory is bounded. Each worker runs torch's operators on
-    one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here. A generator
-    `items` is closed at the end.
+    one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here. Where
+    items is a generator, it is closed at the end.
     """
-    before = torch.get_num_threads()
+    before, caller = torch.get_num_threads(), threading.get_ident()
     pool = _take(workers)
     waiting: deque[Future[R]] = deque()
     try:
@@ -57,14 +58,15 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
         while waiting:
             yield waiting.popleft().result()
     except BaseException:  # these threads may be at work, or not be there in a child: they end, and are no one's
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=threading.get_ident() == caller, cancel_futures=True)
         raise
     else:
         _idle[workers].append(pool)
     finally:
-        torch.set_num_threads(before)  # for threads that are still to come
+        if threading.get_ident() == caller:  # and not in a thread that collects garbage, whose count it would set
+            torch.set_num_threads(before)  # for threads that are still to come
         if isinstance(items, Generator):
-            items.close()  # and its threads: where a traceback keeps it, it would end in whatever thread collects garbage
+            items.close()  # with its threads: kept by a traceback, it would wait for garbage to be collected
 
 
 def _take(workers: int) -> ThreadPoolExecutor:

@@ -253,7 +253,7 @@ def _cutting_bytes(plan: Plan, module: ModulePlan) -> int:
     if module.rank * 12 > least:  # by the Gram matrix
         return 8 * (4 * least * least + 3 * module.rank * width)
     start = min(ranks, max(2 * module.rank, engine.WIDEST_START))
-    return 8 * 3 * (start + 8 + 6 * module.rank) * width
+    return 8 * (5 * (start + 8) + 12 * module.rank) * width
 
 
 def _parse_memory(memory: int | str) -> int:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -298,3 +299,39 @@ def test_a_process_ends_with_work_under_way():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_items_end_with_the_work_although_a_traceback_keeps_them():
+    """An error that is kept has frames that keep all they know: what they know must have ended by then."""
+    ended = []
+
+    def items():
+        try:
+            yield from ahead(lambda item: item, range(9))
+        finally:
+            ended.append(threading.current_thread())
+
+    def fails(item):
+        raise ValueError(item)
+
+    kept = []
+    try:
+        list(ahead(fails, items()))
+    except ValueError as error:
+        kept.append(error)
+    assert ended == [threading.current_thread()] and kept
+
+
+def test_a_count_stays_where_garbage_is_collected():
+    """A generator that ends in another thread leaves that thread's count alone, and does not wait there."""
+    unfinished = ahead(lambda item: item, range(9))
+    next(unfinished)
+
+    def collect():
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        unfinished.close()
+        return torch.get_num_threads()
+
+    with threads(3), ThreadPoolExecutor(1) as other:
+        assert other.submit(collect).result() == 1
