@@ -6,7 +6,6 @@ optional: MERGEKIT_YAML says how it is started, or `mergekit-yaml` is on the pat
 materialised adapters is removed.
 """
 
-import hashlib
 import json
 import os
 import shlex
@@ -17,12 +16,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128
+
 from bench.agreement import Disagreement
 from bench.inputs import SCALING, Shapes, make_adapter
 from bench.measure import Sample, whole_process
 
 VOCABULARY, HEAD = 32000, 64  # tokens; columns of one attention head
 METHODS: dict[str, dict[str, Any]] = {"ties": {"density": 0.2}, "dare_ties": {"density": 0.2}}
+_BLOCK = 16 << 20  # bytes read or written at once
 PROGRAM = "MERGEKIT_YAML"  # the environment variable with the command that starts mergekit-yaml
 
 
@@ -89,26 +91,42 @@ def run_mergekit(base: Path, adapters: list[Path], method: str) -> Sample:
 
 
 def run_ranks(ranks: int, base: Path, adapters: list[Path], method: str) -> Sample:
-    """The same by so many processes of one thread each, by the time that the merge itself reports.
+    """The same by so many processes of one thread each, by the time that the merge itself reports; with a digest.
 
-    They may use every core: of a single one, too, the threads that read and write have a core of their own.
+    They may use every core: of a single one, too, the threads that read and write have a core of their own. Any number
+    of them writes in the same place, which is empty, and whose memory was in use a moment before: a virtual machine
+    may otherwise have to get it back from its host, which can take longer than the merge.
     """
-    output = output_of(base, f"{ranks} ranks")
+    output = output_of(base, "ranks")
     shutil.rmtree(output, ignore_errors=True)
+    _touch_memory(base.with_name("touched"), sum(file.stat().st_size for file in base.iterdir()))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *start, *ours(base, adapters, output, method)[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-    return Sample(float(done.stdout.strip().splitlines()[-1].split(", ")[-1].removesuffix(" s")), output)
+    seconds = float(done.stdout.strip().splitlines()[-1].split(", ")[-1].removesuffix(" s"))
+    return Sample(seconds, (output, digest(output)))
+
+
+def _touch_memory(file: Path, size: int) -> None:
+    """Write a file of zeros, and remove it."""
+    block = bytes(_BLOCK)
+    with file.open("wb", buffering=0) as opened:
+        for _ in range(-(-size // len(block))):
+            opened.write(block)
+    file.unlink()
 
 
 def digest(folder: Path) -> str:
     """Of all tensor files below a folder, with their names."""
-    found = hashlib.sha256()
+    found, block = xxh3_128(), bytearray(_BLOCK)
     for file in sorted(folder.glob("*.safetensors")):
-        found.update(file.name.encode() + file.read_bytes())
+        found.update(file.name.encode())
+        with file.open("rb", buffering=0) as opened:
+            while read := opened.readinto(block):
+                found.update(memoryview(block)[:read])
     return found.hexdigest()
 
 

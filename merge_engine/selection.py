@@ -223,13 +223,20 @@ def _compiled_look(source: Source, brackets: Sequence[tuple[int, int]]) -> Look:
 
 def _kth_inside(source: Source, k: int, low: int, high: int, looks: Sequence[tuple[int, np.ndarray]]) -> Kth | None:
     """The k-th largest, of what was counted above a bracket and collected inside it, tile by tile."""
-    rank, inside = k - sum(above for above, _ in looks), np.concatenate([piece for _, piece in looks])
-    if not 0 < rank <= len(inside):
+    rank, pieces = k - sum(above for above, _ in looks), [piece for _, piece in looks]
+    if not 0 < rank <= sum(map(len, pieces)):
         return None
+
+    def histogram(width: int, shift: int) -> np.ndarray:
+        total = np.zeros((width >> shift) + 1, np.int64)
+        for piece in pieces:
+            _count_bins(piece, low, width, shift, total)
+        return total
+
     shift = (high - low).bit_length() // 2  # of two histograms, neither is large
-    place, rank = locate(_count_bins(inside, low, high - low, shift), rank)
+    place, rank = locate(histogram(high - low, shift), rank)
     low += place << shift
-    finest = _count_bins(inside, low, (1 << shift) - 1, 0)
+    finest = histogram((1 << shift) - 1, 0)
     place, rank = locate(finest, rank)
     bits = low + place
     looked_at = zip(tiles_of(source.rows, source.columns), looks, strict=True)
@@ -260,19 +267,16 @@ def fine_histogram(source: Source, high: int) -> np.ndarray:
     return _count_over_tiles(source, count, FINE_BINS)
 
 
-def _count_bins(bits: np.ndarray, low: int, width: int, shift: int, total: np.ndarray | None = None) -> np.ndarray:
-    """total[(|x| - low) >> shift] += 1 for every |x| from low to low + width, all as bits; total is new if None."""
+def _count_bins(bits: np.ndarray, low: int, width: int, shift: int, total: np.ndarray) -> None:
+    """total[(|x| - low) >> shift] += 1 for every |x| from low to low + width, all as bits."""
     bits = bits.reshape(-1)
-    if total is None:
-        total = np.zeros((width >> shift) + 1, np.int64)
     if loops := jit.loops():
         loops.count_bins(bits, np.uint32(low), np.uint32(width), np.uint32(shift), total)
-        return total
+        return
     magnitude = (bits & np.uint32(_LARGEST)).view(np.int32)
     if width < _LARGEST:
         magnitude = magnitude[(magnitude >= low) & (magnitude <= low + width)] - np.int32(low)
     total += torch.bincount(torch.from_numpy(magnitude >> shift), minlength=len(total)).numpy()
-    return total
 
 
 def tied_rows(source: Source, value: float, tiles: Sequence[Tile] | None = None) -> np.ndarray:

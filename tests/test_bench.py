@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -319,21 +318,24 @@ def test_errors_of_merges_into_a_base_are_against_rounding_once(tiny: str, tmp_p
         check(work, {"merge-engine": tmp_path}, "cpu")
 
 
-def test_ranks_have_to_write_the_same_bytes(tiny: str, tmp_path: Path) -> None:
-    work = Workload("ranks", "dare_ties", layers=1, model=tiny)
+def test_ranks_have_to_write_the_same_bytes(tiny: str) -> None:
+    work, check = Workload("ranks", "dare_ties", layers=1, model=tiny), KINDS["ranks"].check
     begun = time.perf_counter()
     sample = build(work, "2 ranks", "cpu").run()
     assert 0 <= sample.seconds < time.perf_counter() - begun  # the merge's own report, a part of it
-    results = {"1 rank": sample.result, "2 ranks": tmp_path}
-    shutil.copy(sample.result / "model.safetensors", tmp_path)
-    KINDS["ranks"].check(work, results, "cpu")
-    with (results["2 ranks"] / "model.safetensors").open("r+b") as file:
+    output, digest = sample.result
+    assert sorted(file.name for file in output.parent.iterdir()) == ["a", "b", "base", "c", output.name]
+    check(work, {"1 rank": sample.result, "2 ranks": sample.result}, "cpu")
+
+    with (output / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
+    other = into_base.digest(output)
+    assert other != digest
     with pytest.raises(Disagreement, match="different bytes"):
-        KINDS["ranks"].check(work, results, "cpu")
+        check(work, {"1 rank": sample.result, "2 ranks": (output, other)}, "cpu")
 
 
 def test_static_figures_are_written(
