@@ -94,12 +94,13 @@ def run_ranks(ranks: int, base: Path, adapters: list[Path], method: str) -> Samp
     """The same by so many processes of one thread each, by the time that the merge itself reports; with a digest.
 
     They may use every core: of a single one, too, the threads that read and write have a core of their own. Any number
-    of them writes in the same place, which is empty, and whose memory was in use a moment before: a virtual machine
-    may otherwise have to get it back from its host, which can take longer than the merge.
+    of them writes in the same empty place. As much memory as they take was in use a moment before, untimed: a virtual
+    machine may have handed what was free to its host, and to get 4 GB back takes it as long as the merge, on all cores.
     """
     output = output_of(base, "ranks")
     shutil.rmtree(output, ignore_errors=True)
-    _touch_memory(base.with_name("touched"), sum(file.stat().st_size for file in base.iterdir()))
+    output_and_processes = 2 * sum(file.stat().st_size for file in base.iterdir())
+    _touch_memory(base.with_name("touched"), output_and_processes)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *start, *ours(base, adapters, output, method)[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
