@@ -128,6 +128,8 @@ def open_adapters(sources: Iterable[str | Path | Adapter]) -> list[Adapter]:
     Raises:
         AdapterError: as `open_adapter` does, for the first that cannot be opened.
     """
+    if isinstance(sources, str | Path):
+        raise AdapterError(f"adapters: wanted a list of folders or hub ids, got {str(sources)!r}")
     return [source if isinstance(source, Adapter) else open_adapter(source) for source in sources]
 
 

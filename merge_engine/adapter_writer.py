@@ -96,7 +96,7 @@ class AdapterWriter:
 
     def _write(self, name: str, text: str) -> None:
         with writing(self._folder / name):
-            (self._folder / name).write_text(text + "\n", encoding="utf-8")
+            (self._folder / name).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     def abandon(self) -> None:
         """Close the weights unfinished; the folder is its owner's to delete."""

@@ -1,10 +1,12 @@
 """The merge-engine command. Exit codes: 0 done, 1 unexpected failure, 2 a mistake of the user's, told in one line.
 
-A sweep in which some merges or scores failed ends with 1, an interrupted one with 130.
+A sweep in which some merges or scores failed ends with 1, what is interrupted with 130, and with 141 where nobody reads
+what is printed any more.
 """
 
 import argparse
 import gc
+import io
 import json
 import os
 import sys
@@ -74,6 +76,8 @@ CHOICES = {
     "dtype": ("float32", "float16", "bfloat16"),
     "backend": ("auto", "triton", "torch"),
 }
+# Of the keys of a recipe file that are not the recipe's own.
+_KINDS = {"output": str, "into": str, "evaluate": str, "backend": str, "vocab": str, "overwrite": bool, "dry_run": bool}
 
 
 def command() -> int:
@@ -83,6 +87,9 @@ def command() -> int:
     the end, takes 0.7 s.
     """
     gc.set_threshold(1_000_000, 50, 50)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     code = main()
     gc.freeze()  # what is left goes with the process
     return code
@@ -96,6 +103,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = _show_warning
             code: int | None = options.run(options)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("merge-engine: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 141
+    except OSError as error:
+        print(f"merge-engine: error: {error}", file=sys.stderr)
+        return 1
     except MergeError as error:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"merge-engine: error: {rank}{error}", file=sys.stderr)
@@ -116,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     _merge_options(merge)
     merge.add_argument("--space", choices=CHOICES["space"], help="merge B @ A, or A and B apart; default: delta")
     merge.add_argument("--rank", type=_rank, help="of the result: a number, or auto (sum of the ranks); default: auto")
-    merge.add_argument("--energy", type=float, help="instead of --rank: keep this share of the delta's energy, as 0.99")
+    merge.add_argument("--energy", type=float, help="the smallest rank, up to --rank, that keeps this share, as 0.9")
     _sweep_options(merge)
 
     models = _command(commands, "merge-models", _merge_models, MODELS_EXAMPLES, "merge full models of one base")
@@ -208,7 +225,8 @@ def _merge(options: argparse.Namespace) -> int | None:
     several = "sweep" in asked or "merges" in asked
     for key in ("merges", "sweep") if "into" in asked else () if several else ("evaluate", "timeout", "best", "memory"):
         if key in asked:
-            raise RecipeError(f"{key}: is of several merges into adapters; wanted --sweep without --into")
+            wanted = "no --into" if "into" in asked else "--sweep with it"
+            raise RecipeError(f"{key}: is of several merges into adapters; wanted {wanted}")
     if "into" in asked:
         _into(asked, asked.pop("into"), asked.pop("adapters"))
         return None
@@ -221,10 +239,9 @@ def _merge(options: argparse.Namespace) -> int | None:
     if several:
         return _several(adapters, output, asked)
     merged = merge(adapters, output, **asked)
-    ranks = sorted({module.rank for module in merged.plan.modules})
     print(
-        f"{output}: {len(adapters)} adapters, {len(merged.plan.modules)} modules, "
-        f"rank up to {ranks[-1]}, kept energy {merged.total_energy:.4f}"
+        f"{output}: {len(adapters)} adapters, {len(merged.ranks)} modules, "
+        f"rank up to {max(merged.ranks.values())}, kept energy {merged.total_energy:.4f}"
     )
     return None
 
@@ -334,6 +351,13 @@ def _recipe_file(given: dict[str, Any]) -> dict[str, Any]:
     adapters = recipe.get("adapters") if isinstance(recipe, dict) else None
     if not adapters or not isinstance(adapters, (list, dict) if "merges" in recipe else list):
         raise RecipeError(f"{first}: wanted a table of keys with a list of adapters")
+    for each in adapters.values() if isinstance(adapters, dict) else adapters:
+        if not isinstance(each, str):
+            raise RecipeError(f"{first}: adapters: wanted folders or hub ids, got {each!r}")
+    for key, kind in _KINDS.items():
+        if not isinstance(recipe.get(key, kind()), kind):
+            wanted = "true or false" if kind is bool else "a text"
+            raise RecipeError(f"{first}: {key}: wanted {wanted}, got {recipe[key]!r}")
     del given["adapters"]
     return recipe
 
@@ -353,6 +377,8 @@ def _density(texts: Sequence[str]) -> Any:
 
 
 def _rank(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"wanted auto or a whole number, got {text!r}")
     return text if text == "auto" else int(text)
 
 

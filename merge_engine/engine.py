@@ -17,7 +17,7 @@ from torch import Tensor
 from merge_engine import lowrank, ops
 from merge_engine.adapter import Adapter, open_adapters
 from merge_engine.adapter_writer import AdapterWriter
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, about
 from merge_engine.finetuned import Finetuned
 from merge_engine.lowrank import LowRank, Stack, first_space
 from merge_engine.ops import Backend
@@ -38,13 +38,15 @@ class Merged:
 
     modules: {name: LowRank(A [k, N], B [M, k], energy)}, float32, delta = B @ A; empty if written to a folder.
     energy: {name: kept energy |B A|^2 / |merged delta|^2 of the cut to rank k}; 1.0 where nothing was cut.
+    ranks: {name: k}.
     """
 
-    plan: Plan
+    plan: Plan = field(repr=False)
     path: Path | None
-    energy: dict[str, float]
+    energy: dict[str, float] = field(repr=False)
     total_energy: float
-    modules: dict[str, LowRank] = field(default_factory=dict)
+    modules: dict[str, LowRank] = field(default_factory=dict, repr=False)
+    ranks: dict[str, int] = field(default_factory=dict, repr=False)
 
 
 class Preparation(NamedTuple):
@@ -118,13 +120,14 @@ class Output:
         self.plan, self.backend, self.path = plan, backend, path
         self.writer = None if folder is None else _writer(plan, folder)
         self.energy: dict[str, float] = {}
+        self.ranks: dict[str, int] = {}
         self.kept: dict[str, LowRank] = {}
         self.norms = _Norms()
 
     def add(self, name: str, result: Finished) -> None:
         """Take one module's factors, in any order."""
         A, B, energy = result.factors
-        self.energy[name] = energy
+        self.energy[name], self.ranks[name] = energy, len(A)
         self.norms.add(result.squared_norm, energy)
         if self.writer is None:
             self.kept[name] = result.factors
@@ -143,14 +146,15 @@ class Output:
     @property
     def merged(self) -> Merged:
         energy, modules = dict(sorted(self.energy.items())), dict(sorted(self.kept.items()))
-        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules)
+        ranks = dict(sorted(self.ranks.items()))
+        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules, ranks)
 
 
 @contextmanager
 def output_of(plan: Plan, backend: Backend, path: Path | None, overwrite: bool = False) -> Iterator[Output]:
     """The output of a plan: the folder appears when the block ends, and does not where it raises."""
     place: AbstractContextManager[Path | None]
-    place = nullcontext() if path is None else place_folder(path, overwrite, output_bytes(plan))
+    place = nullcontext() if path is None else place_folder(path, overwrite, output_bytes(plan), inputs=plan.inputs)
     with place as folder:
         output = Output(plan, backend, path, folder)
         try:
@@ -183,7 +187,8 @@ def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Prep
     """
     trims: dict[str, Any] = {side: {} for side in plan.sides}
     if plan.spans_model:
-        trims = {side: backend.model_trims(plan, side) for side in plan.sides}
+        with about("scope='model'"):
+            trims = {side: backend.model_trims(plan, side) for side in plan.sides}
         done(sum(module.cost for module in plan.mine))
     balance = dict.fromkeys(plan.sides, 1)
     if plan.rule.majority and plan.rule.elect != "none":
@@ -200,18 +205,19 @@ def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Prep
 def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[Work]:
     """Every module with its factors, and its merged task tensors where the factors alone do not say it all."""
     for group, factors, packed in ahead(lambda group: _load(plan, backend, group), backend.groups(plan)):
-        merged = {
-            side: backend.merge(
-                plan,
-                group,
-                packed[side],
-                side,
-                ready.trims[side],
-                scale=1.0,  # the recipe's comes last: see `scaled`
-                tied=ready.tied[side],
-            )
-            for side in packed
-        }
+        with about(names_of(group)):
+            merged = {
+                side: backend.merge(
+                    plan,
+                    group,
+                    packed[side],
+                    side,
+                    ready.trims[side],
+                    scale=1.0,  # the recipe's comes last: see `scaled`
+                    tied=ready.tied[side],
+                )
+                for side in packed
+            }
         for i, module in enumerate(group):
             yield Work(module, factors[i], {side: tensors[i] for side, tensors in merged.items()})
 
@@ -231,7 +237,19 @@ def cut(
     """The factors of one module's result before `scaled`: stacked, cut by QR, or cut by subspace iteration.
 
     stack, space: make what depends on the factors only, or know it already.
+    Raises RecipeError, naming the module, where numbers leave float32.
     """
+    with about(work.module.name):
+        return _cut(plan, backend, work, stack, space)
+
+
+def _cut(
+    plan: Plan,
+    backend: Backend,
+    work: Work,
+    stack: Callable[[Sequence[Tensor], Sequence[Tensor]], Stack],
+    space: Callable[[Tensor, tuple[int, int], int], Tensor],
+) -> LowRank:
     recipe, module = plan.recipe, work.module
     strengths = [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
     As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
@@ -257,15 +275,22 @@ def finished(result: LowRank) -> Finished:
 def scaled(result: Finished, scale: float, name: str) -> Finished:
     """scale * B @ A: B times scale, rounded to float32.
 
-    Raises RecipeError, naming the module, where that leaves float32.
+    Raises RecipeError, naming the module, where a factor leaves float32.
     """
     (A, B, energy), squared_norm = result
+    if not bool(A.isfinite().all() and B.isfinite().all()):
+        raise RecipeError(f"{name}: its merge leaves float32; wanted smaller weights")
     if scale == 1:
         return result
     scaled_B = B * scale
     if not bool(scaled_B.isfinite().all()):
         raise RecipeError(f"scale: {scale} times {name}, which reaches {B.abs().max():.1e}, is no float32")
     return Finished(LowRank(A, scaled_B, energy), squared_norm)
+
+
+def names_of(group: Sequence[ModulePlan]) -> str:
+    """What to call a group of modules in a message."""
+    return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
 
 
 def _start(As: Sequence[Tensor], rank: int) -> Tensor:

@@ -4,6 +4,9 @@ A message names the subject (file, adapter, tensor), what was wanted and what wa
 ``sql: lora_B of model.layers.3.self_attn.q_proj is [2048, 8], wanted rank 16 from adapter_config.json``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MergeError(ValueError):
     """A merge that cannot be done as asked; nothing was written."""
@@ -23,3 +26,14 @@ class OutputError(MergeError):
 
 class ModelError(MergeError):
     """A full model that is missing, damaged, or does not fit what is to be merged with it or into it."""
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Turn a ValueError, as numbers that leave float32 give it, into a RecipeError that names ``subject``."""
+    try:
+        yield
+    except MergeError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{subject}: {error}") from error

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,22 +19,23 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128
 
-from merge_engine import __version__, ops
+from merge_engine import __version__, jit, ops
 from merge_engine.adapter import Adapter, open_adapter, open_adapters
 from merge_engine.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from merge_engine.engine import Preparation, prepare, work_of
-from merge_engine.errors import MergeError, ModelError, OutputError, RecipeError
+from merge_engine.engine import Preparation, names_of, prepare, work_of
+from merge_engine.errors import MergeError, ModelError, OutputError, RecipeError, about
 from merge_engine.finetuned import Finetuned, Target, added_rows, open_finetuned, read_finite
 from merge_engine.journal import Journal, check_same, read_journal, remove_journal
 from merge_engine.model_files import write_companions
 from merge_engine.ops import ModelBackend
 from merge_engine.pipeline import ahead
-from merge_engine.place import check_space, place_folder, wipe, working_folder
+from merge_engine.place import check_space, check_target, place_folder, sync, wipe, working_folder
 from merge_engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.ranks import Ranks, join
 from merge_engine.recipe import DTYPES, Recipe
 from merge_engine.shards import SHARD_SIZE, Layout, ShardFiles, Slot, lay_out, parse_size
-from merge_engine.stream import tensor_bytes
+from merge_engine.source import is_hub_id
+from merge_engine.stream import tensor_bytes, writing
 from merge_engine.targets import (
     check_tokens,
     saved_tensors,
@@ -192,7 +193,10 @@ def merge_models(
 def open_input(source: str | Path) -> Input:
     """An adapter if the folder has an adapter_config.json, else a full model."""
     folder = Path(source).expanduser()
-    if not folder.is_dir() and not folder.exists():  # a hub id: what it holds says what it is
+    if not folder.exists() and not is_hub_id(str(source)):
+        wanted = "a folder with adapter_config.json or config.json, or a hub id user/repo"
+        raise ModelError(f"{source} does not exist, wanted {wanted}")
+    if not folder.exists():  # a hub id: what it holds says what it is
         try:
             return open_adapter(source)
         except MergeError:
@@ -260,10 +264,15 @@ def run(
     result = MergedModel(
         job.plan, None, job.layout.nbytes, touched, len(job.layout.slots) - touched, 0, 0.0, job.layout.sizes
     )
+    inputs = [job.base.path, *job.plan.inputs]
     if dry_run:
+        with writing(output):
+            check_target(output, overwrite, inputs)
         return replace(result, seconds=_estimate(job, backend))
     ranks = join()
-    place = place_folder(output, overwrite, resume=True) if ranks.rank == 0 else nullcontext(working_folder(output))
+    place: AbstractContextManager[Path] = nullcontext(working_folder(output))
+    if ranks.rank == 0:
+        place = place_folder(output, overwrite, resume=True, inputs=inputs)
     with place as folder:
         if ranks.rank == 0:
             _take_up(job, output, folder, backend)
@@ -271,12 +280,14 @@ def run(
         try:
             resumed = _write_tensors(job, folder, backend, ranks, progress)
         except MergeError as error:
-            if ranks.rank == 0 and not isinstance(error, OutputError):
+            if not isinstance(error, OutputError):
                 wipe(folder)  # a mistake in the inputs: there is nothing to go on with
             raise
         ranks.wait()
         if ranks.rank == 0:
             write_companions(folder, job.base, job.plan, job.layout, backend.name, job.union)
+            with writing(output):
+                sync(folder)  # which takes a while, in which a kill leaves the journal to go on from
             remove_journal(folder)
     ranks.wait()
     return replace(result, path=output, resumed=resumed, seconds=time.perf_counter() - start)
@@ -345,7 +356,8 @@ def _items(job: Job, keys: Sequence[str], done: set[str], backend: ModelBackend,
     ]
     copies = [key for key in keys if key not in job.module_of and key not in done]
     for number, (group, bases, packed) in enumerate(ahead(lambda group: _load(job, backend, group), groups), 1):
-        merged = _merge(job, backend, group, bases, packed, ready)
+        with about(names_of(group)):
+            merged = _merge(job, backend, group, bases, packed, ready)
         for module, tensor in zip(group, merged, strict=True):
             yield Item(job.keys_of(module.name), job.targets[module.name].tensor(tensor.cpu()), module.cost)
         yield from (Item([key], None, 0) for key in copies[number - 1 :: len(groups)])
@@ -405,10 +417,12 @@ def _write(job: Job, files: ShardFiles, journal: Journal, item: Item) -> int:
 
 
 def _cast(tensor: Tensor, slot: Slot) -> Tensor:
-    """The tensor in its place's dtype; raises ModelError where a value does not fit into float16."""
+    """The tensor in its place's dtype; raises ModelError where a value does not fit, or is not a number."""
     cast = tensor.to(slot.dtype)
-    if slot.dtype == torch.float16 and not torch.isfinite(cast).all():
-        raise ModelError(f"{slot.key} has a value beyond 65504, the largest of float16; wanted another dtype")
+    if cast.numel() and not all(torch.isfinite(end) for end in torch.aminmax(cast)):
+        name, largest = str(slot.dtype).removeprefix("torch."), torch.finfo(slot.dtype).max
+        wanted = "another dtype, or smaller weights"
+        raise ModelError(f"{slot.key} has a value beyond {largest:.5g}, the largest of {name}, or NaN; wanted {wanted}")
     return cast
 
 
@@ -441,9 +455,10 @@ def _estimate(job: Job, backend: ModelBackend) -> float:
         rule = replace(one.rule, scope="tensor", majority=False)
         sample = replace(job, plan=replace(one, rule=rule))
         ready = Preparation({side: {} for side in one.sides}, dict.fromkeys(one.sides, 1))
-        start = time.perf_counter()
-        for _ in _items(sample, [], set(), backend, ready):
-            pass
+        for _ in range(2):  # the first time also loads what computes
+            start = time.perf_counter()
+            for _ in _items(sample, [], set(), backend, ready):
+                pass
         seconds += (time.perf_counter() - start) * work_of(job.plan) / work_of(sample.plan)
     return seconds
 
@@ -456,7 +471,7 @@ def _identity(job: Job, backend: ModelBackend) -> dict[str, Any]:
         "recipe": {**recipe.as_dict(), "weights": list(weights)},
         "shard_size": job.shard_size,
         "vocab": "base" if job.union is None else f"union of {len(job.union.tokens)} tokens {job.union.digest[:16]}",
-        "backend": backend.name,
+        "backend": backend.name + (" without Numba" if backend.name == "torch" and jit.loops() is None else ""),
         "base": _files(job.base.path, job.base.files),
         "inputs": [_files_of(source) for source in job.plan.adapters],
         "versions": {"merge-engine": __version__, "torch": str(torch.__version__)},

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
         AdapterError: it is missing or damaged, or says that the adapter's effect is not ``s * B @ A``.
     """
     file = path / CONFIG_FILE
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise AdapterError(f"{name}: {path} cannot be read: Permission denied")
     if not file.is_file():
         if not any(path.iterdir()):
             raise AdapterError(f"{name}: {path} is empty, wanted {CONFIG_FILE}")

@@ -21,7 +21,7 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tens
 
     A large one comes in huge pages where the system has them: to touch 64 MiB for the first time takes 29 ms in small
     pages, one thread at a time, and 6 ms in huge ones. It takes the memory of an earlier one that is gone, which has
-    been touched, where there is one of at least its size.
+    been touched, where there is one of its size, or at most twice that.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -40,13 +40,15 @@ def _map(nbytes: int) -> mmap.mmap:
 
 
 def _take(nbytes: int) -> mmap.mmap | None:
-    """The smallest that is free and large enough; if there is none, those that are free make room for a new one."""
+    """The smallest that is free and large enough; where none is, the oldest that are free make room for a new one."""
     for memory in sorted(_free, key=len):
-        if len(memory) >= nbytes:
+        if nbytes <= len(memory) <= 2 * nbytes:
             with suppress(ValueError):  # another thread was faster
                 _free.remove(memory)
                 return memory
-    _free.clear()
+    with suppress(IndexError):  # no more are free
+        while nbytes > 0:
+            nbytes -= len(_free.pop(0))
     return None
 
 

@@ -55,7 +55,7 @@ def write_companions(
     for name, text in texts.items():
         if text is not None:
             with writing(folder / name):
-                (folder / name).write_text(text, encoding="utf-8")
+                (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _config(base: Checkpoint, dtype: str | None, union: Union | None) -> str:

@@ -7,7 +7,7 @@ leaves that folder behind; the next run for the same target wipes it and uses it
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +20,12 @@ _MODEL_FILES = ("adapter_config.json", "config.json", "merge_report.json")
 
 @contextmanager
 def place_folder(
-    target: Path, overwrite: bool = False, required_bytes: int = 0, *, resume: bool = False
+    target: Path,
+    overwrite: bool = False,
+    required_bytes: int = 0,
+    *,
+    resume: bool = False,
+    inputs: Iterable[Path] = (),
 ) -> Iterator[Path]:
     """Yield a working folder that becomes ``target`` when the block ends, and vanishes when it raises.
 
@@ -32,13 +37,15 @@ def place_folder(
         required_bytes: free space to ask for before anything is written.
         resume: yield what an earlier run left behind as it is, and leave it behind when the block raises, unless it
             is empty by then.
+        inputs: folders that the result is made from; a target that is one or holds one is never replaced.
 
     Raises:
-        OutputError: the target exists, another process is writing it, there is too little space, or no permission.
+        OutputError: the target exists, holds an input, is being written by another process, there is too little
+            space, or no permission.
     """
     target = Path(os.path.realpath(target))  # a link means the place it leads to
     with writing(target):
-        _check_target(target, overwrite)
+        check_target(target, overwrite, inputs)
     working = working_folder(target)
     replaced = target.with_name(f".{target.name}.replaced")
     with writing(target):
@@ -49,14 +56,14 @@ def place_folder(
         try:
             with writing(target):
                 _recover(target, replaced)
-                _check_target(target, overwrite)
+                check_target(target, overwrite, inputs)
                 if not resume:
                     wipe(working)
             check_space(target, required_bytes)
             yield working
             with writing(target):
-                _sync(working)
-                _check_target(target, overwrite)
+                sync(working)
+                check_target(target, overwrite, inputs)
                 _swap(working, target, replaced)
         except BaseException:
             # Once renamed, the name is free for another process, whose folder is not ours to remove.
@@ -80,11 +87,17 @@ def working_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise OutputError where `place_folder` would not make ``target``, or not replace what is there."""
+    target = Path(os.path.realpath(target))
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise OutputError(f"{target} is a file, wanted a folder to write to")
+    for folder in inputs:
+        for file in (folder, *folder.glob("*")):  # of which any may be a link
+            if target in (real := Path(os.path.realpath(file)), *real.parents):
+                raise OutputError(f"{target} holds {folder}, which is merged; wanted another folder to write to")
     if not overwrite:
         raise OutputError(f"{target} already exists; pass overwrite to replace it")
     names = os.listdir(target)
@@ -185,10 +198,10 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)  # of several processes that wipe one folder
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Flush every file below ``folder``, then the folders themselves."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:

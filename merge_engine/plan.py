@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,11 @@ class Plan:
     def sides(self) -> tuple[str, ...]:
         """The kinds of task tensors that a module has: its deltas, or all A and all B."""
         return ("delta",) if self.recipe.space == "delta" else ("A", "B")
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The folders that are merged."""
+        return [source.model.path if isinstance(source, Finetuned) else source.path for source in self.adapters]
 
     @property
     def spans_model(self) -> bool:
@@ -189,4 +195,6 @@ def _check_one_density(number: int, names: Sequence[str], modules: Sequence[Modu
 
 
 def _common_dtype(adapters: Sequence[Adapter | Finetuned]) -> torch.dtype:
-    return reduce(torch.promote_types, (module.dtype for adapter in adapters for module in adapter.modules.values()))
+    dtypes = {module.dtype for adapter in adapters for module in adapter.modules.values()}
+    # torch promotes no 8-bit floats; bfloat16 holds them all.
+    return reduce(torch.promote_types, (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in dtypes))

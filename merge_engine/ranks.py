@@ -49,9 +49,7 @@ class Ranks:
             operation(*arguments)
         except RuntimeError as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OutputError(
-                f"rank {self.rank}: another rank is gone ({first}); run the same command to go on"
-            ) from error
+            raise OutputError(f"another rank is gone ({first}); run the same command to go on") from error
 
 
 ALONE = Ranks()
@@ -69,7 +67,12 @@ def join() -> Ranks:
 
     ranks = Ranks(int(os.environ["RANK"]), world)
     if not dist.is_initialized():
-        ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
+        try:
+            ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
+        except ValueError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"ranks: {error}; wanted the environment as torchrun sets it") from error
         atexit.register(_leave)
     return ranks
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 
@@ -14,6 +14,7 @@ from merge_engine.rule import CONVENTIONS, METHODS, Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 
+LARGEST = torch.finfo(torch.float32).max
 DEFAULT_DENSITY = 0.2  # the top 20 % of the TIES paper
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -30,8 +31,8 @@ class Recipe:
     election: sign of the sum ("total"), or of the sum of signs ("frequency"). scale: lambda, multiplies the result.
     convention: "peft", "mergekit" or "paper" (see `rule.Convention`); scope and trim_ties override what it says.
     seed: of the random drops, 0 <= seed < 2**64.
-    rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: instead of rank, the
-        smallest rank (up to "auto") whose kept energy |BA|^2 / |delta|^2 is at least this.
+    rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: the smallest rank up to
+        that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is.
     dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.
     normalize: whether the mean of methods that elect is divided at all; None: as the convention says.
     rescale: what random drops are made up for by: "density" (1/density), "l1" (the norm before the drop), or None: as
@@ -61,6 +62,8 @@ class Recipe:
     module_densities: Mapping[str, Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("weights", "density", "scale", "seed", "rank", "energy"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         rule = self.rule()
         if self.space not in ("delta", "factors"):
             raise RecipeError(f"space: wanted delta or factors, got {self.space!r}")
@@ -79,13 +82,13 @@ class Recipe:
         if isinstance(self.density, Mapping):
             for pattern in self.density:
                 _compiled(pattern)
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise RecipeError(f"seed: wanted a whole number from 0 to 2**64 - 1, got {self.seed!r}")
         if self.rank != "auto" and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
             raise RecipeError(f"rank: wanted auto or a whole number of at least 1, got {self.rank!r}")
         if self.energy is not None and not (_is_number(self.energy) and 0 < self.energy <= 1):
             raise RecipeError(f"energy: wanted a number above 0 and up to 1, got {self.energy!r}")
-        if self.dtype is not None and self.dtype not in DTYPES:
+        if self.dtype is not None and (not isinstance(self.dtype, str) or self.dtype not in DTYPES):
             raise RecipeError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.method == "cat" and (self.rank != "auto" or self.energy is not None):
             raise RecipeError(
@@ -124,7 +127,7 @@ class Recipe:
             mean = CONVENTIONS[self.convention].divisor["magnitude"]
             rule = replace(rule, divisor=mean if self.normalize else "one")
         if self.rescale is not None:
-            if self.rescale not in ("density", "l1") or rule.keep != "bernoulli":
+            if self.rescale not in ["density", "l1"] or rule.keep != "bernoulli":
                 raise RecipeError(f"rescale: wanted density or l1, of random drops, got {self.rescale!r}")
             rule = replace(rule, l1_rescale=self.rescale == "l1")
         return rule
@@ -139,7 +142,8 @@ class Recipe:
         if module is None or self.module_weights is None:
             return weights
         own = _of_module("module_weights", self.module_weights, module, adapters)
-        return tuple(weight * factor for weight, factor in zip(weights, own, strict=True))
+        products = (weight * factor for weight, factor in zip(weights, own, strict=True))
+        return tuple(_finite(f"module_weights: {module}", product) for product in products)
 
     def densities_for(self, module: str, adapters: Sequence[str]) -> tuple[float, ...]:
         """One density an adapter for this module. Raises RecipeError where the number differs or no pattern matches."""
@@ -163,11 +167,19 @@ class Recipe:
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds, as plain data. Raises RecipeError where it cannot be read."""
+    """What a YAML file holds, as plain data. Raises RecipeError where it cannot be read, or gives a key twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            plain = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in plain:
+                if plain.count(key) > 1 and key[1] != "<<":
+                    raise RecipeError(f"{file}: wanted {key[1]} once in a table, got it {plain.count(key)} times")
+            return dict(super().construct_mapping(node, deep))
+
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
+        return yaml.load(file.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
 
@@ -194,11 +206,28 @@ def _numbers(density: Density | None) -> list[Any]:
     if density is None:
         return []
     if isinstance(density, Mapping):
-        return [number for value in density.values() for number in _numbers(value)]
-    return list(density) if isinstance(density, Sequence) and not isinstance(density, str) else [density]
+        return [number for value in density.values() for number in (_numbers(value) if _is_list(value) else [value])]
+    return list(density) if _is_list(density) else [density]
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _plain(value: Any) -> Any:
+    """The numbers of an array or a tensor, or of a list or a table of such, as Python's own."""
+    if isinstance(value, Mapping):
+        return {key: _own(each) for key, each in value.items()}
+    return [_own(each) for each in value] if isinstance(value, list) else _own(value)
+
+
+def _own(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _compiled(pattern: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise RecipeError(f"density: wanted a pattern of module names, got {pattern!r}")
     try:
         return re.compile(rf"(.*\.)?({pattern})$")
     except re.error as error:
@@ -211,11 +240,21 @@ def _is_number(value: Any) -> bool:
 
 def _finite(name: str, value: Any) -> float:
     if not _is_number(value):
-        raise RecipeError(f"{name}: wanted a finite number, got {value!r}")
+        raise RecipeError(f"{name}: wanted a finite number, got {value!r}{_hint(value)}")
+    if abs(value) > LARGEST:
+        raise RecipeError(f"{name}: wanted a number that float32 holds, got {value!r}")
     return float(value)
 
 
+def _hint(value: Any) -> str:
+    """YAML takes 1e-1 for text."""
+    try:
+        return f"; write it as {float(value)!r}" if isinstance(value, str) and math.isfinite(float(value)) else ""
+    except ValueError:
+        return ""
+
+
 def _sequence(name: str, value: Any) -> Sequence[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if not _is_list(value):
         raise RecipeError(f"{name}: wanted a list of numbers, got {value!r}")
     return value

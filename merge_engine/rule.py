@@ -130,6 +130,6 @@ def make_rule(
 
 
 def _look_up(what: str, name: str, table: Mapping[str, T]) -> T:
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise RecipeError(f"{what}: wanted one of {', '.join(table)}, got {name!r}")
     return table[name]

@@ -95,6 +95,8 @@ def _trims(
         return [Trim(float("inf"), 0, 0) for _ in mine]
     kth = kth or _kth_by_histogram(sources, k, mine, total)
     value, quota = float(np.int32(kth.bits).view(np.float32)), kth.quota
+    if math.isnan(value):
+        raise ValueError("a task tensor leaves float32; wanted smaller factors")
     if ties == "keep" or quota == kth.equal:
         return [Trim(value, EVERY_ROW, 0) for _ in mine]
     tied = {i: tied_rows(sources[i], value, kth.tiles) for i in mine}
@@ -313,7 +315,8 @@ def _cut(source: Source, value: float, tied: np.ndarray, quota: int) -> Trim:
     wanted = quota - (int(upto[row - 1]) if row else 0)
     for tile in tiles_of(source.rows, source.columns):
         if tile.top <= row < tile.bottom:
-            equal = filled(source, tile)[row - tile.top].abs_() == value
+            # Where the others were counted, on one thread: an operator of several has other last bits.
+            (equal,) = for_each([tile], lambda tile: filled(source, tile)[row - tile.top].abs() == value)
             places = equal.nonzero().flatten()
             if wanted <= len(places):
                 return Trim(value, row, tile.left + (int(places[wanted - 1]) + 1 if wanted else 0))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from merge_engine import engine, shared_tiles
 from merge_engine.engine import Finished, Preparation, Work
+from merge_engine.errors import about
 from merge_engine.lowrank import LowRank
 from merge_engine.ops import Backend
 from merge_engine.pipeline import ahead, threads
@@ -172,10 +173,11 @@ def _merge(family: Family, pool: Pool, together: int) -> Iterator[Job]:
     waiting = list(asked.items())
     while waiting:
         part, waiting = waiting[:together], waiting[together:]
-        merged = {
-            side: shared_tiles.merge_deltas(sources, [asks[i] for asks, _ in part])
-            for i, (side, sources) in enumerate(family.packed.items())
-        }
+        with about(part[0][1][0].module.name):
+            merged = {
+                side: shared_tiles.merge_deltas(sources, [asks[i] for asks, _ in part])
+                for i, (side, sources) in enumerate(family.packed.items())
+            }
         for i, (_, members) in enumerate(part):
             tensors = {side: _taken(results, i) for side, results in merged.items()}
             for member in members:
@@ -184,7 +186,8 @@ def _merge(family: Family, pool: Pool, together: int) -> Iterator[Job]:
 
 def _asks(members: Sequence[Member], family: Family, side: str, pool: Pool) -> list[Ask]:
     """What is asked for of one side, by every member."""
-    keeps = pool.keeps([member[1:] for member in members], family.packed[side], side)
+    with about(members[0].module.name):
+        keeps = pool.keeps([member[1:] for member in members], family.packed[side], side)
     return [
         Ask(tuple(module.weights_of(side)), kept, plan.rule, ready.tied[side])
         for (_, plan, module, ready), kept in zip(members, keeps, strict=True)

@@ -29,6 +29,8 @@ def find(
 
     Raises `error`, naming `config_file` as what was wanted: there is no such folder, or the hub does not give it.
     """
+    if not isinstance(source, str | Path):
+        raise error(f"wanted a folder with {config_file} or a hub id user/repo, got {source!r}")
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve().name, path

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from lora_files import save_factors
@@ -113,6 +114,20 @@ def test_recipe_file_and_options_over_it(three, tmp_path, capsys):
         ("[1, 2", "recipe.yaml: cannot be read: "),
         ("adapters: [a]\nmethods: ties\noutput: o", "recipe: wanted one of method, .*, got 'methods'"),
         ("adapters: [a]", "output: wanted a folder to write to"),
+        ("adapters: [a, 7]\noutput: o", "recipe.yaml: adapters: wanted folders or hub ids, got 7"),
+        ("adapters: [a, [b]]\noutput: o", "recipe.yaml: adapters: wanted folders or hub ids, got "),
+        ("adapters: {a: [b]}\nmerges: []\noutput: o", "recipe.yaml: adapters: wanted folders or hub ids, got "),
+        ("adapters: [a]\noutput: 5", "recipe.yaml: output: wanted a text, got 5"),
+        ("adapters: [a]\noutput: o\ninto: [b]", "recipe.yaml: into: wanted a text, got "),
+        ("adapters: [a]\noutput: o\noverwrite: 'no'", "recipe.yaml: overwrite: wanted true or false, got 'no'"),
+        ("adapters: [a]\noutput: o\ninto: b\ndry_run: 1", "recipe.yaml: dry_run: wanted true or false, got 1"),
+        ("adapters: [a]\noutput: o\nmethod: [ties]", "method: wanted one of linear, .*, got \\['ties'\\]"),
+        ("adapters: [a]\noutput: o\nelection: {}", "election: wanted one of total, frequency, got {}"),
+        ("adapters: [a]\noutput: o\ndensity: {1: 0.1}", "density: wanted a pattern of module names, got 1"),
+        ("adapters: [a]\noutput: o\ndensity: &d {'.*': *d}", "density: wanted a number from 0 to 1, got "),
+        ("adapters: [a]\noutput: o\nscale: 1e-1", "scale: wanted a finite number, got '1e-1'; write it as 0.1"),
+        ("adapters: [a]\noutput: o\nmethod: ties\nmethod: linear", "wanted method once in a table, got it 2 times"),
+        ("adapters: {a: b, a: c}\nmerges: []", "wanted a once in a table, got it 2 times"),
     ],
 )
 def test_recipe_file_mistakes(tmp_path, capsys, text, message):
@@ -169,6 +184,11 @@ def bad(**kwargs):
         bad(space="deltas", message="space: wanted delta or factors, got 'deltas'"),
         bad(convention="peff", message="convention: wanted one of peft, mergekit, paper, got 'peff'"),
         bad(scale=float("inf"), message="scale: wanted a finite number, got inf"),
+        bad(scale=1e39, message=r"scale: wanted a number that float32 holds, got 1e\+39"),
+        bad(weights=[1, 2, -1e300], message=r"weights: wanted a number that float32 holds, got -1e\+300"),
+        bad(seed=True, message="seed: wanted a whole number from 0 to"),
+        bad(method=["ties"], message=r"method: wanted one of .*, got \['ties'\]"),
+        bad(dtype=torch.float16, message="dtype: wanted one of float32, float16, bfloat16, got torch.float16"),
         bad(seed=-1, message=r"seed: wanted a whole number from 0 to 2\*\*64 - 1, got -1"),
         bad(rank=0, message="rank: wanted auto or a whole number of at least 1, got 0"),
         bad(rank="8", message="rank: wanted auto or a whole number of at least 1, got '8'"),
@@ -313,3 +333,91 @@ def test_a_killed_merge_leaves_nothing_or_everything(tmp_path):
     merge_engine.merge(adapters, out, overwrite=True)
     assert_same(out, whole)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "whole", "out"}
+
+
+def test_arrays_and_tensors_are_numbers(three):
+    """What a search over weights holds."""
+    plain = merge_engine.merge(three, method="ties", weights=[2.0, 1.0, -0.5], density=[0.25, 0.5, 0.75], scale=0.5)
+    given = {"weights": [np.float32(2), np.array(1), -0.5], "density": torch.tensor([0.25, 0.5, 0.75])}
+    merged = merge_engine.merge(three, method="ties", scale=np.float32(0.5), seed=np.int64(3), **given)
+    assert merged.plan.recipe.weights == (2.0, 1.0, -0.5) and merged.plan.recipe.density == [0.25, 0.5, 0.75]
+    for name, module in plain.modules.items():
+        assert torch.equal(merged.modules[name].A, module.A) and torch.equal(merged.modules[name].B, module.B)
+    assert len(repr(merged)) < 200
+
+
+def test_one_adapter_is_no_list_of_letters(three, tmp_path):
+    for merge in (merge_engine.merge, lambda source, out: merge_engine.merge_into(source, source, out)):
+        with pytest.raises(
+            MergeError, match=r"^adapters: wanted a list of folders or hub ids, got '.*sql'$|wanted a full"
+        ):
+            merge(str(three[0]), tmp_path / "out")
+    with pytest.raises(MergeError, match="wanted a list of folders"):
+        merge_engine.Session(str(three[0]))
+
+
+def test_the_rank_that_is_told_is_that_of_the_result(three, tmp_path, capsys):
+    code, out, _ = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", "--energy", "0.3")
+    rank = json.loads((tmp_path / "out" / "merge_report.json").read_text())["modules"]
+    highest = max(module["rank"] for module in rank.values())
+    assert code == 0 and highest < 12 and f"rank up to {highest}, " in out
+    with pytest.raises(SystemExit):
+        main(["merge", *map(str, three), "-o", "o", "--rank", "2.5"])
+    assert "wanted auto or a whole number, got '2.5'" in capsys.readouterr().err
+
+
+def test_8_bit_adapters_are_written_as_what_holds_them(tmp_path):
+    eight, full = torch.float8_e4m3fn, torch.float32
+    folders = []
+    for name, dtype in (("a", eight), ("b", eight), ("c", full)):
+        A, B = torch.arange(60.0).reshape(3, 20) / 8, torch.arange(21.0).reshape(7, 3) / 4 - 2
+        folders.append(save_factors(tmp_path / name, {"q": (A.to(dtype), B.to(dtype))}))
+    A, B = (factors_of(folders[0])[f"base_model.model.q.lora_{side}.weight"].double() for side in "AB")
+    for inputs, method, written in ((folders[:2], "linear", torch.bfloat16), (folders[1:], "cat", torch.float32)):
+        merge_engine.merge(inputs, tmp_path / method, method=method)
+        assert {tensor.dtype for tensor in factors_of(tmp_path / method).values()} == {written}
+    got = merge_engine.merge(folders[:2], method="linear").modules["q"]
+    torch.testing.assert_close(got.B.double() @ got.A.double(), 4 * B @ A, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read all")
+def test_a_folder_that_cannot_be_read(three, tmp_path, capsys):
+    three[0].chmod(0)
+    try:
+        code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out")
+    finally:
+        three[0].chmod(0o755)
+    assert (code, out) == (2, "") and err.startswith("merge-engine: error: sql: ") and err.count("\n") == 1
+
+
+def test_names_that_are_not_utf8(three, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/bad\xff"
+    os.rename(three[0], odd)
+    arguments = [odd, os.fsencode(three[1]), b"-o", os.fsencode(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-m", "merge_engine", b"merge", *arguments], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "bad" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "merge_engine", b"info", odd], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and b"bad" in done.stdout
+
+
+def test_nobody_reads_what_is_printed(three):
+    code = f"{sys.executable} -m merge_engine info {three[0]} {three[1]} | true; echo ${{PIPESTATUS[0]}}"
+    for buffered in ("", "1"):
+        environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, env=environment)
+        assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_an_interrupted_merge_says_so_in_one_line(tmp_path):
+    modules = [f"layers.{i}.q_proj" for i in range(40)]
+    adapters = [save_plain(tmp_path / str(i), i, rank=8, rows=700, columns=800, modules=modules) for i in range(2)]
+    command = [sys.executable, "-m", "merge_engine", "merge", *adapters, "-o", tmp_path / "out", "--method", "ties"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / ".out.partial").exists():
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, told = child.communicate(timeout=60)
+    assert (child.returncode, told) == (130, "merge-engine: interrupted\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}

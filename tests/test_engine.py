@@ -8,11 +8,13 @@ from collections import deque
 
 import pytest
 import torch
+from lora_files import save_factors
 from safetensors.torch import load_file, save_file
 
 import merge_engine
 from merge_engine import reference, rng
 from merge_engine.adapter import open_adapter
+from merge_engine.errors import RecipeError
 from merge_engine.rule import make_rule
 
 U = 2**-24  # unit roundoff of float32
@@ -379,3 +381,30 @@ def test_nothing_is_logged_or_shown_without_a_terminal(folders, tmp_path, capfd,
         merge_engine.merge(folders, tmp_path / "out", method="ties")
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"method": "ties", "weights": [1, 1e38], "election": "frequency"},
+        {"method": "linear", "weights": [1e38, 3e38], "scale": 3.0},
+        {"method": "cat", "weights": [3e38, 1]},
+        {"method": "linear", "space": "factors", "weights": [3e38, 3e38]},
+        {"method": "magnitude_prune", "density": 0.3, "weights": [-3e38, 1]},
+    ],
+)
+def test_what_leaves_float32_is_one_error_that_names_the_module(folders, tmp_path, recipe):
+    with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.down_proj"):
+        merge_engine.merge(folders[:2], tmp_path / "out", **recipe)
+    assert list(tmp_path.iterdir()) == []
+    with merge_engine.Session(folders[:2]) as session, pytest.raises(RecipeError, match="down_proj"):
+        session.merge(**recipe)
+    (failed,) = merge_engine.merge_many(folders[:2], [recipe])
+    assert isinstance(failed.error, RecipeError) and "down_proj" in str(failed.error)
+
+
+def test_factors_whose_product_leaves_float32(tmp_path):
+    save_factors(tmp_path / "a", {"q": (torch.full((2, 9), 1e30), torch.tensor([[1e30, -1e30]] * 8))})
+    for method, density in (("ties", 0.2), ("ties", 1), ("magnitude_prune", 0.5)):
+        with pytest.raises(RecipeError, match=r"^q: "):
+            merge_engine.merge([tmp_path / "a"] * 2, tmp_path / "out", method=method, density=density, rank=2)

@@ -164,6 +164,9 @@ def test_what_is_asked_for_as_dtype(base, three, tmp_path):
         assert torch.equal(tensor, got[key].to(tensor.dtype))
     with pytest.raises(ModelError, match=r"q_proj\.weight has a value beyond 65504"):
         merge_engine.merge_into(base, three, tmp_path / "over", method="linear", dtype="float16", scale=1e6)
+    for recipe in ({"scale": 1e38}, {"weights": [1e38, 1, 1], "scale": 1e3}, {"scale": 1e38, "dtype": "float32"}):
+        with pytest.raises(ModelError, match=r"_proj\.weight has a value beyond 3\.\d+e\+38, the largest of"):
+            merge_engine.merge_into(base, three, tmp_path / "over", method="linear", **recipe)
     assert not (tmp_path / "over").exists() and not (tmp_path / ".over.partial").exists()
 
 
@@ -779,3 +782,20 @@ def test_tensors_of_several_pieces_are_copied_whole(tmp_path, dtype, form):
     got = weights_of(tmp_path / "out")
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(got[key], before[key].to(getattr(torch, dtype) if dtype else torch.float32))
+
+
+def test_neither_base_nor_adapter_is_replaced(base, three, tmp_path):
+    before = (base / "model.safetensors").read_bytes()
+    for inputs, output in (([base, three], base), ([base, three], three[1]), ([base, [base]], base)):
+        merge = merge_engine.merge_models if inputs[1] == [base] else merge_engine.merge_into
+        for dry_run in (True, False):
+            with pytest.raises(OutputError, match="which is merged; wanted another folder to write to"):
+                merge(*inputs, output, method="linear", overwrite=True, dry_run=dry_run)
+    assert (base / "model.safetensors").read_bytes() == before and (three[1] / "adapter_config.json").exists()
+
+
+def test_a_dry_run_finds_that_the_output_exists(base, three, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="already exists; pass overwrite to replace it"):
+        merge_engine.merge_into(base, three, tmp_path / "out", dry_run=True)
+    assert merge_engine.merge_into(base, three, tmp_path / "out", dry_run=True, overwrite=True).path is None

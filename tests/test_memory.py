@@ -53,10 +53,18 @@ def test_the_smallest_that_is_large_enough_is_taken_and_room_is_made_where_none_
     tensors.clear()
     assert new_tensor((LARGE + 1,)).data_ptr() == places[2]
     assert sorted(map(len, memory._free)) == sorted(4 * size for size in sizes)
-    large = new_tensor((4 * LARGE,))
-    assert memory._free == []
+    large = new_tensor((4 * LARGE,))  # the oldest go
+    assert [len(each) for each in memory._free] == [8 * LARGE]
     del large
-    assert [len(each) for each in memory._free] == [16 * LARGE]
+    assert [len(each) for each in memory._free] == [8 * LARGE, 16 * LARGE]
+
+
+def test_what_is_more_than_twice_as_large_is_not_lent() -> None:
+    large = new_tensor((3 * LARGE,))
+    place = large.data_ptr()
+    del large
+    small = new_tensor((LARGE,))
+    assert memory._free == [] and small.data_ptr() != place  # a small one that lives long would hold all of it
 
 
 def test_no_more_than_so_much_is_kept() -> None:

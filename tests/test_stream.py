@@ -422,3 +422,28 @@ def test_a_killed_writer_does_not_block_the_next(tmp_path):
     with place_folder(tmp_path / "out") as folder:
         write_model(folder)
     assert is_model(tmp_path / "out")
+
+
+def test_what_is_merged_is_never_replaced(tmp_path):
+    """A trainer's folder has checkpoints in it: as an output it would take them along."""
+    run = tmp_path / "run"
+    inputs = [run / "checkpoint-1", run / "checkpoint-2"]
+    for folder in (run, *inputs):
+        folder.mkdir()
+        write_model(folder, "old")
+    (tmp_path / "link").symlink_to(inputs[0])
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "config.json").symlink_to(inputs[1] / "config.json")
+    targets = (run, inputs[0], tmp_path / "link", inputs[1] / ".." / "checkpoint-2")
+    for target, sources in [(target, inputs) for target in targets] + [(run, [tmp_path / "linked"])]:
+        with (
+            pytest.raises(OutputError, match=r"run\S* holds \S+, which is merged; wanted another folder"),
+            place_folder(target, overwrite=True, inputs=sources),
+        ):
+            raise AssertionError("not reached")
+    assert all(is_model(folder, "old") for folder in (run, *inputs))
+    with place_folder(inputs[0] / "merged", inputs=inputs) as folder:
+        write_model(folder)
+    with place_folder(inputs[0] / "merged", overwrite=True, inputs=inputs) as folder:
+        write_model(folder, "newer")
+    assert is_model(inputs[0] / "merged", "newer")

@@ -340,18 +340,18 @@ def test_what_fails_is_told_in_its_row_and_the_rest_goes_on(three, tmp_path, mer
             raise MergeError("evaluate: exit status 1: no memory")
         return 0.5
 
-    trials = sweep_trials(parse_axes(["scale=1,1e39,2,3"]), {"method": "linear"}, 3)
+    trials = sweep_trials(parse_axes(["scale=1,3e38,2,3"]), {"method": "linear"}, 3)
     scores, output = Scores(say), tmp_path / "out"
     outcome = run(three, output, trials, evaluation=scores())
     rows = rows_of(output)
     assert [rows[trial.name]["score"] for trial in trials] == ["0.5", "", "", "0.5"]
-    assert "is no float32" in rows["scale=1e+39"]["error"] and not (output / "scale=1e+39").exists()
+    assert "is no float32" in rows["scale=3e+38"]["error"] and not (output / "scale=1e+39").exists()
     assert rows["scale=2"]["error"] == "evaluate: exit status 1: no memory" and (output / "scale=2").is_dir()
-    assert [row.trial.name for row in outcome.failed] == ["scale=1e+39", "scale=2"]
+    assert [row.trial.name for row in outcome.failed] == ["scale=3e+38", "scale=2"]
     scores.say, scores.asked = lambda folder: 0.7, []
     merged.clear()
     assert len(run(three, output, trials, evaluation=scores()).failed) == 1
-    assert (merged, scores.asked) == (["scale=1e+39"], ["scale=2"])
+    assert (merged, scores.asked) == (["scale=3e+38"], ["scale=2"])
     assert [row["score"] for row in rows_of(output).values()] == ["0.5", "", "0.7", "0.5"]
 
 
@@ -610,7 +610,7 @@ def test_a_recipe_file_with_merges(three, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--evaluate", "cat {path}"], "evaluate: is of several merges into adapters; wanted --sweep without --into"),
+        (["--evaluate", "cat {path}"], "evaluate: is of several merges into adapters; wanted --sweep with it"),
         (["--memory", "1GB"], "memory: is of several merges into adapters"),
         (["--sweep", "scale=1", "--into", "base"], "sweep: is of several merges into adapters"),
         (["--sweep", "scale=1", "--timeout", "3"], "timeout: is of an evaluation; wanted --evaluate with it"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_tensors import whole
 
-from merge_engine import reference, rng, selection, tiled, tiles
+from merge_engine import jit, reference, rng, selection, tiled, tiles
 from merge_engine.rule import make_rule
 from merge_engine.tiles import Dense, Drop, Product, Trim
 
@@ -307,3 +307,24 @@ def test_a_child_of_a_fork_can_merge():
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_thresholds_without_loops_are_exact_on_several_threads(monkeypatch):
+    """A product's last bits depend on how many threads an operator has; all that looks at them has to have one.
+
+    Equal columns are equal magnitudes at the threshold, of which some are cut.
+    """
+    monkeypatch.setattr(jit, "loops", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            A, B = torch.randn(16, 704, generator=generator).repeat(1, 8), torch.randn(2048, 16, generator=generator)
+            source = tiles.Product(A, B, 24 / 16)
+            k = source.rows * source.columns // 5 + 3
+            ((trim,),) = selection.trims_of_each([source], [[k]], "exact")
+            kept = tiled.merge_deltas([source], [1.0], [trim], make_rule("linear"))
+            assert int(kept.count_nonzero()) == k
+    finally:
+        torch.set_num_threads(before)
