@@ -89,16 +89,29 @@ class Adapter:
         """Read every tensor once.
 
         Raises:
-            AdapterError: one holds NaN or Inf; the message names adapter, tensor and file.
+            AdapterError: one holds NaN or Inf, the message names adapter, tensor and file; or a delta, which is at most
+                ``|scaling| r max|A| max|B|``, may leave float32.
         """
-        pairs = [tensor for pair in self._pairs.values() for tensor in pair]
-        for stored in [*pairs, *self.extras.values()]:
-            values = stored.read()
-            if values.dtype.itemsize == 1:
-                values = values.float()  # not every torch has isfinite for 8-bit floats
-            if not torch.isfinite(values).all():
-                what = "NaN" if torch.isnan(values).any() else "Inf"
-                raise AdapterError(f"{self.name}: tensor {stored.key} in {stored.file} holds {what}")
+        for stored in self.extras.values():
+            self._largest(stored)
+        for name, (a, b) in self._pairs.items():
+            module = self.modules[name]
+            bound = abs(module.scaling) * module.rank * self._largest(a) * self._largest(b)
+            if bound > torch.finfo(torch.float32).max:
+                raise AdapterError(f"{self.name}: the delta of {name} reaches up to {bound:.1e}, wanted one of float32")
+
+    def _largest(self, stored: StoredTensor) -> float:
+        """max|x|; raises AdapterError where it is not finite."""
+        values = stored.read()
+        if values.dtype.itemsize == 1:
+            values = values.float()  # torch has no aminmax of 8-bit floats
+        if not values.numel() or not (values.is_floating_point() or values.is_complex()):
+            return 0.0
+        least, most = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
+        if not bool(least.isfinite() & most.isfinite()):
+            what = "NaN" if torch.isnan(values).any() else "Inf"
+            raise AdapterError(f"{self.name}: tensor {stored.key} in {stored.file} holds {what}")
+        return max(-float(least), float(most))
 
 
 def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:

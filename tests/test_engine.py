@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import merge_engine
 from merge_engine import reference, rng
 from merge_engine.adapter import open_adapter
-from merge_engine.errors import RecipeError
+from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.rule import make_rule
 
 U = 2**-24  # unit roundoff of float32
@@ -389,7 +389,6 @@ def test_nothing_is_logged_or_shown_without_a_terminal(folders, tmp_path, capfd,
         {"method": "ties", "weights": [1, 1e38], "election": "frequency"},
         {"method": "linear", "weights": [1e38, 3e38], "scale": 3.0},
         {"method": "cat", "weights": [3e38, 1]},
-        {"method": "linear", "space": "factors", "weights": [3e38, 3e38]},
         {"method": "magnitude_prune", "density": 0.3, "weights": [-3e38, 1]},
     ],
 )
@@ -406,5 +405,11 @@ def test_what_leaves_float32_is_one_error_that_names_the_module(folders, tmp_pat
 def test_factors_whose_product_leaves_float32(tmp_path):
     save_factors(tmp_path / "a", {"q": (torch.full((2, 9), 1e30), torch.tensor([[1e30, -1e30]] * 8))})
     for method, density in (("ties", 0.2), ("ties", 1), ("magnitude_prune", 0.5)):
-        with pytest.raises(RecipeError, match=r"^q: "):
+        with pytest.raises(AdapterError, match=r"^a: the delta of q reaches up to 4\.0e\+60, wanted one of float32"):
             merge_engine.merge([tmp_path / "a"] * 2, tmp_path / "out", method=method, density=density, rank=2)
+    with pytest.raises(AdapterError, match="the delta of q reaches"):
+        merge_engine.Session([tmp_path / "a"])
+    factors = torch.full((2, 9), 3e38), torch.full((8, 2), 1e-3)
+    save_factors(tmp_path / "b", {"q": factors}, lora_alpha=1)
+    with pytest.raises(RecipeError, match=r"^q: its merge leaves float32; wanted smaller weights"):
+        merge_engine.merge([tmp_path / "b"] * 2, tmp_path / "out", method="linear", space="factors", weights=[4, 4])
