@@ -107,11 +107,11 @@ class Adapter:
             values = values.float()  # torch has no aminmax of 8-bit floats
         if not values.numel() or not (values.is_floating_point() or values.is_complex()):
             return 0.0
-        least, most = torch.aminmax(torch.view_as_real(values) if values.is_complex() else values)
-        if not bool(least.isfinite() & most.isfinite()):
+        least, most = map(float, torch.aminmax(torch.view_as_real(values) if values.is_complex() else values))
+        if not (math.isfinite(least) and math.isfinite(most)):
             what = "NaN" if torch.isnan(values).any() else "Inf"
             raise AdapterError(f"{self.name}: tensor {stored.key} in {stored.file} holds {what}")
-        return max(-float(least), float(most))
+        return max(-least, most)
 
 
 def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:

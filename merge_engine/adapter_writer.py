@@ -14,6 +14,7 @@ from merge_engine import __version__
 from merge_engine.adapter import KEY_PREFIX, WEIGHTS_FILE, Adapter, Module, saves, shared_extras
 from merge_engine.errors import OutputError
 from merge_engine.lora_config import CONFIG_FILE
+from merge_engine.passes import finite
 from merge_engine.source import is_hub_id
 from merge_engine.stream import SafetensorsWriter, writing
 
@@ -68,7 +69,7 @@ class AdapterWriter:
 
     def _cast(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
         cast = tensor.detach().to(self._dtype)
-        if self._dtype.itemsize < tensor.dtype.itemsize and not torch.isfinite(cast).all():
+        if self._dtype.itemsize < tensor.dtype.itemsize and not finite(cast):
             raise OutputError(f"{key} reaches {tensor.abs().max().item():.3g}, which {self._dtype} does not hold")
         return cast
 

@@ -21,6 +21,7 @@ from merge_engine.errors import RecipeError, about
 from merge_engine.finetuned import Finetuned
 from merge_engine.lowrank import LowRank, Stack, first_space
 from merge_engine.ops import Backend
+from merge_engine.passes import finite
 from merge_engine.pipeline import ahead
 from merge_engine.place import place_folder
 from merge_engine.plan import Factors, ModulePlan, Plan, make_plan
@@ -278,12 +279,12 @@ def scaled(result: Finished, scale: float, name: str) -> Finished:
     Raises RecipeError, naming the module, where a factor leaves float32.
     """
     (A, B, energy), squared_norm = result
-    if not bool(A.isfinite().all() and B.isfinite().all()):
+    if not (finite(A) and finite(B)):
         raise RecipeError(f"{name}: its merge leaves float32; wanted smaller weights")
     if scale == 1:
         return result
     scaled_B = B * scale
-    if not bool(scaled_B.isfinite().all()):
+    if not finite(scaled_B):
         raise RecipeError(f"scale: {scale} times {name}, which reaches {B.abs().max():.1e}, is no float32")
     return Finished(LowRank(A, scaled_B, energy), squared_norm)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from merge_engine.adapter import Adapter, Module
 from merge_engine.checkpoint import FLOATS, Checkpoint
 from merge_engine.errors import ModelError
+from merge_engine.passes import finite
 from merge_engine.tensors import StoredTensor
 from merge_engine.vocabulary import Union, check_vocabulary
 
@@ -131,7 +132,7 @@ def read_finite(stored: StoredTensor, owner: str) -> Tensor:
 
 
 def _check_finite(tensor: Tensor, stored: StoredTensor, owner: str) -> None:
-    if tensor.numel() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+    if not finite(tensor):
         what = "NaN" if torch.isnan(tensor).any() else "Inf"
         raise ModelError(f"{owner}: tensor {stored.key} in {stored.file} holds {what}")
 

@@ -28,6 +28,7 @@ from merge_engine.finetuned import Finetuned, Target, added_rows, open_finetuned
 from merge_engine.journal import Journal, check_same, read_journal, remove_journal
 from merge_engine.model_files import write_companions
 from merge_engine.ops import ModelBackend
+from merge_engine.passes import finite
 from merge_engine.pipeline import ahead
 from merge_engine.place import check_space, check_target, place_folder, sync, wipe, working_folder
 from merge_engine.plan import ModulePlan, Plan, make_plan
@@ -419,7 +420,7 @@ def _write(job: Job, files: ShardFiles, journal: Journal, item: Item) -> int:
 def _cast(tensor: Tensor, slot: Slot) -> Tensor:
     """The tensor in its place's dtype; raises ModelError where a value does not fit, or is not a number."""
     cast = tensor.to(slot.dtype)
-    if cast.numel() and not all(torch.isfinite(end) for end in torch.aminmax(cast)):
+    if not finite(cast):
         name, largest = str(slot.dtype).removeprefix("torch."), torch.finfo(slot.dtype).max
         wanted = "another dtype, or smaller weights"
         raise ModelError(f"{slot.key} has a value beyond {largest:.5g}, the largest of {name}, or NaN; wanted {wanted}")

@@ -103,7 +103,7 @@ class Stack:
         self.ranks = [len(A) for A in As]
         self._left, self._right = _stacked([B.T for B in Bs]), _stacked(As)
         self._norms = torch.linalg.vector_norm(self._left, dim=1) * torch.linalg.vector_norm(self._right, dim=1)
-        if not bool(self._norms.isfinite().all()):
+        if not passes.finite(self._norms):
             raise ValueError("a factor is not finite")
         self._upper_left, self._upper_right = (_upper(torch.geqrf(side.T)) for side in (self._left, self._right))
 
@@ -189,7 +189,7 @@ def from_matrix(
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}, wanted more than 0")
     total = passes.squared_norm(matrix)
-    if not (math.isfinite(total) and bool(start.isfinite().all())):
+    if not (math.isfinite(total) and passes.finite(start)):
         raise ValueError("matrix or start is not finite")
     if total >= torch.finfo(torch.float32).max ** 2:  # no product with a unit vector is larger
         raise ValueError(f"the norm of matrix is {math.sqrt(total):.1e}: its products do not fit float32")
@@ -339,7 +339,7 @@ def _unfolded(core: Leading, left: Decomposed, right: Decomposed) -> LowRank:
 def _rounded(A: Tensor, B: Tensor, core: Leading) -> LowRank:
     """The factors in float32; raises ValueError where that is too narrow."""
     A, B = A.float().contiguous(), B.float().contiguous()
-    if not bool(B.isfinite().all()):
+    if not passes.finite(B):
         raise ValueError(f"the largest singular value is {float(core.s[0]):.1e}: B does not fit float32")
     return LowRank(A, B, core.kept)
 

@@ -174,3 +174,18 @@ def test_values_of_extreme_size(scale):
             norm = passes.squared_norm(matrix)
         assert bool(((got - block @ matrix.double().T).abs() <= bound(block, matrix) + subnormal).all())
         assert norm == pytest.approx(float(matrix.double().square().sum()), rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_finite_sees_each_element(dtype):
+    largest = torch.finfo(dtype).max
+    tensor = torch.full((37, 41), largest, dtype=dtype)
+    tensor[::2] = -largest
+    assert (
+        passes.finite(tensor) and passes.finite(tensor.T) and passes.finite(tensor[:0]) and passes.finite(tensor[3, 5])
+    )
+    for place in ((0, 0), (36, 40), (17, 23)):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            other = tensor.clone()
+            other[place] = value
+            assert not passes.finite(other) and not passes.finite(other.T)
