@@ -60,6 +60,21 @@ _terms = numba.from_dtype(TERM)[::1]
 _tile = (_i64, _i64, _i64, _i64)  # top, bottom, left, right
 
 
+@intrinsic
+def _wide(context):
+    """Let the loops of the function that calls this have vectors of 512 bits where the CPU has them.
+
+    On Intel's CPUs LLVM takes 256 bits of its own accord. With 512 `passes` take 1.3 to 1.5 times less time there, a
+    merge 1.2 times, and selection the same.
+    """
+
+    def generate(context, builder, signature, arguments):
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # its own `add` refuses what has a value
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
 @numba.njit(inline="always")  # a call would not be vectorised
 def _quad(quad, row, stream, adapter, key0, key1):
     a, b, c, d = quad, row, stream, adapter
@@ -72,6 +87,7 @@ def _quad(quad, row, stream, adapter, key0, key1):
 
 @_part
 def _quads_of_row(mask, first, quads, row, stream, adapter, key0, key1, threshold):
+    _wide()
     for quad in range(quads):
         a, b, c, d = _quad(np.uint64(first + quad), row, stream, adapter, key0, key1)
         mask[4 * quad] = a < threshold
@@ -176,6 +192,7 @@ def room_for(terms: int) -> int:
 @_part
 def _add_eight(a, stride, b0, b1, first, factor, out0, out1):
     """factor * (out + eight terms of B @ A) of two rows, out being 0 at first; stride: bytes from rank to rank of A."""
+    _wide()
     size = len(out0)
     a0, a1, a2, a3, a4, a5, a6, a7 = (
         _floats(a, size),
@@ -270,6 +287,7 @@ def _sign(x):
 @_part
 def _vote_four(x, limits, ballots, by_sign, first, votes):
     """votes += the ballots of four terms, whose chunks are _BLOCK apart; votes = them at first."""
+    _wide()
     l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
     b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
     for j in range(len(votes)):
@@ -295,6 +313,7 @@ def _agreeing(x, limit, ballot, elects_plus):
 @_part
 def _sum_four(x, limits, weights, first, factor, out):
     """out = (out + what is kept of four terms, times their weights) * factor."""
+    _wide()
     l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
     w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
     for j in range(len(out)):
@@ -310,6 +329,7 @@ def _sum_four(x, limits, weights, first, factor, out):
 @_part
 def _sum_agreeing_four(x, limits, ballots, weights, shares, votes, tied_plus, first, count, out):
     """out += what agrees with the vote of four terms, times their weights, and count += their shares; = at first."""
+    _wide()
     l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
     b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
     w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
@@ -462,6 +482,7 @@ def squared_norm(values):
 @numba.njit(**_FUSED)
 def _six_by_four(d, v, out):
     """out[c, r] = d[r] . v[c] of six rows and four vectors."""
+    _wide()
     d0, d1, d2, d3, d4, d5 = d[0], d[1], d[2], d[3], d[4], d[5]
     v0, v1, v2, v3 = v[0], v[1], v[2], v[3]
     a0 = a1 = a2 = a3 = a4 = a5 = _F0
@@ -493,6 +514,7 @@ def times_rows(vectors, matrix, out):
 @numba.njit(**_FUSED)
 def _add_eight_to_four(d, u, out, left, right):
     """out[c, left:right] += sum_r u[c, r] d[r, left:right] of eight rows and four vectors."""
+    _wide()
     d0, d1, d2, d3 = d[0, left:right], d[1, left:right], d[2, left:right], d[3, left:right]
     d4, d5, d6, d7 = d[4, left:right], d[5, left:right], d[6, left:right], d[7, left:right]
     o0, o1, o2, o3 = out[0, left:right], out[1, left:right], out[2, left:right], out[3, left:right]
