@@ -144,7 +144,10 @@ def _in_vocabulary(base: Checkpoint, key: str) -> bool:
 
 
 def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: StoredTensor, flag: bool) -> bool:
-    """Whether the weight is [N, M] for a delta [M, N]; for a square one, what the flag and its fellows say."""
+    """Whether the weight is [N, M] for a delta [M, N]; for a square one, what its fellows say, or else the flag.
+
+    PEFT has one fan_in_fan_out for all layers of an adapter, and leaves it as the last one needed it.
+    """
     plain, turned = (module.rows, module.columns), (module.columns, module.rows)
     if module.kind == "conv":
         fits = stored.shape == (module.rows, *module.a_shape[1:])
@@ -158,15 +161,26 @@ def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: S
         )
     if module.kind != "linear" or plain != turned:
         return module.kind == "embedding" or (module.kind == "linear" and stored.shape != plain)
+    beside = [other for other in adapter.modules.values() if in_layer(other.name) == in_layer(module.name)]
     seen = {
         base.tensors[f"{other.name}.weight"].shape != (other.rows, other.columns)
-        for other in adapter.modules.values()
-        if other.kind == "linear" and other.rows != other.columns and in_layer(other.name) == in_layer(module.name)
-        if f"{other.name}.weight" in base.tensors
+        for other in beside
+        if other.kind == "linear" and other.rows != other.columns and f"{other.name}.weight" in base.tensors
     }
-    if seen not in (set(), {flag}):
+    seen = seen or _layouts(base, in_layer(module.name))
+    if len(seen) > 1:
         raise ModelError(
-            f"{adapter.name}: {module.name} is square and fan_in_fan_out is {flag}, but layers beside it are laid out "
-            "the other way; wanted it set right in adapter_config.json"
+            f"{adapter.name}: {module.name} is square, and layers beside it in {base.name} are laid out both ways; "
+            "wanted an adapter without it"
         )
-    return flag
+    return seen.pop() if seen else flag
+
+
+def _layouts(base: Checkpoint, inside: bool) -> set[bool]:
+    """Whether weights are [in, out]: of a bias is seen which side is out. inside: of those that are part of a layer."""
+    found = set()
+    for key, bias in base.tensors.items():
+        weight = base.tensors.get(f"{key.removesuffix('.bias')}.weight") if key.endswith(".bias") else None
+        if weight is not None and len(weight.shape) == 2 and len(set(weight.shape)) == 2 and in_layer(key) == inside:
+            found |= {turned for turned in (False, True) if bias.shape == (weight.shape[turned],)}
+    return found

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -265,11 +266,12 @@ def tiny_llama(tie=False):
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tie))
 
 
-def tiny_gpt2():
+def tiny_gpt2(tie=True):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=37, n_positions=16, n_embd=32, n_layer=2, n_head=4))
+    shape = {"vocab_size": 37, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=tie))
 
 
 @pytest.mark.parametrize(
@@ -277,11 +279,15 @@ def tiny_gpt2():
     [
         (tiny_llama, {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}),
         (tiny_gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
+        (tiny_gpt2, {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
+        (lambda: tiny_gpt2(tie=False), {"target_modules": ["attn.c_proj", "lm_head"]}),
+        (lambda: tiny_gpt2(tie=False), {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
         (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "use_rslora": True}),
         (lambda: tiny_llama(tie=True), {"target_modules": ["q_proj", "up_proj"]}),
     ],
-    ids=["llama", "gpt2", "saved head", "tied"],
+    ids=["llama", "gpt2", "gpt2 squares", "gpt2 squares and head", "gpt2 and head", "saved head", "tied"],
 )
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 def test_one_adapter_is_pefts_merge_and_unload(tmp_path, make, config):
     """And transformers loads the result, whose logits are those of the adapted model."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
@@ -799,3 +805,27 @@ def test_a_dry_run_finds_that_the_output_exists(base, three, tmp_path):
     with pytest.raises(OutputError, match="already exists; pass overwrite to replace it"):
         merge_engine.merge_into(base, three, tmp_path / "out", dry_run=True)
     assert merge_engine.merge_into(base, three, tmp_path / "out", dry_run=True, overwrite=True).path is None
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("biases", [{}, {"wide": 20}, {"wide": 12}, {"wide": 20, "tall": 20}], ids=str)
+def test_a_square_weight_lies_as_those_beside_it(tmp_path, flag, biases):
+    """Of a weight [12, 20] a bias says which side is out; where none says it, the adapter's flag does."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"wide": (12, 20), "tall": (20, 12), "square": (12, 12)}
+    tensors = {f"layers.0.{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors |= {f"layers.0.{name}.bias": torch.zeros(size) for name, size in biases.items()}
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    factors = torch.randn(2, 12, generator=generator), torch.randn(12, 2, generator=generator)
+    save_factors(tmp_path / "a", {"layers.0.square": factors}, lora_alpha=2, fan_in_fan_out=flag)
+    of_both = pytest.raises(ModelError, match=r"square is square, and layers beside it in base are laid out both ways")
+    with of_both if len(biases) == 2 else nullcontext():
+        merge_engine.merge_into(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", method="linear")
+    if len(biases) == 2:
+        return
+    turned = {20: True, 12: False}[biases["wide"]] if biases else flag
+    delta = factors[1] @ factors[0]
+    got = weights_of(tmp_path / "out")["layers.0.square.weight"] - tensors["layers.0.square.weight"]
+    torch.testing.assert_close(got, delta.T if turned else delta, rtol=1e-5, atol=1e-5)
