@@ -108,7 +108,10 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     tensors = _open_weights(path, name)
     if not tensors:
         raise ModelError(f"{name}: {path} holds no tensors")
-    twins = _twins(tensors) | (_tied_heads(tensors) if _ties(config, tensors) else {})
+    twins = _twins(tensors)
+    for head, key in (_tied_heads(tensors) if _ties(config, tensors) else {}).items():
+        if twins.get(key) != head:  # in a .bin file whichever came first may be the other's
+            twins[head] = twins.get(key, key)
     return Checkpoint(name, str(source), path, config, tensors, twins)
 
 

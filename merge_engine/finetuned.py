@@ -161,6 +161,10 @@ def open_finetuned(
         raise ModelError(f"{owner.name} has tensor {key} but {other.name} has not")
     if union is None:
         check_vocabulary(base, [model])
+    for twin, first in base.twins.items():
+        if twin in model.tensors and model.twins.get(twin) != first:
+            if not model.tensors[twin].same_as(model.tensors[first]):
+                raise ModelError(f"{model.name}: {twin} differs from {first}, to which {base.name} ties it")
     for key, stored in model.tensors.items():
         wanted = base.tensors[key]
         same = 1 if union is not None and key in union.keys else 0  # the first dimension that has to be

@@ -12,9 +12,12 @@ Tensors are float32, and seen by their address: the caller keeps them alive, and
 
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from merge_engine.terms import TERM
@@ -424,16 +427,71 @@ def fill_tile(terms, top, bottom, left, right, out):
             _look(terms[0], row, rows, start, top, left, width, _floats(place, size), second)
 
 
+def _has_avx512() -> bool:
+    """Whether loops are compiled for a CPU with vectors of 512 bits."""
+    chosen = {name: value for name, value in vars(config).items() if name in ("CPU_NAME", "CPU_FEATURES")}
+    return not any(chosen.values()) and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+
+
+@intrinsic
+def _collect_sixteen(context, bits, low, high, found):
+    """Put the magnitudes from low to high, all as bits, of sixteen float32 to the head of sixteen places.
+
+    bits, found: addresses. Returns how many these are, and 2**32 times how many are above. It takes AVX-512, by which
+    the search of a threshold takes three quarters of the time.
+    """
+
+    def generate(context, builder, signature, arguments):
+        word, half = ir.IntType(32), ir.IntType(16)
+        words, flags = ir.VectorType(word, 16), ir.VectorType(ir.IntType(1), 16)
+
+        def everywhere(value):
+            first = builder.insert_element(ir.Constant(words, ir.Undefined), value, ir.Constant(word, 0))
+            return builder.shuffle_vector(first, first, ir.Constant(words, [0] * 16))
+
+        def count(mask):
+            return builder.zext(builder.ctpop(builder.bitcast(mask, half)), ir.IntType(64))
+
+        source, low, high, place = arguments
+        values = builder.load(builder.inttoptr(source, words.as_pointer()), align=4)
+        values = builder.and_(values, everywhere(ir.Constant(word, int(_SIGN_OFF))))
+        least, most = everywhere(low), everywhere(high)
+        above = builder.icmp_unsigned(">", values, most)
+        inside = builder.icmp_unsigned("<=", builder.sub(values, least), builder.sub(most, least))
+        kind = ir.FunctionType(words, (words, words, flags))
+        compress = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
+        head = builder.call(compress, (values, ir.Constant(words, [0] * 16), inside))
+        builder.store(head, builder.inttoptr(place, words.as_pointer()), align=4)
+        return builder.add(count(inside), builder.shl(count(above), ir.Constant(ir.IntType(64), 32)))
+
+    return types.uint64(types.int64, types.uint32, types.uint32, types.int64), generate
+
+
 @_part
-def _collect(t, low, width, found, count):
-    bits, above, high = t.view(np.uint32), np.uint32(0), low + width
+def _collect_one_by_one(bits, low, width, found, count):
+    above, high = np.uint64(0), low + width
     for j in range(len(bits)):
-        above += np.uint32((bits[j] & _SIGN_OFF) > high)
+        above += np.uint64((bits[j] & _SIGN_OFF) > high)
     for j in range(len(bits)):  # without a branch, which would be mispredicted too often
         magnitude = bits[j] & _SIGN_OFF
         found[count] = magnitude
         count += np.uint64(np.uint32(magnitude - low) <= width)
     return above, count
+
+
+@_part
+def _collect_by_sixteen(bits, low, width, found, count):
+    above, source, place = np.uint64(0), bits.ctypes.data, found.ctypes.data
+    even = len(bits) // 16 * 16
+    for j in range(0, even, 16):
+        both = _collect_sixteen(source + 4 * j, low, np.uint32(low + width), place + 4 * np.int64(count))
+        above += both >> _HALF
+        count += both & _LOW
+    rest, count = _collect_one_by_one(bits[even:], low, width, found, count)
+    return above + rest, count
+
+
+_collect = _collect_by_sixteen if _has_avx512() else _collect_one_by_one
 
 
 @_compiled((_terms, *_tile, _u32[::1], _u32[::1], _u32[:, ::1], _i64[:, ::1]))
@@ -451,8 +509,9 @@ def bracket_tile(terms, top, bottom, left, right, lows, widths, found, counts):
             _look(terms[0], row, rows, start, top, left, right - left, pair[0, :size], pair[1, :size])
             for r in range(rows):
                 for s in range(len(lows)):
-                    over, inside[s] = _collect(pair[r, :size], lows[s], widths[s], found[s], inside[s])
-                    above[s] += over
+                    bits = pair[r, :size].view(np.uint32)
+                    over, inside[s] = _collect(bits, lows[s], widths[s], found[s], inside[s])
+                    above[s] += np.int64(over)
     for s in range(len(lows)):
         counts[s, 0], counts[s, 1] = above[s], inside[s]
 

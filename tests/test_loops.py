@@ -279,6 +279,26 @@ def test_bracket_finds_what_is_inside():
         assert np.array_equal(np.sort(row[:count].view(np.float32)), np.sort(magnitude[inside]))
 
 
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 250])
+def test_what_is_inside_is_collected_in_order(size):
+    """Sixteen at a time, where the CPU can, and one by one, with nothing written behind the whole."""
+    generator = np.random.default_rng(size)
+    values = generator.standard_normal(size).astype(np.float32)
+    values[::7], values[3::11] = np.inf, -0.0
+    bits = values.view(np.uint32)
+    magnitudes = bits & np.uint32(0x7FFFFFFF)
+    ends = np.array([0, 1, 0x3E800000, 0x3F000000, 0x3F800000, 0x7F800000, 0x7FC00000, 0x7FFFFFFF], np.uint32)
+    for low, high in [(low, high) for low in ends for high in ends if low <= high]:
+        inside = magnitudes[(magnitudes >= low) & (magnitudes <= high)]
+        for collect in {loops._collect, loops._collect_one_by_one}:
+            found = np.full(size + 9, 7, np.uint32)
+            found[:3] = 5
+            above, count = collect(bits, low, np.uint32(high - low), found, np.uint64(3))
+            assert above == (magnitudes > high).sum() and count == 3 + len(inside)
+            assert np.array_equal(found[3 : int(count)], inside)
+            assert (found[:3] == 5).all() and (found[size + 4 :] == 7).all()
+
+
 def test_what_is_not_a_number_stays(monkeypatch):
     """Terms that overflow to Inf - Inf: an error further on, and no silent zero."""
     source = Product(torch.full((2, 5), 1e30), torch.tensor([[1e30, -1e30]] * 3), 1.0)

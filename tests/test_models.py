@@ -236,6 +236,24 @@ def test_models_that_do_not_fit(base, three, tmp_path, changes, message):
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_a_head_that_was_trained_apart_is_no_copy(base, tmp_path, save):
+    """Of a base that has its head tied and saved: the head of a model is that copy too, or it is refused."""
+    tensors = weights_of(base)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    copied = tensors if save is torch.save else {**tensors, "lm_head.weight": head.clone()}
+    save_model(tmp_path / "tied", 0, tensors=copied, save=save, tie_word_embeddings=True)
+    same = {**tensors, "model.embed_tokens.weight": head + 1, "lm_head.weight": head + 1}
+    save_model(tmp_path / "same", 0, tensors={key: tensor.clone() for key, tensor in same.items()})
+    save_model(tmp_path / "apart", 0, tensors={**tensors, "lm_head.weight": head + 1})
+    merge_engine.merge_models(tmp_path / "tied", [tmp_path / "same"], tmp_path / "out", method="linear")
+    got = weights_of(tmp_path / "out")
+    assert torch.equal(got["lm_head.weight"], head + 1) and torch.equal(got["model.embed_tokens.weight"], head + 1)
+    wanted = r"^apart: (lm_head|model\.embed_tokens)\.weight differs from \S+\.weight, to which tied ties it$"
+    with pytest.raises(MergeError, match=wanted):
+        merge_engine.merge_models(tmp_path / "tied", [tmp_path / "apart"], tmp_path / "no", method="linear")
+
+
 def test_an_added_vocabulary_is_named(base, three, tmp_path):
     def tokenizer(folder, words, added):
         vocabulary = {word: number for number, word in enumerate(words)}
