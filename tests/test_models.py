@@ -254,6 +254,27 @@ def test_a_head_that_was_trained_apart_is_no_copy(base, tmp_path, save):
         merge_engine.merge_models(tmp_path / "tied", [tmp_path / "apart"], tmp_path / "no", method="linear")
 
 
+@pytest.mark.parametrize("of_base", [True, False])
+def test_a_tied_head_may_be_saved_by_one_of_them(base, tmp_path, of_base):
+    tensors = weights_of(base)
+    head = tensors.pop("lm_head.weight")
+    embedding = tensors["model.embed_tokens.weight"]
+    tuned = {**tensors, "model.embed_tokens.weight": embedding + 1}
+    for name, values, saves in (("tied", tensors, of_base), ("tuned", tuned, not of_base)):
+        copy = {"lm_head.weight": values["model.embed_tokens.weight"].clone()} if saves else {}
+        save_model(tmp_path / name, 0, tensors={**values, **copy}, tie_word_embeddings=True)
+    merge_engine.merge_models(tmp_path / "tied", [tmp_path / "tuned"], tmp_path / "out", method="linear")
+    got = weights_of(tmp_path / "out")
+    assert got.keys() == weights_of(tmp_path / "tied").keys()
+    assert torch.equal(got["model.embed_tokens.weight"], embedding + 1)
+    assert not of_base or torch.equal(got["lm_head.weight"], embedding + 1)
+    save_model(tmp_path / "untied", 0, tensors={**tuned, "lm_head.weight": head})
+    other = save_model(tmp_path / "bare", 0, tensors=tensors, tie_word_embeddings=True)
+    for pair in ((other, tmp_path / "untied"), (tmp_path / "untied", other)):
+        with pytest.raises(MergeError, match=r"^untied has tensor lm_head\.weight but bare has not$"):
+            merge_engine.merge_models(pair[0], [pair[1]], tmp_path / "no", method="linear")
+
+
 def test_an_added_vocabulary_is_named(base, three, tmp_path):
     def tokenizer(folder, words, added):
         vocabulary = {word: number for number, word in enumerate(words)}
