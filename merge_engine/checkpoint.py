@@ -44,6 +44,7 @@ COMPANIONS = (
     "USE_POLICY*",
 )
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
@@ -161,6 +162,8 @@ def _twins(tensors: dict[str, StoredTensor]) -> dict[str, str]:
 
 
 def _ties(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> bool:
+    if any(str(name).endswith(_HEADLESS) for name in config.get("architectures") or ()):
+        return False
     said = [config, *(config.get(part) for part in ("text_config", "decoder"))]
     ties = [each.get("tie_word_embeddings") for each in said if isinstance(each, dict)]
     ties = [each for each in ties if each is not None]

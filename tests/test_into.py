@@ -266,6 +266,14 @@ def tiny_llama(tie=False):
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tie))
 
 
+def tiny_classifier():
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
+    return BertForSequenceClassification(BertConfig(**shape, num_attention_heads=4))
+
+
 def tiny_gpt2(tie=True):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -280,12 +288,13 @@ def tiny_gpt2(tie=True):
         (tiny_llama, {"target_modules": ["q_proj", "down_proj", "embed_tokens", "lm_head"]}),
         (tiny_gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
         (tiny_gpt2, {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
+        (tiny_classifier, {"target_modules": ["word_embeddings", "query"]}),
         (lambda: tiny_gpt2(tie=False), {"target_modules": ["attn.c_proj", "lm_head"]}),
         (lambda: tiny_gpt2(tie=False), {"target_modules": ["c_attn", "c_proj", "lm_head"]}),
         (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "use_rslora": True}),
         (lambda: tiny_llama(tie=True), {"target_modules": ["q_proj", "up_proj"]}),
     ],
-    ids=["llama", "gpt2", "gpt2 squares", "gpt2 squares and head", "gpt2 and head", "saved head", "tied"],
+    ids=["llama", "gpt2", "gpt2 squares", "classifier", "gpt2 squares and head", "gpt2 and head", "saved head", "tied"],
 )
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 def test_one_adapter_is_pefts_merge_and_unload(tmp_path, make, config):
