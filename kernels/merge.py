@@ -119,8 +119,8 @@ def _tally(
     ledgers = ()
     for _ in tl.static_range(RECIPES):
         ledgers = ledgers + (empty,)  # noqa: RUF005 (Triton has no star)
-    for adapter in range(adapters):
-        adapter = tl.cast(adapter, tl.int64)
+    for number in range(adapters):
+        adapter = tl.cast(number, tl.int64)  # a name of its own: before Triton 3.6 a loop could not change a type
         product = task_tile(task, place, adapter, RANK, SUBTRACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)
         entered = ()
         for recipe in tl.static_range(RECIPES):

@@ -52,14 +52,13 @@ def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, St
     """
     saved = {}
     for adapter in adapters:
-        for extra, stored in adapter.extras.items():
-            key = extra.removeprefix(KEY_PREFIX)
+        for key, stored in _held(adapter).items():
             if key.endswith((".base_layer.weight", ".base_layer.bias")):
                 continue
             if key.endswith("trainable_tokens_delta"):
-                raise ModelError(f"{adapter.name}: {extra}: trained tokens cannot be merged into a base model")
+                raise ModelError(f"{adapter.name}: {key}: trained tokens cannot be merged into a base model")
             if key not in base.tensors:
-                raise ModelError(f"{adapter.name}: {extra} would replace {key}, which {base.name} has not")
+                raise ModelError(f"{adapter.name}: {stored.key} would replace {key}, which {base.name} has not")
             want = base.tensors[key].shape
             if stored.shape != want:
                 raise ModelError(
@@ -80,7 +79,7 @@ def saved_vocabulary(base: Checkpoint, adapter: Adapter) -> Checkpoint | None:
     Raises ModelError: tied layers differ; or other layers are held whole too, or the same ones adapted.
     """
     wanted = [key for key in token_keys(base) if key not in base.twins]
-    held = {extra.removeprefix(KEY_PREFIX): stored for extra, stored in adapter.extras.items()}
+    held = _held(adapter)
     if not held.keys() >= set(wanted):
         return None
     saved = {key: held.pop(key) for key in wanted}
@@ -94,6 +93,19 @@ def saved_vocabulary(base: Checkpoint, adapter: Adapter) -> Checkpoint | None:
     if others:
         raise ModelError(f"{adapter.name}: wanted only {', '.join(wanted)} held whole and not adapted, got {others[0]}")
     return Checkpoint(adapter.name, adapter.source, adapter.path, {}, saved)
+
+
+def _held(adapter: Adapter) -> dict[str, StoredTensor]:
+    """What an adapter holds whole, by the key it replaces.
+
+    Of a resized embedding in modules_to_save, PEFT saves both the original and a copy of what it saves anyway.
+    """
+    held = {key.removeprefix(KEY_PREFIX): stored for key, stored in adapter.extras.items()}
+    for key, stored in list(held.items()):
+        saved = held.get(key.replace(".modules_to_save.", "."))
+        if ".original_module." in key or (".modules_to_save." in key and saved is not None and stored.same_as(saved)):
+            del held[key]
+    return held
 
 
 def check_tokens(base: Checkpoint, adapters: Sequence[Adapter], targets: Mapping[str, Target], union: Union) -> None:

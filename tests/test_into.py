@@ -838,3 +838,21 @@ def test_a_square_weight_lies_as_those_beside_it(tmp_path, flag, biases):
     delta = factors[1] @ factors[0]
     got = weights_of(tmp_path / "out")["layers.0.square.weight"] - tensors["layers.0.square.weight"]
     torch.testing.assert_close(got, delta.T if turned else delta, rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_layer_may_come_with_its_original_and_twice(base, tmp_path):
+    """As PEFT writes embeddings in modules_to_save where the vocabulary was resized."""
+    head = torch.full((19, 12), 0.5)
+    factors = {"model.layers.0.q_proj": (torch.ones(2, 20), torch.ones(12, 2))}
+    stem, names = "base_model.model.lm_head", ("weight", "modules_to_save.weight", "original_module.weight")
+    extras = {f"{stem}.{name}": tensor for name, tensor in zip(names, (head, head.clone(), head - 3), strict=True)}
+    save_factors(tmp_path / "a", factors, extras, modules_to_save=["lm_head"])
+    merge_engine.merge_into(base, [tmp_path / "a"], tmp_path / "out", method="linear")
+    got = weights_of(tmp_path / "out")
+    assert got.keys() == weights_of(base).keys() and torch.equal(got["lm_head.weight"], head.bfloat16())
+    extras[f"{stem}.modules_to_save.weight"] = head + 1
+    save_factors(tmp_path / "b", factors, extras, modules_to_save=["lm_head"])
+    with pytest.raises(
+        ModelError, match=r"^b: \S+lm_head\.modules_to_save\.weight would replace lm_head\.modules_to_s"
+    ):
+        merge_engine.merge_into(base, [tmp_path / "b"], tmp_path / "no", method="linear")
