@@ -1,5 +1,6 @@
 """`pytest bench`: every contestant of every workload by pytest-benchmark, once the results of a workload agree."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shrink", type=int, default=1, help="1/N of the rows, columns and layers")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
     parser.addoption("--longest", type=float, default=12.0, help="seconds that one run of a contestant may take")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("device") == "cpu":
+        os.environ["MERGE_ENGINE_BACKEND"] = "torch"  # on a machine with a GPU too
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

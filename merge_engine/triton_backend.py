@@ -32,7 +32,8 @@ class TritonBackend:
     """See `ops.Backend`. device: where the kernels run, the CPU if they are interpreted.
 
     Factors are packed in pinned memory by the reading thread and copied on a stream of their own, so that one group's
-    copies overlap with the launches of the group before it. Nothing here waits for the device but a vote's count.
+    copies overlap with the launches of the group before it. Launched on the current stream; what a merge gives is
+    complete for any thread that reads it on the default one.
     """
 
     name = "triton"
@@ -132,9 +133,8 @@ class TritonBackend:
         while waiting:
             part, slabs = waiting.pop()
             try:
-                under = None if base is None else self._stacked(base[len(merged) : len(merged) + len(part)])
-                out = {} if under is None else {"base": under, "out": self._empty(under[None], dtype)}
-                merged += self._merge(plan, part, slabs, side, trims, scale=scale, tied=tied, **out)
+                onto = None if base is None else base[len(merged) : len(merged) + len(part)]
+                merged += self._merge_onto(onto, dtype, plan, part, slabs, side, trims, scale=scale, tied=tied)
                 continue
             except torch.OutOfMemoryError:
                 if len(part) == 1:
@@ -143,12 +143,29 @@ class TritonBackend:
             logger.info("%s: out of memory with %d modules of one shape, going on with half", self.device, len(part))
             waiting.append((part[half:], _modules(slabs, half, None)))
             waiting.append((part[:half], _modules(slabs, 0, half)))
+        self._complete()
         return merged
 
     def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
         under = self._stacked([base])
         lora = pack([[(A, B)]], [[1.0]], device=self.device)
         return kernels.merge_deltas(lora, [[1.0]], base=under, out=self._empty(under[None], dtype))[0, 0]
+
+    def _merge_onto(
+        self, base: Sequence[Tensor] | None, dtype: torch.dtype, *task: Any, **options: Any
+    ) -> list[Tensor]:
+        """`_merge`, in a frame whose memory on the device is free by the time that a group is halved."""
+        if base is None:
+            return self._merge(*task, **options)
+        under = self._stacked(base)
+        return self._merge(*task, base=under, out=self._empty(under[None], dtype), **options)
+
+    def _complete(self) -> None:
+        """Wait for a caller's own stream: the threads that cut results do not know of it, and use the default one."""
+        if self.copies is not None:
+            stream = torch.cuda.current_stream(self.device)
+            if stream != torch.cuda.default_stream(self.device):
+                stream.synchronize()
 
     def _stacked(self, base: Sequence[Tensor]) -> Tensor:
         stacked = torch.stack(list(base)).to(self.device)

@@ -2,13 +2,14 @@
 
 import builtins
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from lora_files import save_factors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import merge_engine
 from merge_engine import engine, ops
@@ -168,6 +169,43 @@ def test_out_of_memory_halves_the_group_and_changes_nothing(uneven, monkeypatch,
     assert sorted(short.sizes) == [1, 1, 1, 1, 2]
     for name in want:
         assert torch.equal(got[name].A, want[name].A) and torch.equal(got[name].B, want[name].B)
+
+
+def test_a_group_that_is_halved_holds_nothing_of_the_first_attempt(monkeypatch, tmp_path):
+    """Neither its base nor its output, of which a device has no room for one and a half."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    short = ShortOfMemory(triton_backend.kernels.merge_deltas)
+    stacked = triton_backend.TritonBackend._stacked
+
+    def launch(source, *arguments, **options):
+        if source.shape[0] > 1:
+            held.extend(weakref.ref(options[name]) for name in ("base", "out"))
+        return short(source, *arguments, **options)
+
+    def stack(self, base):
+        assert all(each() is None for each in held)
+        return stacked(self, base)
+
+    generator = torch.Generator().manual_seed(5)
+    names = [f"layers.{i}.q" for i in range(2)]
+    factors = {
+        name: [torch.randn(2, 24, generator=generator), torch.randn(20, 2, generator=generator)] for name in names
+    }
+    save_factors(tmp_path / "a", factors)
+    (tmp_path / "base").mkdir()
+    weights = {f"{name}.weight": torch.randn(20, 24, generator=generator) for name in names}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    monkeypatch.setattr(triton_backend.kernels, "merge_deltas", launch)
+    monkeypatch.setattr(triton_backend.TritonBackend, "_stacked", stack)
+    inputs = tmp_path / "base", [tmp_path / "a"]
+    merge_engine.merge_into(*inputs, tmp_path / "out", method="ties", density=0.3, backend="triton")
+    assert sorted(short.sizes) == [1, 1, 2] and len(held) == 2
+    monkeypatch.undo()
+    merge_engine.merge_into(*inputs, tmp_path / "want", method="ties", density=0.3, backend="torch")
+    got, want = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "want"))
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=1e-5)
 
 
 def test_out_of_memory_with_a_single_module_is_an_error(uneven, monkeypatch):

@@ -369,13 +369,13 @@ class Meeting:
 
     def total(self, counts: Tensor) -> Tensor:
         turn = len(self.sums)
-        self.counts.append(counts)
+        self.counts.append(counts.cpu())  # a process without a module counts there
         if len(self.counts) == self.world:
             self.sums.append(torch.stack(self.counts).sum(0))
             self.counts = []
             self.turn.notify_all()
         assert self.turn.wait_for(lambda: len(self.sums) > turn, timeout=60), "not every process counts"
-        return self.sums[turn]
+        return self.sums[turn].to(counts.device)
 
     def run(self, work: Callable[[int], dict[int, Trim]]) -> dict[int, Trim]:
         """What work(rank) of every rank makes, together."""

@@ -189,3 +189,11 @@ def test_finite_sees_each_element(dtype):
             other = tensor.clone()
             other[place] = value
             assert not passes.finite(other) and not passes.finite(other.T)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_gpus_products_are_those_of_float64(transposed):
+    matrix, block = torch.randn(1100, 40), torch.randn(3, 1100 if transposed else 40)
+    matrix = matrix.T if transposed else matrix
+    exact = block.double() @ matrix.double().T
+    torch.testing.assert_close(passes._in_float64(block, matrix), exact, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,31 @@
+"""Compile every kernel by the Triton that is found first, which has to be of the version given: for `.ci/run`.
+
+The interpreter and newer compilers take programs that the oldest supported one refuses.
+"""
+
+import sys
+
+import triton
+
+from bench.static_cost import SELECTIONS, Case, compiled, launch_of
+
+CASES = [
+    *(Case(name) for name in SELECTIONS),
+    Case("vote_balance"),
+    Case("ties", "fp32"),
+    Case("ties, unequal weights", "fp16", rank=0, base=True),
+    Case("dare_ties, mergekit", rank=48, aligned=False, ones=("modules", "adapters", "recipes")),
+]
+
+
+def main(version: str) -> None:
+    if triton.__version__ != version:
+        sys.exit(f"wanted Triton {version}, got {triton.__version__}")
+    for target in ("sm_90", "gfx942"):
+        for case in CASES:
+            compiled(case, target, launch_of(case, target))
+    print(f"{len(CASES)} kernels compile on Triton {version}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
