@@ -94,7 +94,7 @@ def add_weighted_adapter(
     tuner = _lora_model(model)
     if adapter_name in tuner.peft_config:
         return
-    draws = seed is None and rng == "philox" and combination_type.startswith("dare")
+    draws = seed is None and rng == "philox" and str(combination_type).startswith("dare")
     request = check_request(
         tuner,
         adapters,

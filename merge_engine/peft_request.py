@@ -25,6 +25,7 @@ TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
     "magnitude_prune_svd": ("magnitude_prune", "delta"),
 }
 RNGS, SVDS = ("philox", "torch"), ("subspace", "exact")
+DRIVERS = (None, "gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd on a GPU
 
 # Fields of a configuration that change what an adapter does, or that a merge of factors would lose.
 _REFUSED = {
@@ -81,6 +82,10 @@ def check_request(
     Raises what PEFT raises, in its words, for what PEFT checks; RecipeError and AdapterError (both are ValueErrors) for
     what it does not. Warns (UserWarning), in PEFT's words, of a density of 1 or more.
     """
+    if not isinstance(combination_type, str):
+        raise ValueError(f"Invalid combination_type: {combination_type}")
+    if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool)):
+        raise RecipeError(f"svd_rank: wanted a whole number, got {svd_rank!r}")
     if not adapters and combination_type.endswith("svd"):
         raise ValueError(f"Found no adapter matching the names in {adapters}")
     if svd_rank is not None and svd_rank < 0:
@@ -92,7 +97,8 @@ def check_request(
         _check_config(adapter, tuner.peft_config[adapter])
     _one_of("rng", rng, RNGS)
     _one_of("svd", svd, SVDS)
-    if svd_clamp is not None and not 0 <= svd_clamp <= 1:
+    _one_of("svd_driver", svd_driver, DRIVERS)
+    if svd_clamp is not None and not 0 <= _number("svd_clamp", svd_clamp) <= 1:
         raise RecipeError(f"svd_clamp: wanted a quantile from 0 to 1, got {svd_clamp!r}")
     method, space = TYPES[chosen]
     recipe = Recipe(
@@ -148,6 +154,6 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _one_of(name: str, value: Any, known: Sequence[str]) -> None:
+def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
     if value not in known:
-        raise RecipeError(f"{name}: wanted one of {', '.join(known)}, got {value!r}")
+        raise RecipeError(f"{name}: wanted one of {', '.join(map(str, known))}, got {value!r}")
