@@ -95,8 +95,8 @@ def check_target(target: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> 
     if not target.is_dir():
         raise OutputError(f"{target} is a file, wanted a folder to write to")
     for folder in inputs:
-        for file in (folder, *folder.glob("*")):  # of which any may be a link
-            if target in (real := Path(os.path.realpath(file)), *real.parents):
+        for read in (folder, *filter(Path.is_file, folder.glob("*"))):  # of which any may be a link
+            if target in (real := Path(os.path.realpath(read)), *real.parents):
                 raise OutputError(f"{target} holds {folder}, which is merged; wanted another folder to write to")
     if not overwrite:
         raise OutputError(f"{target} already exists; pass overwrite to replace it")
