@@ -856,3 +856,15 @@ def test_a_saved_layer_may_come_with_its_original_and_twice(base, tmp_path):
         ModelError, match=r"^b: \S+lm_head\.modules_to_save\.weight would replace lm_head\.modules_to_s"
     ):
         merge_engine.merge_into(base, [tmp_path / "b"], tmp_path / "no", method="linear")
+
+
+def test_a_kill_while_files_are_flushed_loses_nothing(base, three, tmp_path, monkeypatch):
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(into, "sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge_engine.merge_into(base, three, tmp_path / "out", method="linear")
+    monkeypatch.undo()
+    result = merge_engine.merge_into(base, three, tmp_path / "out", method="linear")
+    assert result.resumed == result.merged + result.copied == len(weights_of(base))
