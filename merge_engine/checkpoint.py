@@ -162,7 +162,8 @@ def _twins(tensors: dict[str, StoredTensor]) -> dict[str, str]:
 
 
 def _ties(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> bool:
-    if any(str(name).endswith(_HEADLESS) for name in config.get("architectures") or ()):
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and any(str(name).endswith(_HEADLESS) for name in architectures):
         return False
     said = [config, *(config.get(part) for part in ("text_config", "decoder"))]
     ties = [each.get("tie_word_embeddings") for each in said if isinstance(each, dict)]

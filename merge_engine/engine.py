@@ -240,31 +240,21 @@ def cut(
     stack, space: make what depends on the factors only, or know it already.
     Raises RecipeError, naming the module, where numbers leave float32.
     """
-    with about(work.module.name):
-        return _cut(plan, backend, work, stack, space)
-
-
-def _cut(
-    plan: Plan,
-    backend: Backend,
-    work: Work,
-    stack: Callable[[Sequence[Tensor], Sequence[Tensor]], Stack],
-    space: Callable[[Tensor, tuple[int, int], int], Tensor],
-) -> LowRank:
     recipe, module = plan.recipe, work.module
-    strengths = [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
-    As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
-    if recipe.method == "cat":
-        return LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
-    if "delta" in work.merged:
-        start = _start(As, module.rank)
-        return lowrank.from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=space)
-    if recipe.space == "delta":
-        return stack(As, Bs).cut(strengths, module.rank, recipe.energy)
-    A, B = work.merged["A"], work.merged["B"]
-    if recipe.energy is None and module.rank >= len(A):
-        return LowRank(A, B, 1.0)
-    return lowrank.from_products([A], [B], [1.0], module.rank, recipe.energy)
+    with about(module.name):
+        strengths = [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
+        As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
+        if recipe.method == "cat":
+            return LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
+        if "delta" in work.merged:
+            start = _start(As, module.rank)
+            return lowrank.from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=space)
+        if recipe.space == "delta":
+            return stack(As, Bs).cut(strengths, module.rank, recipe.energy)
+        A, B = work.merged["A"], work.merged["B"]
+        if recipe.energy is None and module.rank >= len(A):
+            return LowRank(A, B, 1.0)
+        return lowrank.from_products([A], [B], [1.0], module.rank, recipe.energy)
 
 
 def finished(result: LowRank) -> Finished:

@@ -164,9 +164,9 @@ def open_finetuned(
     if union is None:
         check_vocabulary(base, [model])
     for twin, first in base.twins.items():
-        if twin in model.tensors and model.twins.get(twin) != first:
-            if not model.tensors[twin].same_as(model.tensors[first]):
-                raise ModelError(f"{model.name}: {twin} differs from {first}, to which {base.name} ties it")
+        own = model.tensors.get(twin)
+        if own is not None and model.twins.get(twin) != first and not own.same_as(model.tensors[first]):
+            raise ModelError(f"{model.name}: {twin} differs from {first}, to which {base.name} ties it")
     for key, stored in model.tensors.items():
         if key not in base.tensors:
             continue

@@ -409,7 +409,7 @@ def _write(job: Job, files: ShardFiles, journal: Journal, item: Item) -> int:
         slot, position, digest = job.layout.slots[key], 0, xxh3_128()
         for piece in job.pieces(key, item.merged):
             same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
-            data = tensor_bytes(piece if same else _cast(piece, slot))
+            data = tensor_bytes(piece if same else _cast(piece, slot, merged=item.merged is not None))
             digest.update(data)
             files.write(slot, position, data)
             position += data.nbytes
@@ -417,10 +417,10 @@ def _write(job: Job, files: ShardFiles, journal: Journal, item: Item) -> int:
     return item.cost
 
 
-def _cast(tensor: Tensor, slot: Slot) -> Tensor:
-    """The tensor in its place's dtype; raises ModelError where a value does not fit, or is not a number."""
+def _cast(tensor: Tensor, slot: Slot, *, merged: bool) -> Tensor:
+    """The tensor in its place's dtype; raises ModelError where a value does not fit, or what is merged is no number."""
     cast = tensor.to(slot.dtype)
-    if not finite(cast):
+    if (merged or slot.dtype == torch.float16) and not finite(cast):
         name, largest = str(slot.dtype).removeprefix("torch."), torch.finfo(slot.dtype).max
         wanted = "another dtype, or smaller weights"
         raise ModelError(f"{slot.key} has a value beyond {largest:.5g}, the largest of {name}, or NaN; wanted {wanted}")

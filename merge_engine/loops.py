@@ -429,8 +429,8 @@ def fill_tile(terms, top, bottom, left, right, out):
 
 def _has_avx512() -> bool:
     """Whether loops are compiled for a CPU with vectors of 512 bits."""
-    chosen = {name: value for name, value in vars(config).items() if name in ("CPU_NAME", "CPU_FEATURES")}
-    return not any(chosen.values()) and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+    chosen = any(vars(config).get(name) for name in ("CPU_NAME", "CPU_FEATURES"))  # in place of this one
+    return not chosen and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 
 @intrinsic
@@ -482,9 +482,9 @@ def _collect_one_by_one(bits, low, width, found, count):
 @_part
 def _collect_by_sixteen(bits, low, width, found, count):
     above, source, place = np.uint64(0), bits.ctypes.data, found.ctypes.data
-    even = len(bits) // 16 * 16
+    even, high = len(bits) // 16 * 16, np.uint32(low + width)
     for j in range(0, even, 16):
-        both = _collect_sixteen(source + 4 * j, low, np.uint32(low + width), place + 4 * np.int64(count))
+        both = _collect_sixteen(source + 4 * j, low, high, place + 4 * np.int64(count))
         above += both >> _HALF
         count += both & _LOW
     rest, count = _collect_one_by_one(bits[even:], low, width, found, count)

@@ -2,7 +2,7 @@
 
 ``|D - B A|_F`` is the smallest that rank k allows, and the factors are split as PEFT splits them: ``B = U S, A = Vh``.
 Matrices with few columns are handled in float64, where they cost next to nothing; a dense one is only multiplied, in
-float32. Rounding the factors to float32 moves their product by at most ``2 * 2**-24 |B A|_F``.
+float32, and on a GPU in float64. Rounding the factors to float32 moves their product by at most ``2 * 2**-24 |B A|_F``.
 """
 
 import logging

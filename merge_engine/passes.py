@@ -18,8 +18,9 @@ _LONGEST = 1 << 21  # elements of vectors that are multiplied with rows by loops
 
 
 def times(block: Tensor, matrix: Tensor) -> Tensor:
-    """block [p, N] @ matrix.T in float64, of sums in float32: matrix is float32 [M, N], block of any float dtype.
+    """block [p, N] @ matrix.T in float64: matrix is float32 [M, N], block of any float dtype.
 
+    Sums are in float32, and on a GPU in float64.
     Off by some 2**-21 of |block| |matrix| for N of some thousands, as BLAS is.
     """
     if matrix.is_cuda:

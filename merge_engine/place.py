@@ -7,7 +7,7 @@ leaves that folder behind; the next run for the same target wipes it and uses it
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def place_folder(
     required_bytes: int = 0,
     *,
     resume: bool = False,
-    inputs: Iterable[Path] = (),
+    inputs: Sequence[Path] = (),
 ) -> Iterator[Path]:
     """Yield a working folder that becomes ``target`` when the block ends, and vanishes when it raises.
 
@@ -87,7 +87,7 @@ def working_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def check_target(target: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+def check_target(target: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
     """Raise OutputError where `place_folder` would not make ``target``, or not replace what is there."""
     target = Path(os.path.realpath(target))
     if not os.path.lexists(target):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from merge_engine.errors import OutputError
+from merge_engine.errors import OutputError, about
 
 _PATIENCE = timedelta(days=7)  # a rank that has done its share waits for the others; one that dies is noticed at once
 
@@ -67,12 +67,8 @@ def join() -> Ranks:
 
     ranks = Ranks(int(os.environ["RANK"]), world)
     if not dist.is_initialized():
-        try:
+        with about("ranks"):  # ValueErrors are of an environment that torchrun has not set
             ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
-        except ValueError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(f"ranks: {error}; wanted the environment as torchrun sets it") from error
         atexit.register(_leave)
     return ranks
 

@@ -56,7 +56,7 @@ def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, St
             if key.endswith((".base_layer.weight", ".base_layer.bias")):
                 continue
             if key.endswith("trainable_tokens_delta"):
-                raise ModelError(f"{adapter.name}: {key}: trained tokens cannot be merged into a base model")
+                raise ModelError(f"{adapter.name}: {stored.key}: trained tokens cannot be merged into a base model")
             if key not in base.tensors:
                 raise ModelError(f"{adapter.name}: {stored.key} would replace {key}, which {base.name} has not")
             want = base.tensors[key].shape

@@ -868,3 +868,11 @@ def test_a_kill_while_files_are_flushed_loses_nothing(base, three, tmp_path, mon
     monkeypatch.undo()
     result = merge_engine.merge_into(base, three, tmp_path / "out", method="linear")
     assert result.resumed == result.merged + result.copied == len(weights_of(base))
+
+
+def test_what_no_input_touches_may_be_infinite_and_cast(base, three, tmp_path):
+    """As the mask of an attention layer, which some models have saved."""
+    tensors = weights_of(base) | {"model.mask": torch.tensor([0, float("-inf")], dtype=torch.bfloat16)}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    merge_engine.merge_into(base, three, tmp_path / "out", method="linear", dtype="float32")
+    assert weights_of(tmp_path / "out")["model.mask"].tolist() == [0, float("-inf")]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from task_tensors import whole
 
 from merge_engine import jit, reference, rng, selection, tiled, tiles
+from merge_engine.pipeline import threads
 from merge_engine.rule import make_rule
 from merge_engine.tiles import Dense, Drop, Product, Trim
 
@@ -315,9 +316,7 @@ def test_thresholds_without_loops_are_exact_on_several_threads(monkeypatch):
     Equal columns are equal magnitudes at the threshold, of which some are cut.
     """
     monkeypatch.setattr(jit, "loops", lambda: None)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         for seed in range(4):
             generator = torch.Generator().manual_seed(seed)
             A, B = torch.randn(16, 704, generator=generator).repeat(1, 8), torch.randn(2048, 16, generator=generator)
@@ -326,5 +325,3 @@ def test_thresholds_without_loops_are_exact_on_several_threads(monkeypatch):
             ((trim,),) = selection.trims_of_each([source], [[k]], "exact")
             kept = tiled.merge_deltas([source], [1.0], [trim], make_rule("linear"))
             assert int(kept.count_nonzero()) == k
-    finally:
-        torch.set_num_threads(before)
