@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bench.inputs import SCALING
 from bench.workloads import Task
-from merge_engine.rule import make_rule
+from merge_engine.rules.rule import make_rule
 
 BLOCK_ELEMENTS = 1 << 23  # of all adapters together
 U32, DECIDED = 2.0**-24, 0.9

@@ -19,8 +19,12 @@ from bench.agreement import Disagreement, Habit, check_kth, check_merge
 from bench.inputs import MODELS, SCALING, make_adapter, peft_layer
 from bench.measure import LEAST, Contestant, Sample
 from bench.workloads import STREAM, Task, Workload
-from merge_engine import reference, selection, tiled, tiles
-from merge_engine.memory import new_tensor
+from merge_engine.cpu.keep import Drop, KeepTile
+from merge_engine.cpu.merge import merge_deltas
+from merge_engine.cpu.select import trims, trims_of_each
+from merge_engine.cpu.source import Product, for_each_tile
+from merge_engine.rules import reference
+from merge_engine.runtime.memory import new_tensor, scratch
 
 Build = Callable[[Workload, str], Contestant]  # of a workload, on a device
 Results = Mapping[str, Any]
@@ -87,13 +91,13 @@ def _tiled(work: Workload, device: str) -> Contestant:
 
 def _tiled_merge(task: Task) -> Tensor:
     work, rule = task.workload, task.rule
-    sources = [tiles.Product(A, B, SCALING) for A, B in task.pairs]
-    keeps: list[tiles.KeepTile] = [None] * work.adapters
+    sources = [Product(A, B, SCALING) for A, B in task.pairs]
+    keeps: list[KeepTile] = [None] * work.adapters
     if rule.keep == "magnitude":
-        keeps = [keep for (keep,) in selection.trims_of_each(sources, [[task.kept]] * work.adapters, rule.trim_ties)]
+        keeps = [keep for (keep,) in trims_of_each(sources, [[task.kept]] * work.adapters, rule.trim_ties)]
     elif rule.keep == "bernoulli":
-        keeps = [tiles.Drop(work.density, 0, STREAM, adapter) for adapter in range(work.adapters)]
-    return tiled.merge_deltas(sources, task.weights, keeps, rule)
+        keeps = [Drop(work.density, 0, STREAM, adapter) for adapter in range(work.adapters)]
+    return merge_deltas(sources, task.weights, keeps, rule)
 
 
 def _triton(work: Workload, device: str) -> Contestant:
@@ -198,17 +202,17 @@ DELTAS = Kind(
 def _select_tiled(work: Workload, device: str) -> Contestant:
     task = Task(work)
     A, B = task.pairs[0]
-    return Contestant(lambda: selection.trims([tiles.Product(A, B, SCALING)], task.kept, "exact")[0].value)
+    return Contestant(lambda: trims([Product(A, B, SCALING)], task.kept, "exact")[0].value)
 
 
 def _bare_product(work: Workload, device: str) -> Contestant:
     """Every tile of the product, computed and forgotten: what selection cannot do without."""
     A, B = Task(work).pairs[0]
-    return Contestant(lambda: _look_at(tiles.Product(A, B, SCALING)))
+    return Contestant(lambda: _look_at(Product(A, B, SCALING)))
 
 
-def _look_at(source: tiles.Product) -> None:
-    tiles.for_each_tile(source, lambda tile: source.fill(tile, tiles.scratch("values", tile.shape)))
+def _look_at(source: Product) -> None:
+    for_each_tile(source, lambda tile: source.fill(tile, scratch("values", tile.shape)))
 
 
 def _select_triton(work: Workload, device: str) -> Contestant:
@@ -251,17 +255,17 @@ SELECT = Kind(
 # Parts: where the time of a merge with a trim goes.
 
 
-def _part(run: Callable[[Task, list[tiles.Product], list[tiles.KeepTile]], Any]) -> Build:
+def _part(run: Callable[[Task, list[Product], list[KeepTile]], Any]) -> Build:
     def build_it(work: Workload, device: str) -> Contestant:
         task = Task(work)
-        sources = [tiles.Product(A, B, SCALING) for A, B in task.pairs]
+        sources = [Product(A, B, SCALING) for A, B in task.pairs]
         keeps = [keep for (keep,) in _thresholds(task, sources, [])]
         return Contestant(lambda: run(task, sources, keeps))
 
     return build_it
 
 
-def _look_at_all(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> None:
+def _look_at_all(task: Task, sources: list[Product], keeps: list[KeepTile]) -> None:
     for source in sources:
         _look_at(source)
 
@@ -271,15 +275,15 @@ def _check_parts(work: Workload, results: Results, device: str) -> None:
         check_merge({name: results[name]}, Task(work))
 
 
-def _thresholds(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> Any:
-    return selection.trims_of_each(sources, [[task.kept]] * len(sources), task.rule.trim_ties)
+def _thresholds(task: Task, sources: list[Product], keeps: list[KeepTile]) -> Any:
+    return trims_of_each(sources, [[task.kept]] * len(sources), task.rule.trim_ties)
 
 
-def _known(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> Any:
-    return tiled.merge_deltas(sources, task.weights, keeps, task.rule)
+def _known(task: Task, sources: list[Product], keeps: list[KeepTile]) -> Any:
+    return merge_deltas(sources, task.weights, keeps, task.rule)
 
 
-def _zeros(task: Task, sources: list[tiles.Product], keeps: list[tiles.KeepTile]) -> Any:
+def _zeros(task: Task, sources: list[Product], keeps: list[KeepTile]) -> Any:
     return new_tensor((sources[0].rows, sources[0].columns)).zero_()
 
 

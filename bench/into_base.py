@@ -21,6 +21,9 @@ from xxhash import xxh3_128
 from bench.agreement import Disagreement
 from bench.inputs import SCALING, Shapes, make_adapter
 from bench.measure import Sample, whole_process
+from merge_engine.cpu.mask import keep_mask
+from merge_engine.rules import reference
+from merge_engine.rules.philox import stream_id
 
 VOCABULARY, HEAD = 32000, 64  # tokens; columns of one attention head
 METHODS: dict[str, dict[str, Any]] = {"ties": {"density": 0.2}, "dare_ties": {"density": 0.2}}
@@ -140,8 +143,8 @@ def check(base: Path, adapters: list[Path], method: str, output: Path) -> None:
     import torch
     from safetensors import safe_open
 
-    from merge_engine import reference, rng
-    from merge_engine.rule import make_rule
+    pass  # REMOVED
+    from merge_engine.rules.rule import make_rule
 
     def tensors(folder: Path, *names: str) -> list[torch.Tensor]:
         (file,) = folder.glob("*.safetensors")
@@ -153,8 +156,8 @@ def check(base: Path, adapters: list[Path], method: str, output: Path) -> None:
     rule, density = make_rule(method), METHODS[method]["density"]
     deltas = {number: reference.delta(*tensors(folder, *sides), SCALING) for number, folder in enumerate(adapters)}
     rows, columns = map(range, deltas[0].shape)
-    place = {"seed": 0, "stream": rng.stream_id(module, "delta"), "rows": rows, "columns": columns}
-    masks = {"": {number: rng.keep_mask(density, adapter=number, **place) for number in deltas}}
+    place = {"seed": 0, "stream": stream_id(module, "delta"), "rows": rows, "columns": columns}
+    masks = {"": {number: keep_mask(density, adapter=number, **place) for number in deltas}}
     ones, densities = [1.0] * len(adapters), {"": [density] * len(adapters)}
     merged = reference.merge_model({"": deltas}, ones, densities, rule, masks=masks)[""]
     ((under,), (got,)) = (tensors(folder, f"{module}.weight") for folder in (base, output))

@@ -50,7 +50,7 @@ def clocks() -> Lap:
 
 def singly(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]]:
     """Results, and what the clocks show before the first merge and after each."""
-    from merge_engine.engine import merge
+    from merge_engine.engine.merge import merge
 
     results, laps = [], [clocks()]
     for recipe in recipes:
@@ -61,7 +61,7 @@ def singly(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]]
 
 def at_once(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]]:
     """The same, of all merges as one."""
-    from merge_engine.many import merge_many
+    from merge_engine.many.merge_many import merge_many
 
     start = clocks()
     results = list(merge_many(adapters, recipes, memory=MEMORY, backend="torch"))
@@ -70,7 +70,7 @@ def at_once(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]
 
 def in_session(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]]:
     """The same; opening the session counts with the first."""
-    from merge_engine.session import Session
+    from merge_engine.many.session import Session
 
     results, laps = [], [clocks()]
     with Session(adapters, memory=MEMORY, backend="torch") as session:

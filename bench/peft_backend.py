@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from bench.agreement import Disagreement
 from bench.inputs import LAYERS, SCALING, TINY_LLAMA, adapted, hollow
-from merge_engine import peft_backend, selection, tiled, tiles
-from merge_engine.rule import make_rule
+from merge_engine.cpu.merge import merge_deltas
+from merge_engine.cpu.select import trims
+from merge_engine.cpu.source import Product
+from merge_engine.peft_backend.drop_in import add_weighted_adapter
+from merge_engine.rules.rule import make_rule
 
 NAMES, WEIGHTS, DENSITY = ["sql", "chat", "ads"], [2.0, 1.0, 1.0], 0.2
 
@@ -47,7 +50,7 @@ def stock(model: Any, **call: Any) -> None:
 
 
 def drop_in(model: Any, **call: Any) -> None:
-    peft_backend.add_weighted_adapter(model, NAMES, WEIGHTS, "drop-in", density=DENSITY, **call)
+    add_weighted_adapter(model, NAMES, WEIGHTS, "drop-in", density=DENSITY, **call)
 
 
 RIVALS: dict[str, Callable[..., None]] = {"PEFT": stock, "drop-in": drop_in}  # each adds an adapter of its own name
@@ -99,9 +102,9 @@ def merged_deltas(model: Any, combination: str) -> list[Tensor]:
     rule, merged = make_rule(method), []
     for layer in (layer for _, layer in model.named_modules() if hasattr(layer, "get_delta_weight")):
         pairs = [(layer.lora_A[name].weight.data.cpu(), layer.lora_B[name].weight.data.cpu()) for name in NAMES]
-        sources = [tiles.Product(A, B, SCALING) for A, B in pairs]
+        sources = [Product(A, B, SCALING) for A, B in pairs]
         kept = rule.kept(DENSITY, sources[0].rows * sources[0].columns)
         trimmed = rule.keep == "magnitude"
-        keeps = [selection.trims([source], kept, rule.trim_ties)[0] if trimmed else None for source in sources]
-        merged.append(tiled.merge_deltas(sources, WEIGHTS, keeps, rule).to(layer.lora_A[NAMES[0]].weight.device))
+        keeps = [trims([source], kept, rule.trim_ties)[0] if trimmed else None for source in sources]
+        merged.append(merge_deltas(sources, WEIGHTS, keeps, rule).to(layer.lora_A[NAMES[0]].weight.device))
     return merged

@@ -11,7 +11,7 @@ from bench.contestants import KINDS, build, taking_part
 from bench.measure import MOST, SLOW, Contestant, Limits, Peak, Sample
 from bench.results import Row
 from bench.workloads import Workload
-from merge_engine.pipeline import threads
+from merge_engine.runtime.threads import threads
 
 Key = tuple[Workload, str]
 

@@ -18,6 +18,7 @@ from typing import Any
 from bench.inputs import SCALING, TINY_LLAMA
 from bench.measure import MIB, Sample
 from bench.results import EXTRAPOLATED, Row
+from merge_engine.rules import reference
 
 WORKER = """
 import json, sys, time
@@ -43,8 +44,8 @@ def excess(folders: list[Path], output: Path, method: str, density: float, rank:
     import torch
     from safetensors import safe_open
 
-    from merge_engine import reference
-    from merge_engine.rule import make_rule
+    pass  # REMOVED
+    from merge_engine.rules.rule import make_rule
 
     stem = "base_model.model.model.layers.0.self_attn.k_proj"
 

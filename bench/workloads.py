@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from bench.inputs import LAYERS, LLAMA_134M, MODELS, TINY_LLAMA, Pair, factors
-from merge_engine import rng
-from merge_engine.rule import Rule, make_rule
+from merge_engine.cpu.mask import keep_mask
+from merge_engine.rules.philox import stream_id
+from merge_engine.rules.rule import Rule, make_rule
 
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-STREAM = rng.stream_id("layer", "delta")
+STREAM = stream_id("layer", "delta")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Task:
         columns = range(self.workload.columns)
         rows = range(self.workload.rows) if rows is None else rows
         where = {"seed": 0, "stream": STREAM, "adapter": adapter}
-        return rng.keep_mask(self.workload.density, rows=rows, columns=columns, **where).to(self.device)
+        return keep_mask(self.workload.density, rows=rows, columns=columns, **where).to(self.device)
 
 
 def _deltas(method: str, rows: int, columns: int, **fields: object) -> Workload:

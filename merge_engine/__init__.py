@@ -4,23 +4,25 @@ import merge_engine
 merge_engine.merge(["sql", "chat", "ads"], "merged", method="ties", density=0.2, weights=[2, 1, 1])
 """
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import pathlib as _pathlib
+import typing as _typing
 
-if TYPE_CHECKING:
-    from merge_engine.adapter import open_adapter
-    from merge_engine.checkpoint import open_checkpoint
-    from merge_engine.compare import interference
-    from merge_engine.compare_figures import Interference
-    from merge_engine.engine import Merged, merge
+from merge_engine.version import __version__
+
+if _typing.TYPE_CHECKING:
+    from merge_engine.compare.figures import Interference
+    from merge_engine.compare.interference import interference
+    from merge_engine.engine.merge import merge
+    from merge_engine.engine.output import Merged
     from merge_engine.errors import AdapterError, MergeError, ModelError, OutputError, RecipeError
-    from merge_engine.into import MergedModel, merge_into, merge_models
-    from merge_engine.many import Failed, merge_many
-    from merge_engine.mergekit_recipe import merge_recipe
-    from merge_engine.recipe import Recipe
-    from merge_engine.session import Session
+    from merge_engine.formats.checkpoint import open_checkpoint
+    from merge_engine.formats.open import open_adapter
+    from merge_engine.into.merge import MergedModel, merge_into, merge_models
+    from merge_engine.many.merge_many import Failed, merge_many
+    from merge_engine.many.session import Session
+    from merge_engine.mergekit.recipe import merge_recipe
+    from merge_engine.rules.recipe import Recipe
 
-__version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "Failed",
@@ -33,6 +35,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Session",
+    "__version__",
     "interference",
     "merge",
     "merge_into",
@@ -44,33 +47,37 @@ __all__ = [
 ]
 
 # In a checkout the kernels live beside this package, not inside it: look there too.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+if not (_pathlib.Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(_pathlib.Path(__file__).parent.parent))
 
 _HOMES = {
-    "merge": "engine",
-    "Merged": "engine",
-    "Recipe": "recipe",
-    "MergedModel": "into",
-    "merge_into": "into",
-    "merge_models": "into",
-    "merge_many": "many",
-    "Failed": "many",
-    "merge_recipe": "mergekit_recipe",
-    "Session": "session",
-    "open_adapter": "adapter",
-    "open_checkpoint": "checkpoint",
-    "Interference": "compare_figures",
-    "interference": "compare",
     "AdapterError": "errors",
+    "Failed": "many.merge_many",
+    "Interference": "compare.figures",
     "MergeError": "errors",
+    "Merged": "engine.output",
+    "MergedModel": "into.merge",
     "ModelError": "errors",
     "OutputError": "errors",
+    "Recipe": "rules.recipe",
     "RecipeError": "errors",
+    "Session": "many.session",
+    "interference": "compare.interference",
+    "merge": "engine.merge",
+    "merge_into": "into.merge",
+    "merge_many": "many.merge_many",
+    "merge_models": "into.merge",
+    "merge_recipe": "mergekit.recipe",
+    "open_adapter": "formats.open",
+    "open_checkpoint": "formats.checkpoint",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> _typing.Any:
     """Load a public name when it is first used: `merge-engine --help` and an import need no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

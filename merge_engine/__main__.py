@@ -2,6 +2,6 @@
 
 import sys
 
-from merge_engine.cli import command
+from merge_engine.cli.main import command
 
 sys.exit(command())

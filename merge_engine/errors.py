@@ -6,6 +6,7 @@ A message names the subject (file, adapter, tensor), what was wanted and what wa
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class MergeError(ValueError):
@@ -37,3 +38,12 @@ def about(subject: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise RecipeError(f"{subject}: {error}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, no permission, read-only) into an OutputError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error

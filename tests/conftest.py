@@ -1,6 +1,5 @@
 """Where tests run: kernels compiled on a GPU if there is one, else in Triton's interpreter."""
 
-import importlib.util
 import os
 import shutil
 import sys
@@ -8,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -27,20 +25,12 @@ if not HAS_GPU:
 import bench.static_cost  # noqa: E402
 import merge_engine  # noqa: E402, F401
 
-
-def _load(name: str) -> ModuleType:
-    """A helper module beside the tests, which importlib mode keeps off sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-_load("lora_files")
-_load("task_tensors")
+# Tests import the modules of tests/helpers by their bare names.
+sys.path.append(str(Path(__file__).parent / "helpers"))
 if os.environ.get("TRITON_INTERPRET") == "1":
-    _load("kernel_interpreter").install()
+    import kernel_interpreter
+
+    kernel_interpreter.install()
 
 # transformers imports whatever `kernels` it finds: that must not be ours, which lies in the root. `bench` stays.
 bench.__path__ = [str(ROOT / "bench")]

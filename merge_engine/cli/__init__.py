@@ -1,0 +1,1 @@
+"""The merge-engine command: one file a command."""

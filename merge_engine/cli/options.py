@@ -1,0 +1,131 @@
+"""Options that several commands share, and what they say together with a recipe file."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_engine.errors import RecipeError
+from merge_engine.rules.choices import CHOICES
+
+# Of the keys of a recipe file that are not the recipe's own.
+_KINDS = {"output": str, "into": str, "evaluate": str, "backend": str, "vocab": str, "overwrite": bool, "dry_run": bool}
+
+
+def merge_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-o", "--output", type=Path, help="folder to write")
+    add("--overwrite", action="store_true", default=None, help="replace an existing output")
+    add("--method", choices=CHOICES["method"], help="default: ties")
+    add("--weights", nargs="+", type=float, metavar="W", help="one an input; default: 1 each")
+    add(
+        "--density",
+        nargs="+",
+        metavar="D",
+        help="share kept by a trim or a drop: one number, one an input, or PATTERN=NUMBER by module; default: 0.2",
+    )
+    add("--scale", type=float, help="multiplies the result (lambda); default: 1")
+    add("--election", choices=CHOICES["election"], help="how signs are elected; default: total")
+    add("--scope", choices=CHOICES["scope"], help="one trim threshold a tensor, or one a model")
+    add("--trim-ties", choices=CHOICES["trim_ties"], help="equal magnitudes at the threshold")
+    add("--convention", choices=CHOICES["convention"], help="whose arithmetic; default: peft")
+    add("--seed", type=int, help="of the random drops; default: 0")
+    add("--backend", choices=CHOICES["backend"], help="who computes; default: auto")
+    add("--dtype", choices=CHOICES["dtype"], help="of what is written; default: the inputs' own, or the base's")
+    add("--vocab", choices=("base", "union"), help="of a full model: the base's tokens, or all inputs'; default: base")
+    add("--shard-size", metavar="SIZE", help="of each weight file of a full model, as 2GB; default: 5GB")
+    add("--dry-run", action="store_true", default=None, help="full models: show plan, sizes and time; write nothing")
+
+
+def sweep_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("several merges, each in a folder of its own below the output").add_argument
+    add(
+        "--sweep",
+        nargs="+",
+        metavar="FIELD=V,V",
+        help="merge every combination, as density=0.1,0.2 scale=0.5,1; one number an input as weights=2:1:1,1:1:1",
+    )
+    add("--evaluate", metavar="COMMAND", help="score each: run this with {path} as its folder; the last number printed")
+    add("--timeout", type=float, metavar="SECONDS", help="of one evaluation; default: none")
+    add("--best", choices=("highest", "lowest"), help="which score is best; default: highest")
+    add("--memory", metavar="SIZE", help="that the merges may take together; default: 4GB")
+
+
+def add_command(commands: Any, name: str, run: Any, examples: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def asked_for(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given on the command line, by the names of the recipe."""
+    given = {key: value for key, value in vars(options).items() if value is not None and key != "run"}
+    if "density" in given:
+        given["density"] = density(given["density"])
+    if "sweep" in given:
+        from merge_engine.sweep.trials import parse_axes
+
+        given["sweep"] = parse_axes(given["sweep"])
+    return given
+
+
+def take_output(asked: dict[str, Any]) -> Any:
+    output = asked.pop("output", None)
+    if output is None:
+        raise RecipeError("output: wanted a folder to write to (-o OUT), got none")
+    return output
+
+
+def recipe_file(given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe file, if one was given in place of adapters.
+
+    `adapters` is taken out of `given` then, if the recipe is one of ours; mergekit's have a merge_method.
+    """
+    first = Path(given["adapters"][0])
+    if first.suffix not in (".yaml", ".yml"):
+        return {}
+    if len(given["adapters"]) > 1:
+        raise RecipeError(f"adapters: wanted one recipe file or adapters, got {first} and more")
+    from merge_engine.files.text import read_yaml
+
+    recipe = read_yaml(first)
+    if isinstance(recipe, dict) and "merge_method" in recipe:
+        return recipe
+    adapters = recipe.get("adapters") if isinstance(recipe, dict) else None
+    if not adapters or not isinstance(adapters, (list, dict) if "merges" in recipe else list):
+        raise RecipeError(f"{first}: wanted a table of keys with a list of adapters")
+    for each in adapters.values() if isinstance(adapters, dict) else adapters:
+        if not isinstance(each, str):
+            raise RecipeError(f"{first}: adapters: wanted folders or hub ids, got {each!r}")
+    for key, kind in _KINDS.items():
+        if not isinstance(recipe.get(key, kind()), kind):
+            wanted = "true or false" if kind is bool else "a text"
+            raise RecipeError(f"{first}: {key}: wanted {wanted}, got {recipe[key]!r}")
+    del given["adapters"]
+    return recipe
+
+
+def density(texts: Sequence[str]) -> Any:
+    """0.2 -> 0.2; 0.2 0.3 -> [0.2, 0.3]; .*q_proj=0.3 .*=0.2 -> a table."""
+    pairs = [text.rpartition("=") for text in texts]
+    try:
+        numbers = [float(number) for _, _, number in pairs]
+    except ValueError:
+        raise RecipeError(f"density: wanted numbers or PATTERN=NUMBER, got {' '.join(texts)}") from None
+    if all(equals for _, equals, _ in pairs):
+        return {pattern: number for (pattern, _, _), number in zip(pairs, numbers, strict=True)}
+    if any(equals for _, equals, _ in pairs):
+        raise RecipeError(f"density: wanted numbers or PATTERN=NUMBER, not both, got {' '.join(texts)}")
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_rank(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"wanted auto or a whole number, got {text!r}")
+    return text if text == "auto" else int(text)

@@ -1,0 +1,1 @@
+"""What fights between adapters, before they are merged."""

@@ -1,0 +1,153 @@
+"""What fights, before anything is merged: norms, cosines, sign conflicts, overlap and effective ranks of deltas.
+
+Norms, cosines and ranks come from the factors alone, in float64. Signs and overlap are of the deltas as a merge would
+trim them: they are counted tile by tile on the CPU, and no delta is ever in memory as a whole.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_engine.compare.figures import Figures, Interference, together
+from merge_engine.cpu.overlap import count_overlap
+from merge_engine.cpu.source import Product
+from merge_engine.engine.backend import Group
+from merge_engine.engine.cpu_keeps import find_keeps
+from merge_engine.engine.plan import Factors, ModulePlan, Plan, make_plan
+from merge_engine.errors import RecipeError
+from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.open import open_adapters
+from merge_engine.rules.recipe import DEFAULT_DENSITY, Density, Recipe
+from merge_engine.runtime.threads import ahead
+
+
+def interference(
+    adapters: Sequence[str | Path | Adapter],
+    *,
+    density: Density = DEFAULT_DENSITY,
+    progress: bool | None = None,
+) -> Interference:
+    """Norms, cosines, sign conflicts, overlap and effective ranks of the deltas s_i B_i A_i, before a merge.
+
+    adapters: folders or hub ids (``user/repo``) of LoRA adapters as PEFT writes them, two or more.
+    density: what a trim keeps, as in `Recipe`: one number, one an adapter, or a table by module.
+    progress: a bar on standard error; None shows it on a terminal only.
+
+    Formulas are with `Figures`. From the factors alone, in float64: each Delta = U S V^T by a QR of A and of B and an
+    SVD of the small core, and <Delta_i, Delta_j> = sum_kl S_i,k S_j,l (U_i^T U_j)_kl (V_i^T V_j)_kl, which is
+    tr((A_j A_i^T)(B_i^T B_j)) but errs by a few roundings of |Delta_i| |Delta_j| only, where that errs by roundings of
+    |A_i| |B_i| |A_j| |B_j|. Singular values that float64 cannot tell from 0 count as 0.
+    Counted on the float32 deltas that `tiled` merges: kept elements and their signs, which are what ``ties`` sees.
+
+    Raises MergeError for adapters that could not be merged either, or fewer than two.
+    """
+    recipe = Recipe(method="ties", density=density)
+    opened = open_adapters(adapters)
+    if len(opened) < 2:
+        raise RecipeError(f"adapters: wanted at least two to compare, got {len(opened)}")
+    plan = make_plan(opened, recipe)
+    modules = dict(_compared(plan, progress))
+    return Interference(
+        adapters=_unlike([adapter.name for adapter in opened]),
+        sources=tuple(adapter.source for adapter in opened),
+        density=recipe.as_dict()["density"],
+        shapes={module.name: (module.rows, module.columns) for module in plan.modules},
+        modules=modules,
+        overall=together(modules.values()),
+    )
+
+
+def _compared(plan: Plan, progress: bool | None) -> Iterator[tuple[str, Figures]]:
+    """Every module with its figures; the next one is read meanwhile."""
+    from tqdm import tqdm
+
+    shown = None if progress is None else not progress
+    total = sum(module.cost for module in plan.modules)
+    with tqdm(total=total, unit="element", unit_scale=True, disable=shown) as bar:
+        for module, factors in ahead(lambda module: (module, plan.read(module)), plan.modules):
+            yield module.name, _compare(plan, module, factors)
+            bar.update(module.cost)
+
+
+def _compare(plan: Plan, module: ModulePlan, factors: Factors) -> Figures:
+    """The figures of one module, from the factors of the adapters that have it."""
+    spectra = [_spectrum(A, B, scaling) for (A, B), scaling in zip(factors, module.scalings, strict=True)]
+    sources = [Product(A, B, scaling) for (A, B), scaling in zip(factors, module.scalings, strict=True)]
+    (keeps,) = find_keeps([Group(plan, [module], "delta", sources, {})], [{} for _ in sources])
+    counts = count_overlap(sources, keeps)
+    squares = np.array([float(spectrum.values.square().sum()) for spectrum in spectra])
+    here = np.zeros(len(plan.adapters), np.int64)
+    here[list(module.adapters)] = 1
+
+    def placed(values: np.ndarray) -> np.ndarray:
+        """[m] or [m, m], by the adapters that have the module -> by all of them, 0 elsewhere."""
+        out = np.zeros((len(here),) * values.ndim, values.dtype)
+        out[np.ix_(*[module.adapters] * values.ndim)] = values
+        return out
+
+    return Figures(
+        elements=module.rows * module.columns,
+        modules=here,
+        ranks=placed(np.array([_effective_rank(spectrum.values) for spectrum in spectra])),
+        inner=placed(_inner(spectra)),
+        squares=placed(squares)[:, None] * here,
+        kept_squares=placed(counts.kept_squares),
+        kept=placed(counts.shared.diagonal())[:, None] * here,
+        shared=placed(counts.shared),
+        opposed=placed(counts.opposed),
+        contested=counts.contested,
+        conflicting=counts.conflicting,
+    )
+
+
+class _Spectrum(NamedTuple):
+    """Delta = left @ diag(values) @ right.T: left [M, p] and right [N, p] of orthonormal columns, float64."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+
+def _spectrum(A: Tensor, B: Tensor, scaling: float) -> _Spectrum:
+    """The singular value decomposition of scaling * B @ A, from the QR of its factors; noise counts as 0."""
+    A, B = A.double().T, B.double() * scaling
+    (q_left, left), (q_right, right) = torch.linalg.qr(B), torch.linalg.qr(A)
+    u, values, vh = torch.linalg.svd(left @ right.T, full_matrices=False)
+    size = float(torch.linalg.vector_norm(B, dim=0) @ torch.linalg.vector_norm(A, dim=0))
+    noise = 2 * max(A.shape[1], 8) * torch.finfo(A.dtype).eps * size  # as in `lowrank`
+    return _Spectrum(q_left @ u, torch.where(values > noise, values, 0.0), q_right @ vh.T)
+
+
+def _inner(spectra: Sequence[_Spectrum]) -> np.ndarray:
+    """<Delta_i, Delta_j> [m, m]."""
+    starts = np.cumsum([0, *(len(spectrum.values) for spectrum in spectra[:-1])])
+    scaled = torch.cat([spectrum.left * spectrum.values for spectrum in spectra], dim=1)
+    right = torch.cat([spectrum.right for spectrum in spectra], dim=1)
+    rows = []
+    for spectrum in spectra:  # one after the other: all at once would be [sum r, sum r]
+        products = ((spectrum.left * spectrum.values).T @ scaled) * (spectrum.right.T @ right)
+        rows.append(np.add.reduceat(products.sum(0).numpy(), starts))
+    return np.stack(rows)
+
+
+def _effective_rank(values: Tensor) -> float:
+    """exp of the entropy of the singular values as shares of their sum; 0 where all are 0."""
+    shares = values[values > 0] / values.sum()
+    return math.exp(-float((shares * shares.log()).sum())) if len(shares) else 0.0
+
+
+def _unlike(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, with a number after one that was there before: a, a -> a, a (2)."""
+    unlike: list[str] = []
+    for name in names:
+        number, told = 1, name
+        while told in unlike:
+            number += 1
+            told = f"{name} ({number})"
+        unlike.append(told)
+    return tuple(unlike)

@@ -1,0 +1,1 @@
+"""The mirror of kernels/ on the CPU: one merge, tile by tile."""

@@ -1,0 +1,1 @@
+"""Plan, backend, cut and output of one merge."""

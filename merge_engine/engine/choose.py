@@ -1,0 +1,61 @@
+"""The one door to the two backends: which of them computes, and why."""
+
+import os
+
+import torch
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.cpu_backend import TorchBackend
+from merge_engine.errors import RecipeError
+from merge_engine.runtime.processes import gpu
+
+BACKENDS = ("auto", "triton", "torch")
+VARIABLE = "MERGE_ENGINE_BACKEND"
+
+
+def choose(name: str | None = None) -> Backend:
+    """The backend of that name: "triton", "torch", or "auto", which takes Triton on a GPU and torch elsewhere.
+
+    None: what the environment variable MERGE_ENGINE_BACKEND says, or "auto". Raises RecipeError for an unknown name,
+    and for "triton" where it cannot run, with the reason.
+    """
+    name = name or os.environ.get(VARIABLE) or "auto"
+    if name not in BACKENDS:
+        raise RecipeError(f"backend: wanted one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "torch":
+        return TorchBackend()
+    device, reason = triton_device()
+    if device is None or (name == "auto" and device.type == "cpu"):
+        if name == "triton":
+            raise RecipeError(f"backend: triton cannot run here: {reason}")
+        return TorchBackend()
+    from merge_engine.engine.triton_backend import TritonBackend
+
+    return TritonBackend(device)
+
+
+def triton_device() -> tuple[torch.device | None, str]:
+    """(where Triton's kernels can run, why): this process's GPU (`ranks.gpu`), the CPU if interpreted, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return None, f"triton cannot be imported ({error})"
+    if torch.cuda.is_available():
+        device = gpu()
+        return device, f"triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
+    if triton.knobs.runtime.interpret:
+        return torch.device("cpu"), f"triton {triton.__version__} in its interpreter (TRITON_INTERPRET=1), very slow"
+    return None, f"triton {triton.__version__} sees no CUDA or ROCm device"
+
+
+def system() -> str:
+    """Which backend "auto" takes here, and why: a few lines for `merge-engine info --system`."""
+    device, reason = triton_device()
+    chosen = choose()
+    asked = os.environ.get(VARIABLE)
+    lines = [
+        f"torch    {torch.__version__}, {torch.get_num_threads()} threads",
+        f"triton   {reason}" if device is not None else f"triton   not used: {reason}",
+        f"backend  {chosen.name} on {chosen.device}" + (f" ({VARIABLE}={asked})" if asked else ""),
+    ]
+    return "\n".join(lines)

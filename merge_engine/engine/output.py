@@ -1,0 +1,123 @@
+"""The result of a merge: kept in memory, or written to a folder that appears whole or not at all."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.cut import Finished
+from merge_engine.engine.plan import Plan
+from merge_engine.files.folder import place_folder
+from merge_engine.formats.peft_writer import AdapterWriter
+from merge_engine.lowrank.core import LowRank
+from merge_engine.models.finetuned import Finetuned
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged adapter: its factors if it was kept in memory, its folder if it was written.
+
+    modules: {name: LowRank(A [k, N], B [M, k], energy)}, float32, delta = B @ A; empty if written to a folder.
+    energy: {name: kept energy |B A|^2 / |merged delta|^2 of the cut to rank k}; 1.0 where nothing was cut.
+    ranks: {name: k}.
+    """
+
+    plan: Plan = field(repr=False)
+    path: Path | None
+    energy: dict[str, float] = field(repr=False)
+    total_energy: float
+    modules: dict[str, LowRank] = field(default_factory=dict, repr=False)
+    ranks: dict[str, int] = field(default_factory=dict, repr=False)
+
+
+class Output:
+    """What a merge makes, module by module: kept, or written into a folder."""
+
+    def __init__(self, plan: Plan, backend: Backend, path: Path | None, folder: Path | None) -> None:
+        self.plan, self.backend, self.path = plan, backend, path
+        self.writer = None if folder is None else _writer(plan, folder)
+        self.energy: dict[str, float] = {}
+        self.ranks: dict[str, int] = {}
+        self.kept: dict[str, LowRank] = {}
+        self.norms = _Norms()
+
+    def add(self, name: str, result: Finished) -> None:
+        """Take one module's factors, in any order."""
+        A, B, energy = result.factors
+        self.energy[name], self.ranks[name] = energy, len(A)
+        self.norms.add(result.squared_norm, energy)
+        if self.writer is None:
+            self.kept[name] = result.factors
+        else:
+            self.writer.add(name, A, B)
+
+    def finish(self) -> None:
+        """Complete the folder: every module is there."""
+        if self.writer is not None:
+            _finish(self.writer, self.plan, self.backend, self.energy, self.norms.kept_energy)
+
+    def abandon(self) -> None:
+        if self.writer is not None:
+            self.writer.abandon()
+
+    @property
+    def merged(self) -> Merged:
+        energy, modules = dict(sorted(self.energy.items())), dict(sorted(self.kept.items()))
+        ranks = dict(sorted(self.ranks.items()))
+        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules, ranks)
+
+
+@contextmanager
+def output_of(plan: Plan, backend: Backend, path: Path | None, overwrite: bool = False) -> Iterator[Output]:
+    """The output of a plan: the folder appears when the block ends, and does not where it raises."""
+    place: AbstractContextManager[Path | None]
+    place = nullcontext() if path is None else place_folder(path, overwrite, output_bytes(plan), inputs=plan.inputs)
+    with place as folder:
+        output = Output(plan, backend, path, folder)
+        try:
+            yield output
+            output.finish()
+        except BaseException:
+            output.abandon()
+            raise
+
+
+class _Norms:
+    """Kept energy over all modules: sum |B A|^2 / sum |merged delta|^2, whatever they are scaled by."""
+
+    def __init__(self) -> None:
+        self.kept = self.total = 0.0
+
+    def add(self, squared_norm: float, energy: float) -> None:
+        self.kept += squared_norm
+        self.total += squared_norm / energy if energy > 0 else 0.0
+
+    @property
+    def kept_energy(self) -> float:
+        return self.kept / self.total if self.total > 0 else 1.0
+
+
+def output_bytes(plan: Plan) -> int:
+    """Bytes of the factors of the result, at most."""
+    return sum(module.rank * (module.rows + module.columns) for module in plan.modules) * plan.dtype.itemsize
+
+
+def _writer(plan: Plan, folder: Path) -> AdapterWriter:
+    described = {module.name: plan.adapters[module.adapters[0]].modules[module.name] for module in plan.modules}
+    adapters = [adapter for adapter in plan.adapters if not isinstance(adapter, Finetuned)]
+    return AdapterWriter(folder, adapters, described, plan.dtype)
+
+
+def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, energy: dict[str, float], total: float) -> None:
+    recipe = plan.recipe.as_dict()
+    recipe["weights"] = list(plan.recipe.weights_for([adapter.name for adapter in plan.adapters]))
+    modules = {
+        module.name: {
+            "energy": energy[module.name],
+            "adapters": [plan.adapters[number].name for number in module.adapters],
+        }
+        for module in plan.modules
+    }
+    report = {"energy": total, "backend": backend.name, "adapters": [adapter.source for adapter in plan.adapters]}
+    writer.finish(recipe, {**report, "modules": modules})

@@ -1,0 +1,205 @@
+"""What is to be done, before anything is done: modules, adapters, shapes, ranks, densities, and every check."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_engine.errors import AdapterError, RecipeError
+from merge_engine.formats.adapter import Adapter, shared_extras
+from merge_engine.models.finetuned import Difference, Finetuned
+from merge_engine.rules.recipe import DTYPES, Recipe
+from merge_engine.rules.rule import Rule
+from merge_engine.runtime.processes import ALONE, Ranks
+
+Factors = list[tuple[Tensor, Tensor]]  # (A [r, N], B [M, r]) of each adapter that has a module
+Task = tuple[Tensor, Tensor] | Difference  # what one input brings to a module: factors, or finetuned - base
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """One module of the result: delta [rows, columns], from the adapters (by number) that have it."""
+
+    name: str
+    rows: int
+    columns: int
+    adapters: tuple[int, ...]
+    weights: tuple[float, ...]
+    scalings: tuple[float, ...]
+    densities: tuple[float, ...]
+    rank: int  # of the result, at most
+
+    @property
+    def cost(self) -> int:
+        """Elements to be computed: M N for each adapter."""
+        return self.rows * self.columns * len(self.adapters)
+
+    def weights_of(self, side: str) -> list[float]:
+        """What each task tensor of a side counts: w for a delta; for factors sqrt(|w s|) each, with the sign on A."""
+        if side == "delta":
+            return list(self.weights)
+        strengths = [weight * scaling for weight, scaling in zip(self.weights, self.scalings, strict=True)]
+        roots = [math.sqrt(abs(strength)) for strength in strengths]
+        return roots if side == "B" else [math.copysign(root, x) for root, x in zip(roots, strengths, strict=True)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe bound to its adapters (or full models in their place); modules in name order.
+
+    ranks, share: the processes that work on it together, and the names of the modules that are this one's; None: all.
+    """
+
+    adapters: tuple[Adapter | Finetuned, ...]
+    recipe: Recipe
+    rule: Rule
+    modules: tuple[ModulePlan, ...]
+    dtype: torch.dtype
+    ranks: Ranks = ALONE
+    share: frozenset[str] | None = None
+
+    @property
+    def mine(self) -> tuple[ModulePlan, ...]:
+        """The modules that this process works on."""
+        return tuple(module for module in self.modules if self.share is None or module.name in self.share)
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The kinds of task tensors that a module has: its deltas, or all A and all B."""
+        return ("delta",) if self.recipe.space == "delta" else ("A", "B")
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The folders that are merged."""
+        return [source.model.path if isinstance(source, Finetuned) else source.path for source in self.adapters]
+
+    @property
+    def by_factors(self) -> bool:
+        """Whether the result is made from the factors alone, with no pass over the elements of the deltas."""
+        return self.recipe.method == "cat" or (self.rule.keep == "all" and self.recipe.space == "delta")
+
+    @property
+    def spans_model(self) -> bool:
+        """Whether a trim has one threshold for all modules of an adapter."""
+        return self.rule.keep == "magnitude" and self.rule.scope == "model"
+
+    def having(self, adapter: int) -> list[ModulePlan]:
+        """The modules that this adapter takes part in."""
+        return [module for module in self.modules if adapter in module.adapters]
+
+    def read(self, module: ModulePlan, base: Tensor | None = None) -> list[Any]:
+        """The `Task` of each adapter that has the module, in the dtypes they are stored in; see `task`."""
+        return [self.task(module, number, base) for number in module.adapters]
+
+    def task(self, module: ModulePlan, number: int, base: Tensor | None = None) -> Task:
+        """The factors of one adapter, or one full model's difference from `base` [M, N], which is read if not given."""
+        source = self.adapters[number]
+        return source.difference(module.name, base) if isinstance(source, Finetuned) else source.factors(module.name)
+
+    def kept_of_model(self, adapter: int, side: str) -> int:
+        """How many elements of this adapter a trim over the whole model keeps, from the headers."""
+        modules = self.having(adapter)
+        parts = [self.adapters[adapter].modules[module.name] for module in modules]
+        if side == "delta":
+            numel = sum(part.rows * part.columns for part in parts)
+        else:
+            numel = sum(part.rank * (part.columns if side == "A" else part.rows) for part in parts)
+        return self.rule.kept(modules[0].densities[modules[0].adapters.index(adapter)], numel)
+
+
+def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
+    """Check that the adapters can be merged by the recipe, and say module by module how.
+
+    Reads the adapters' headers, and their values once, to refuse NaN and Inf; those of full models are checked when
+    they are merged, since reading them takes as long as merging them. Raises RecipeError or AdapterError with subject,
+    wanted and got; warns (UserWarning) where adapters name different base models.
+    """
+    if not adapters:
+        raise RecipeError("adapters: wanted at least one, got none")
+    names = [adapter.name for adapter in adapters]
+    rule = recipe.rule()
+    only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]
+    _warn_of_different_bases(only_adapters)
+    shared_extras(only_adapters)
+    modules = tuple(
+        _plan_module(name, adapters, recipe)
+        for name in sorted({module for adapter in adapters for module in adapter.modules})
+    )
+    if rule.keep == "magnitude" and rule.scope == "model":
+        for number in range(len(adapters)):
+            _check_one_density(number, names, modules)
+    for adapter in only_adapters:
+        adapter.check_finite()
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else _common_dtype(adapters)
+    return Plan(tuple(adapters), recipe, rule, modules, dtype)
+
+
+def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> ModulePlan:
+    having = [number for number, adapter in enumerate(adapters) if name in adapter.modules]
+    parts = [adapters[number].modules[name] for number in having]
+    first, first_owner = parts[0], adapters[having[0]].name
+    for number, part in zip(having, parts, strict=True):
+        owner = adapters[number].name
+        if (part.kind, part.rows, part.columns) != (first.kind, first.rows, first.columns) or (
+            part.a_shape[1:] != first.a_shape[1:]
+        ):
+            raise AdapterError(
+                f"{owner}: {name} is {part.kind} [{part.rows}, {part.columns}], "
+                f"wanted {first.kind} [{first.rows}, {first.columns}] as in {first_owner}"
+            )
+        if recipe.space == "factors" and recipe.method != "cat" and part.rank != first.rank:
+            raise AdapterError(
+                f"{owner}: {name} has rank {part.rank}, wanted {first.rank} as in {first_owner}: "
+                "factors of different ranks cannot be merged side by side; space='delta' can"
+            )
+    ranks = sum(part.rank for part in parts)
+    if recipe.method == "cat":
+        rank = ranks
+    elif recipe.rank == "auto":
+        rank = first.rank if recipe.space == "factors" else min(ranks, first.rows, first.columns)
+    else:
+        rank = min(recipe.rank, first.rows, first.columns)
+    names = [adapter.name for adapter in adapters]
+    weights, densities = recipe.weights_for(names, name), recipe.densities_for(name, names)
+    return ModulePlan(
+        name=name,
+        rows=first.rows,
+        columns=first.columns,
+        adapters=tuple(having),
+        weights=tuple(weights[number] for number in having),
+        scalings=tuple(part.scaling for part in parts),
+        densities=tuple(densities[number] for number in having),
+        rank=rank,
+    )
+
+
+def _warn_of_different_bases(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters[1:]:
+        first = adapters[0]
+        if adapter.base_model != first.base_model:
+            warnings.warn(
+                f"{adapter.name} was trained on {adapter.base_model}, {first.name} on {first.base_model}: "
+                "adapters of different base models rarely merge well",
+                stacklevel=4,
+            )
+
+
+def _check_one_density(number: int, names: Sequence[str], modules: Sequence[ModulePlan]) -> None:
+    densities = {module.densities[module.adapters.index(number)] for module in modules if number in module.adapters}
+    if len(densities) > 1:
+        raise RecipeError(
+            f"density: scope='model' has one threshold for all of {names[number]}, wanted one density, "
+            f"got {', '.join(map(str, sorted(densities)))}"
+        )
+
+
+def _common_dtype(adapters: Sequence[Adapter | Finetuned]) -> torch.dtype:
+    dtypes = {module.dtype for adapter in adapters for module in adapter.modules.values()}
+    # torch promotes no 8-bit floats; bfloat16 holds them all.
+    return reduce(torch.promote_types, (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in dtypes))

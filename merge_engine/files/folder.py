@@ -1,0 +1,216 @@
+"""An output folder that appears whole or not at all.
+
+The result is made in ``.<name>.partial`` beside the target, flushed to the disk and renamed. A process that is killed
+leaves that folder behind; the next run for the same target wipes it and uses it again, or goes on from it (``resume``).
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from merge_engine.errors import OutputError, writing
+
+# `overwrite` deletes a folder with all that is in it: only one which looks like a model is taken for an old result.
+_MODEL_FILES = ("adapter_config.json", "config.json", "merge_report.json")
+
+
+@contextmanager
+def place_folder(
+    target: Path,
+    overwrite: bool = False,
+    required_bytes: int = 0,
+    *,
+    resume: bool = False,
+    inputs: Sequence[Path] = (),
+) -> Iterator[Path]:
+    """Yield a working folder that becomes ``target`` when the block ends, and vanishes when it raises.
+
+    Missing parents are created, and removed again on failure.
+
+    Args:
+        target: the folder to be made.
+        overwrite: replace an existing folder, if it holds a model or nothing.
+        required_bytes: free space to ask for before anything is written.
+        resume: yield what an earlier run left behind as it is, and leave it behind when the block raises, unless it
+            is empty by then.
+        inputs: folders that the result is made from; a target that is one or holds one is never replaced.
+
+    Raises:
+        OutputError: the target exists, holds an input, is being written by another process, there is too little
+            space, or no permission.
+    """
+    target = Path(os.path.realpath(target))  # a link means the place it leads to
+    with writing(target):
+        check_target(target, overwrite, inputs)
+    working = working_folder(target)
+    replaced = target.with_name(f".{target.name}.replaced")
+    with writing(target):
+        made = _make_parents(target.parent)
+    try:
+        with writing(target):
+            lock = _lock(working, target)
+        try:
+            with writing(target):
+                _recover(target, replaced)
+                check_target(target, overwrite, inputs)
+                if not resume:
+                    wipe(working)
+            check_space(target, required_bytes)
+            yield working
+            with writing(target):
+                sync(working)
+                check_target(target, overwrite, inputs)
+                _swap(working, target, replaced)
+        except BaseException:
+            # Once renamed, the name is free for another process, whose folder is not ours to remove.
+            if _is_open_folder(working, lock):
+                if resume:
+                    _remove_if_empty(working)
+                else:
+                    shutil.rmtree(working, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+    except BaseException:
+        for parent in made:
+            _remove_if_empty(parent)
+        raise
+
+
+def working_folder(target: Path) -> Path:
+    """Where `place_folder` makes what becomes ``target``."""
+    target = Path(os.path.realpath(target))
+    return target.with_name(f".{target.name}.partial")
+
+
+def check_target(target: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Raise OutputError where `place_folder` would not make ``target``, or not replace what is there."""
+    target = Path(os.path.realpath(target))
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file, wanted a folder to write to")
+    for folder in inputs:
+        for read in (folder, *filter(Path.is_file, folder.glob("*"))):  # of which any may be a link
+            if target in (real := Path(os.path.realpath(read)), *real.parents):
+                raise OutputError(f"{target} holds {folder}, which is merged; wanted another folder to write to")
+    if not overwrite:
+        raise OutputError(f"{target} already exists; pass overwrite to replace it")
+    names = os.listdir(target)
+    if names and not any(name in names for name in _MODEL_FILES):
+        raise OutputError(
+            f"{target} holds no model, so overwrite does not replace it; remove it or choose another folder"
+        )
+
+
+def check_space(target: Path, required: int) -> None:
+    """Raise OutputError where fewer than ``required`` bytes are free beside the target."""
+    free = shutil.disk_usage(target.parent).free
+    if required > free:
+        raise OutputError(f"{target} needs {required / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB is free")
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create ``folder`` and what it lacks above it; the folders created, deepest first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            made.insert(0, path)
+    except BaseException:
+        for path in made:
+            _remove_if_empty(path)
+        raise
+    return made
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # someone else put something there meanwhile: it stays
+        folder.rmdir()
+
+
+def _lock(working: Path, target: Path) -> int:
+    """An open, exclusively locked descriptor of ``working``; it is created where missing."""
+    while True:
+        working.mkdir(exist_ok=True)
+        try:
+            lock = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue  # its owner renamed or removed it between the two calls
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise OutputError(f"{target} is being written by another process") from None
+        except BaseException:
+            os.close(lock)
+            raise
+        # The lock is on a folder, not a name: what was opened may have been renamed to the target in between.
+        if _is_open_folder(working, lock):
+            return lock
+        os.close(lock)
+
+
+def _is_open_folder(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _recover(target: Path, replaced: Path) -> None:
+    """Undo a replacement that was killed half way: the old result goes back, or is removed if the new one is there."""
+    if not os.path.lexists(replaced):
+        return
+    if os.path.lexists(target):
+        _remove(replaced)
+    else:
+        replaced.rename(target)
+
+
+def _swap(working: Path, target: Path, replaced: Path) -> None:
+    if os.path.lexists(target):
+        target.rename(replaced)
+        try:
+            working.rename(target)
+        except BaseException:
+            replaced.rename(target)
+            raise
+    else:
+        working.rename(target)
+    _sync_one(target.parent)
+    if os.path.lexists(replaced):
+        shutil.rmtree(replaced, ignore_errors=True)  # the result is in place: what is left here does not undo that
+
+
+def wipe(folder: Path) -> None:
+    """Remove all that is in a folder."""
+    for entry in list(folder.iterdir()):
+        _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)  # of several processes that wipe one folder
+
+
+def sync(folder: Path) -> None:
+    """Flush every file below ``folder``, then the folders themselves."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            _sync_one(Path(root, name))
+        _sync_one(Path(root))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,167 @@
+"""The weights of a full model as a few .safetensors files of known layout, written at any place and in any order.
+
+All shapes are known before the first byte is written, so every tensor has its place from the start: rows of one tensor,
+tensors of one shard and shards of one model can be written by different threads, processes and runs.
+"""
+
+import json
+import os
+import struct
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from xxhash import xxh3_128
+
+from merge_engine.errors import writing
+from merge_engine.files.dtypes import DTYPE_NAMES
+
+SHARD_SIZE = 5_000_000_000
+INDEX_FILE = "model.safetensors.index.json"
+_BLOCK = 1 << 22  # bytes read at a time when a tensor is hashed
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor goes."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shard: str  # the file
+    offset: int  # of its first byte in that file
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All shards of a model: slots by key, and by shard its header and its size in bytes."""
+
+    slots: dict[str, Slot]
+    headers: dict[str, bytes]
+    sizes: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, with their headers."""
+        return sum(self.sizes.values())
+
+    def index(self) -> str | None:
+        """The text of the index file; None where one shard needs none."""
+        if len(self.headers) == 1:
+            return None
+        weight_map = {key: self.slots[key].shard for key in sorted(self.slots)}
+        total = sum(slot.nbytes for slot in self.slots.values())
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int) -> Layout:
+    """Shards of at most `shard_size` bytes of tensors, in the given order; a larger tensor has one of its own.
+
+    Names are those of transformers. In a shard wider dtypes come first, so that every tensor lies aligned.
+    """
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, (dtype, shape) in tensors.items():
+        nbytes = prod(shape) * dtype.itemsize
+        if shards[-1] and filled + nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += nbytes
+    slots, headers, sizes = {}, {}, {}
+    for number, keys in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        keys = sorted(keys, key=lambda key: -tensors[key][0].itemsize)
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for key in keys:
+            dtype, shape = tensors[key]
+            start, end = end, end + prod(shape) * dtype.itemsize
+            entries[key] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text = text.ljust(-(-len(text) // 8) * 8)  # readers map the data in place: it must start on a multiple of 8
+        headers[name] = struct.pack("<Q", len(text)) + text
+        sizes[name] = len(headers[name]) + end
+        position = len(headers[name])
+        for key in keys:
+            dtype, shape = tensors[key]
+            slots[key] = Slot(key, dtype, shape, name, position)
+            position += slots[key].nbytes
+    return Layout({key: slots[key] for key in tensors}, headers, sizes)
+
+
+class ShardFiles:
+    """The shards of a layout in a folder, open for writing; safe from several threads and processes.
+
+    Raises OutputError where the disk is full or a file cannot be written.
+    """
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self.folder, self.layout = folder, layout
+        self._open: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def create(self) -> None:
+        """Make every file that is missing, or is not what this layout wants, at its full size with its header."""
+        for name, header in self.layout.headers.items():
+            if not self.is_started(name):
+                with writing(self.folder / name):
+                    descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                    os.close(descriptor)
+                    os.truncate(self.folder / name, self.layout.sizes[name])
+                self._write(name, 0, header)
+
+    def is_started(self, name: str) -> bool:
+        """Whether a shard is there, of the right size and with the right header."""
+        try:
+            with open(self.folder / name, "rb") as file:
+                header = self.layout.headers[name]
+                return os.fstat(file.fileno()).st_size == self.layout.sizes[name] and file.read(len(header)) == header
+        except OSError:
+            return False
+
+    def on_disk(self) -> int:
+        """Bytes that the files take up already."""
+        found = [self.folder / name for name in self.layout.headers]
+        return sum(path.stat().st_blocks * 512 for path in found if path.exists())
+
+    def write(self, slot: Slot, start: int, data: memoryview) -> None:
+        """Put bytes at position `start` of a tensor."""
+        self._write(slot.shard, slot.offset + start, data)
+
+    def digest(self, slot: Slot) -> str:
+        """The hash of a tensor's bytes, XXH3 of 128 bits, as they are on the disk now."""
+        digest = xxh3_128()
+        descriptor = self._descriptor(slot.shard)
+        with writing(self.folder / slot.shard):
+            for start in range(0, slot.nbytes, _BLOCK):
+                digest.update(os.pread(descriptor, min(_BLOCK, slot.nbytes - start), slot.offset + start))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the files. Syncing to the disk is left to whoever places the folder."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _write(self, name: str, offset: int, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        descriptor = self._descriptor(name)
+        with writing(self.folder / name):
+            while rest.nbytes:
+                count = os.pwrite(descriptor, rest, offset)
+                rest, offset = rest[count:], offset + count
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._open:
+                with writing(self.folder / name):
+                    self._open[name] = os.open(self.folder / name, os.O_RDWR)
+            return self._open[name]

@@ -1,0 +1,48 @@
+"""Text files: YAML and JSON that give no key twice, and files that appear whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from merge_engine.errors import RecipeError
+
+
+def read_yaml(file: Path) -> Any:
+    """What a YAML file holds, as plain data. Raises RecipeError where it cannot be read, or gives a key twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            plain = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key in plain:
+                if plain.count(key) > 1 and key[1] != "<<":
+                    raise RecipeError(f"{file}: wanted {key[1]} once in a table, got it {plain.count(key)} times")
+            return dict(super().construct_mapping(node, deep))
+
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
+
+
+class TwiceError(ValueError):
+    """A key that a JSON object holds twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise TwiceError(next(key for key in table if keys.count(key) > 1))
+    return table
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that appears whole or not at all."""
+    from merge_engine.errors import writing
+
+    partial = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)

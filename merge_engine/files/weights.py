@@ -1,0 +1,204 @@
+"""Named tensors in weight files: described from the header alone, read one at a time."""
+
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_engine.errors import AdapterError
+from merge_engine.files.dtypes import STORED_DTYPES
+from merge_engine.files.text import TwiceError, unique_keys
+from merge_engine.runtime.memory import new_tensor
+
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that can be read from its file, by any thread."""
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int = 0  # of its first byte, in a .safetensors file
+    mapped: torch.Tensor | None = field(default=None, repr=False, compare=False)  # in a .bin file, mapped or loaded
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> torch.Tensor:
+        """A new contiguous tensor of the stored dtype.
+
+        Raises:
+            AdapterError: the file is gone or became shorter since it was opened.
+        """
+        if self.mapped is not None:
+            return self.mapped.detach().clone(memory_format=torch.contiguous_format)
+        tensor = new_tensor(self.shape, self.dtype)
+        with self._opened() as file:
+            self._fill(file, tensor)
+        return tensor
+
+    def pieces(self, elements: int = 1 << 20) -> Iterator[torch.Tensor]:
+        """The tensor as flat pieces of at most `elements`, each in place of the one before; raises as `read` does."""
+        size = math.prod(self.shape)
+        if self.mapped is not None:
+            yield from self.mapped.detach().reshape(-1).split(elements) if size else ()
+            return
+        buffer = torch.empty(min(elements, size), dtype=self.dtype)
+        with self._opened() as file:
+            for start in range(0, size, elements):
+                piece = buffer[: size - start]
+                self._fill(file, piece)
+                yield piece
+
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        """The file, where the tensor begins. Read rather than mapped: mapped pages count as this process's memory."""
+        try:
+            with FileIO(self.file) as file:
+                file.seek(self.offset)
+                yield file
+        except OSError as error:
+            raise AdapterError(f"{self.file} cannot be read: {error.strerror or error}") from error
+
+    def _fill(self, file: FileIO, tensor: torch.Tensor) -> None:
+        rest = tensor.reshape(-1).view(torch.uint8).numpy().data
+        while rest.nbytes:
+            count = file.readinto(rest)
+            if not count:
+                raise AdapterError(f"{self.file} ends inside tensor {self.key}, {rest.nbytes} bytes short")
+            rest = rest[count:]
+
+    def same_as(self, other: "StoredTensor") -> bool:
+        """Whether two tensors are of one shape and dtype and hold the same bits; raises as `read` does."""
+        return (self.shape, self.dtype) == (other.shape, other.dtype) and all(
+            torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
+            for one, two in zip(self.pieces(), other.pieces(), strict=True)
+        )
+
+
+def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
+    """The tensors of a .safetensors file, from its header.
+
+    Args:
+        path: the file.
+        subject: what to call its owner in messages.
+
+    Raises:
+        AdapterError: the file is truncated or damaged, or holds a dtype that torch does not have.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            header = file.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
+    except OSError as error:
+        raise AdapterError(f"{subject}: {path.name} cannot be read: {error.strerror or error}") from error
+    if not header:
+        raise AdapterError(f"{subject}: {path.name} is truncated or damaged: {size} bytes, shorter than its header")
+    try:
+        entries: dict[str, Any] = json.loads(header, object_pairs_hook=unique_keys)
+        entries.pop("__metadata__", None)
+        tensors = {}
+        spans = []
+        for key, entry in entries.items():
+            dtype = STORED_DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise AdapterError(f"{subject}: tensor {key} is {entry['dtype']}, which cannot be read")
+            start, end = entry["data_offsets"]
+            if not all(type(number) is int and number >= 0 for number in (start, end, *entry["shape"])):
+                raise ValueError("shapes and offsets are whole numbers")
+            tensor = StoredTensor(key, path, tuple(entry["shape"]), dtype, 8 + length + start)
+            if tensor.nbytes != end - start:
+                raise AdapterError(
+                    f"{subject}: tensor {key} has {end - start} bytes, wanted {tensor.nbytes} for {list(tensor.shape)}"
+                )
+            tensors[key] = tensor
+            spans.append((start, end))
+    except TwiceError as error:
+        raise AdapterError(f"{subject}: the header of {path.name} is damaged: it names {error} twice") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{subject}: the header of {path.name} is damaged ({type(error).__name__})") from error
+    expected = 0
+    for start, end in sorted(spans):
+        if start != expected:
+            raise AdapterError(f"{subject}: the header of {path.name} is damaged: tensors overlap or leave holes")
+        expected = end
+    if size != 8 + length + expected:
+        state = "truncated" if size < 8 + length + expected else "damaged"
+        raise AdapterError(
+            f"{subject}: {path.name} is {state}: {size} bytes, wanted {8 + length + expected} from its header"
+        )
+    return tensors
+
+
+def open_sharded(
+    index: Path, subject: str, opener: Callable[[Path, str], dict[str, StoredTensor]] = open_safetensors
+) -> dict[str, StoredTensor]:
+    """The tensors of the files that an index file names; `opener` reads one of them.
+
+    Raises:
+        AdapterError: the index is damaged, points out of its folder, or disagrees with its files.
+    """
+    try:
+        weight_map = json.loads(index.read_bytes(), object_pairs_hook=unique_keys)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except TwiceError as error:
+        raise AdapterError(f"{subject}: {index.name} is damaged: it names {error} twice") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"{subject}: {index.name} is damaged: wanted a weight_map of tensors to files") from error
+    for shard in shards:
+        # By name only: in the hub's cache a file is a link that leads out of the folder, and rightly so.
+        if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+            raise AdapterError(f"{subject}: {index.name} names {shard!r}, wanted a file in the same folder")
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        if not (index.parent / shard).is_file():
+            raise AdapterError(f"{subject}: {shard} is missing, wanted by {index.name}")
+        stored = opener(index.parent / shard, subject)
+        wanted = {key for key, file in weight_map.items() if file == shard}
+        for key in sorted(wanted ^ stored.keys()):
+            state = "lacks" if key in wanted else "holds the unlisted"
+            raise AdapterError(f"{subject}: {shard} {state} tensor {key}, against {index.name}")
+        tensors.update(stored)
+    return tensors
+
+
+def open_bin(path: Path, subject: str) -> dict[str, StoredTensor]:
+    """The tensors of a file made by ``torch.save``, mapped where its format allows it.
+
+    Raises:
+        AdapterError: the file is damaged, or holds anything but named tensors.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises five unrelated types for a damaged file
+        raise AdapterError(
+            f"{subject}: {path.name} is damaged or holds more than tensors, wanted a file for "
+            "torch.load(weights_only=True)"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise AdapterError(f"{subject}: {path.name} holds a {type(loaded).__name__}, wanted named tensors")
+    tensors = {}
+    for key, tensor in loaded.items():
+        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise AdapterError(f"{subject}: {key} in {path.name} is a {type(tensor).__name__}, wanted a dense tensor")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise AdapterError(
+                f"{subject}: {key} in {path.name} is {list(tensor.shape)}, more than the file has bytes for"
+            )
+        tensors[key] = StoredTensor(key, path, tuple(tensor.shape), tensor.dtype, mapped=tensor)
+    return tensors

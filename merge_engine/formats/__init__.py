@@ -1,0 +1,1 @@
+"""Whose layout a file has: PEFT adapters and full models."""

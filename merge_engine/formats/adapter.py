@@ -1,0 +1,142 @@
+"""An adapter: its modules, described, and its factors, read when they are asked for."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_engine.errors import AdapterError
+from merge_engine.files.weights import StoredTensor
+
+KEY_PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One LoRA pair, described without being read."""
+
+    name: str  # in the base model: "model.layers.0.self_attn.q_proj"
+    kind: str  # "linear", "embedding" or "conv"
+    rows: int  # M of the delta s * B[M, r] @ A[r, N]
+    columns: int  # N; for a convolution, input channels * kernel volume
+    rank: int
+    scaling: float  # alpha / r, or alpha / sqrt(r) with rsLoRA, after the patterns
+    a_shape: tuple[int, ...]  # as stored
+    b_shape: tuple[int, ...]
+    dtype: torch.dtype  # as stored
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One LoRA adapter on disk. Nothing but headers has been read; reading is safe from several threads."""
+
+    name: str  # the last part of its folder or hub id
+    source: str  # as it was asked for
+    path: Path
+    config: dict[str, Any]
+    modules: dict[str, Module]  # sorted by name
+    extras: dict[str, StoredTensor]  # by key: modules_to_save, trained tokens, saved embeddings
+    _pairs: dict[str, tuple[StoredTensor, StoredTensor]] = field(repr=False)
+
+    @property
+    def base_model(self) -> str | None:
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        factors = sum(a.nbytes + b.nbytes for a, b in self._pairs.values())
+        return factors + sum(extra.nbytes for extra in self.extras.values())
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A [r, N]`` and ``B [M, r]`` of one module, read now, contiguous, in the stored dtype.
+
+        Raises:
+            AdapterError: a file is gone or became shorter since it was opened.
+        """
+        a, b = self._pairs[name]
+        return a.read().flatten(1), b.read().flatten(1)
+
+    def check_finite(self) -> None:
+        """Read every tensor once.
+
+        Raises:
+            AdapterError: one holds NaN or Inf, the message names adapter, tensor and file; or a delta, which is at most
+                ``|scaling| r max|A| max|B|``, may leave float32.
+        """
+        for stored in self.extras.values():
+            self._largest(stored)
+        for name, (a, b) in self._pairs.items():
+            module = self.modules[name]
+            bound = abs(module.scaling) * module.rank * self._largest(a) * self._largest(b)
+            if bound > torch.finfo(torch.float32).max:
+                raise AdapterError(f"{self.name}: the delta of {name} reaches up to {bound:.1e}, wanted one of float32")
+
+    def _largest(self, stored: StoredTensor) -> float:
+        """max|x|; raises AdapterError where it is not finite."""
+        values = stored.read()
+        if values.dtype.itemsize == 1:
+            values = values.float()  # torch has no aminmax of 8-bit floats
+        if not values.numel() or not (values.is_floating_point() or values.is_complex()):
+            return 0.0
+        least, most = map(float, torch.aminmax(torch.view_as_real(values) if values.is_complex() else values))
+        if not (math.isfinite(least) and math.isfinite(most)):
+            what = "NaN" if torch.isnan(values).any() else "Inf"
+            raise AdapterError(f"{self.name}: tensor {stored.key} in {stored.file} holds {what}")
+        return max(-least, most)
+
+
+def shared_extras(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
+    """The tensors beside the factors, if all adapters have the same; they can be copied, but not merged.
+
+    A frozen base weight that PEFT saves beside an adapter of an embedding (``base_layer``) may be missing from some
+    adapters: it is the same as in the base model they share.
+
+    Raises:
+        AdapterError: two adapters differ in a tensor, or only some have it; the message names both and the tensor.
+    """
+    union = {key: (adapter, extra) for adapter in reversed(adapters) for key, extra in adapter.extras.items()}
+    for key, (owner, extra) in sorted(union.items()):
+        for other in adapters:
+            twin = other.extras.get(key)
+            if twin is None:
+                if not is_base_copy(key):
+                    raise AdapterError(
+                        f"{owner.name} has {key} but {other.name} has not; such tensors cannot be merged"
+                    )
+            elif (twin.shape, twin.dtype) != (extra.shape, extra.dtype):
+                raise AdapterError(
+                    f"{key} differs: {owner.name} has {list(extra.shape)} {short_name(extra.dtype)}, "
+                    f"{other.name} has {list(twin.shape)} {short_name(twin.dtype)}; such tensors cannot be merged"
+                )
+            elif twin is not extra and not _same_bytes(twin.read(), extra.read()):
+                raise AdapterError(
+                    f"{key} differs between {owner.name} and {other.name}; such tensors cannot be merged"
+                )
+    if any(key.endswith(TOKENS) for key in union):
+        for other in adapters[1:]:
+            if other.config.get("trainable_token_indices") != adapters[0].config.get("trainable_token_indices"):
+                raise AdapterError(f"trainable_token_indices differ between {adapters[0].name} and {other.name}")
+    return {key: extra for key, (_, extra) in sorted(union.items())}
+
+
+def saves(target: str, key: str) -> bool:
+    """Whether an entry of ``modules_to_save`` names the layer that ``key`` is in; PEFT compares the ends of names."""
+    parts = key[len(KEY_PREFIX) :].split(".")
+    return any(".".join(parts[:end]).endswith(target) for end in range(1, len(parts)))
+
+
+def is_base_copy(key: str) -> bool:
+    return key.endswith((".base_layer.weight", ".base_layer.bias"))
+
+
+def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
+
+
+def short_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,46 @@
+"""Opens adapters of every supported layout."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from merge_engine.errors import AdapterError
+from merge_engine.files.locate import find
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter
+from merge_engine.formats.peft import describe, open_weights, sort_tensors
+from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
+
+# What is fetched from the hub beside the weights: config.json, if there is one, tells a full model from an adapter
+# without downloading it, and the tokenizer's files tell which tokens were added.
+_FILES = (ADAPTER_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+
+
+def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
+    """Open a PEFT LoRA adapter from a local folder or from the hub, reading headers only.
+
+    Args:
+        source: a folder, or a hub id ``user/repo``; a folder of that name wins.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        AdapterError: it is missing or damaged, is no LoRA, or is a variant whose effect is not ``s * B @ A``.
+    """
+    name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*",), AdapterError)
+    config = read_config(path, name)
+    factors, extras = sort_tensors(open_weights(path, name), config, name)
+    resolve = rank_and_scaling(config, name)
+    modules = {module: describe(name, module, factors[module], *resolve(module)) for module in sorted(factors)}
+    pairs = {module: (factors[module]["A"], factors[module]["B"]) for module in modules}
+    if not modules:
+        raise AdapterError(f"{name}: {path} holds no LoRA tensors, wanted keys {KEY_PREFIX}<module>.lora_A.weight")
+    return Adapter(name, str(source), path, config, modules, extras, pairs)
+
+
+def open_adapters(sources: Iterable[str | Path | Adapter]) -> list[Adapter]:
+    """Each source as `open_adapter` opens it, in their order; one that is open already as it is.
+
+    Raises:
+        AdapterError: as `open_adapter` does, for the first that cannot be opened.
+    """
+    if isinstance(sources, str | Path):
+        raise AdapterError(f"adapters: wanted a list of folders or hub ids, got {str(sources)!r}")
+    return [source if isinstance(source, Adapter) else open_adapter(source) for source in sources]

@@ -1,0 +1,166 @@
+"""A merged adapter, written module by module into a folder that PEFT loads."""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_engine.errors import OutputError, writing
+from merge_engine.files.locate import is_hub_id
+from merge_engine.files.safetensors_writer import SafetensorsWriter
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Module, saves, shared_extras
+from merge_engine.formats.peft import WEIGHTS_FILE
+from merge_engine.formats.peft_config import ADAPTER_CONFIG
+from merge_engine.report.card import adapter_card
+from merge_engine.runtime.finite import finite
+from merge_engine.version import versions
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterWriter:
+    """Takes each module's factors in any order; ``finish`` completes the folder. For one thread.
+
+    The scaling of the result is 1 everywhere: the delta of a module is ``B @ A`` as given. The one rounding is the cast
+    to ``dtype``.
+
+    Args:
+        folder: an existing folder to write into.
+        adapters: what is merged; their common extras are copied.
+        modules: every module that will be added, with the shapes of any adapter that has it.
+        dtype: of the stored factors.
+
+    Raises:
+        AdapterError: the adapters' extras differ.
+        OutputError: the disk is full, the folder cannot be written, or a value does not fit ``dtype``.
+        ValueError: a module that was not planned, comes twice, or never came; factors of a wrong shape.
+    """
+
+    def __init__(
+        self, folder: Path, adapters: Sequence[Adapter], modules: Mapping[str, Module], dtype: torch.dtype
+    ) -> None:
+        self._folder = Path(folder)
+        self._adapters = list(adapters)
+        self._modules = dict(modules)
+        self._dtype = dtype
+        self._ranks: dict[str, int] = {}
+        self._extras = shared_extras(adapters)
+        keys = [key for module in self._modules.values() for key in _keys(module)]
+        self._weights = SafetensorsWriter(self._folder / WEIGHTS_FILE, [*keys, *self._extras])
+
+    def add(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Append one module: ``A [k, N]``, ``B [M, k]``, any float dtype; k may differ from module to module."""
+        module = self._modules.get(name)
+        if module is None:
+            raise ValueError(f"{name}: this module was not planned")
+        rank = a.shape[0]
+        if a.shape != (rank, module.columns) or b.shape != (module.rows, rank) or rank < 1:
+            raise ValueError(
+                f"{name}: factors are {list(a.shape)} and {list(b.shape)}, wanted "
+                f"[k, {module.columns}] and [{module.rows}, k]"
+            )
+        key_a, key_b = _keys(module)
+        self._weights.add(key_a, self._cast(a, key_a).reshape(rank, *module.a_shape[1:]))
+        self._weights.add(key_b, self._cast(b, key_b).reshape(module.rows, rank, *module.b_shape[2:]))
+        self._ranks[name] = rank
+
+    def _cast(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
+        cast = tensor.detach().to(self._dtype)
+        if self._dtype.itemsize < tensor.dtype.itemsize and not finite(cast):
+            raise OutputError(f"{key} reaches {tensor.abs().max().item():.3g}, which {self._dtype} does not hold")
+        return cast
+
+    def finish(self, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Complete the weights and write configuration, model card and report.
+
+        Args:
+            recipe: what was asked for; plain values, as in JSON.
+            report: what came of it; ``report["modules"][name]`` gains the module's rank.
+        """
+        for key, extra in self._extras.items():
+            self._weights.add(key, extra.read())
+        self._weights.close()
+        config = adapter_config(self._adapters, self._ranks, list(self._extras))
+        modules = report.get("modules", {})
+        full_report = {
+            **report,
+            "recipe": dict(recipe),
+            "versions": versions(),
+            "modules": {name: {"rank": rank, **modules.get(name, {})} for name, rank in sorted(self._ranks.items())},
+        }
+        self._write(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
+        self._write("merge_report.json", json.dumps(full_report, indent=2))
+        sources = [adapter.source for adapter in self._adapters]
+        weights = recipe.get("weights")
+        if not isinstance(weights, Sequence) or len(weights) != len(sources):
+            weights = [""] * len(sources)
+        base = config["base_model_name_or_path"]
+        on_hub = bool(base) and is_hub_id(base)
+        self._write("README.md", adapter_card(sources, weights, recipe, base, on_hub))
+
+    def _write(self, name: str, text: str) -> None:
+        with writing(self._folder / name):
+            (self._folder / name).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+    def abandon(self) -> None:
+        """Close the weights unfinished; the folder is its owner's to delete."""
+        self._weights.abandon()
+
+
+def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras: Sequence[str] = ()) -> dict[str, Any]:
+    """The ``adapter_config.json`` of a merged adapter in which every module has scaling 1.
+
+    Args:
+        adapters: what was merged.
+        ranks: the rank of each merged module, by name.
+        extras: keys of the tensors that are carried beside the factors.
+    """
+    ((rank, _),) = Counter(ranks.values()).most_common(1)
+    # PEFT looks for a pattern at the end of a module's name; anchored at both ends, each names these modules only.
+    patterns = {
+        "^(" + "|".join(re.escape(name) for name in sorted(ranks) if ranks[name] == other) + ")": other
+        for other in sorted(set(ranks.values()) - {rank})
+    }
+    saved = sorted({str(target) for adapter in adapters for target in adapter.config.get("modules_to_save") or ()})
+    saved = [target for target in saved if any(saves(target, key) for key in extras)]
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": next((adapter.base_model for adapter in adapters if adapter.base_model), None),
+        **{key: _agreed(adapters, key) for key in ("revision", "task_type", "auto_mapping")},
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": patterns,
+        "alpha_pattern": patterns,
+        "target_modules": sorted(ranks),
+        # PEFT itself sets this right for Linear and Conv1D, with a warning, wherever it is wrong.
+        "fan_in_fan_out": any(adapter.config.get("fan_in_fan_out") for adapter in adapters),
+        "modules_to_save": saved or None,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+    if any(key.endswith("trainable_tokens_delta") for key in extras):
+        config["trainable_token_indices"] = adapters[0].config.get("trainable_token_indices")
+    return config
+
+
+def _keys(module: Module) -> tuple[str, str]:
+    stem = f"{KEY_PREFIX}{module.name}."
+    if module.kind == "embedding":
+        return f"{stem}lora_embedding_A", f"{stem}lora_embedding_B"
+    return f"{stem}lora_A.weight", f"{stem}lora_B.weight"
+
+
+def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
+    values = [adapter.config.get(key) for adapter in adapters]
+    return values[0] if all(value == values[0] for value in values) else None

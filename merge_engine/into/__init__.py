@@ -1,0 +1,1 @@
+"""Merges into a base model, and of full models."""

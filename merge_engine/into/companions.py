@@ -1,0 +1,111 @@
+"""What a full model's folder holds beside its weights: configuration, tokenizer, model card and report."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from merge_engine.engine.plan import Plan
+from merge_engine.errors import writing
+from merge_engine.files.locate import is_hub_id
+from merge_engine.files.shards import INDEX_FILE, Layout
+from merge_engine.formats.checkpoint import MODEL_CONFIG, Checkpoint
+from merge_engine.models.vocabulary import TOKENIZER_FILE, Union
+from merge_engine.report.card import full_model_card
+from merge_engine.version import versions
+
+
+def write_companions(
+    folder: Path, base: Checkpoint, plan: Plan, layout: Layout, backend: str, union: Union | None = None
+) -> None:
+    """Copy what belongs to the base, and write index, config.json, README.md and merge_report.json.
+
+    union: the tokens of the output, if they are not just the base's: tokenizer and config.json tell of them.
+    """
+    for name, file in base.companions().items():
+        with writing(folder / name):
+            (folder / name).parent.mkdir(exist_ok=True)
+            if union is not None and union.added and name in _WITH_TOKENS:
+                value = _WITH_TOKENS[name](json.loads(file.read_bytes()), union)
+                (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            else:
+                shutil.copyfile(file, folder / name)
+    recipe = plan.recipe.as_dict()
+    recipe["weights"] = list(plan.recipe.weights_for([source.name for source in plan.adapters]))
+    recipe["vocab"] = "base" if union is None else "union"
+    report: dict[str, Any] = {
+        "base": base.source,
+        "inputs": [source.source for source in plan.adapters],
+        "modules": len(plan.modules),
+        "backend": backend,
+        "recipe": recipe,
+        "versions": versions(),
+    }
+    added = {} if union is None else {token: entry["id"] for token, entry in union.added.items()}
+    if union is not None:
+        report["added_tokens"] = added
+    texts = {
+        MODEL_CONFIG: _config(base, plan.recipe.dtype, union),
+        INDEX_FILE: layout.index(),
+        "README.md": full_model_card(
+            report["inputs"], recipe["weights"], recipe, base.source, is_hub_id(base.source), added
+        ),
+        "merge_report.json": json.dumps(report, indent=2) + "\n",
+    }
+    for name, text in texts.items():
+        if text is not None:
+            with writing(folder / name):
+                (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _config(base: Checkpoint, dtype: str | None, union: Union | None) -> str:
+    """The base's own text, or with the dtype that was asked for and the rows that the union has."""
+    grows = union is not None and union.rows != union.base_rows
+    if dtype is None and not grows:
+        return (base.path / MODEL_CONFIG).read_text(encoding="utf-8")
+    config = dict(base.config)
+    if dtype is not None:
+        for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:
+            config[key] = dtype
+    if union is not None and grows:
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = _resized(config["text_config"], union)
+        config = _resized(config, union)
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _resized(config: dict[str, Any], union: Union) -> dict[str, Any]:
+    return config | ({"vocab_size": union.rows} if config.get("vocab_size") == union.base_rows else {})
+
+
+def _tokenizer(value: dict[str, Any], union: Union) -> dict[str, Any]:
+    """tokenizer.json: loaders number the added tokens in the order of their list, from the first free index."""
+    return {**value, "added_tokens": [*(value.get("added_tokens") or []), *union.added.values()]}
+
+
+def _tokenizer_config(value: dict[str, Any], union: Union) -> dict[str, Any]:
+    decoder = value.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        new = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in union.added.values()}
+        value = {**value, "added_tokens_decoder": decoder | new}
+    return _special_tokens(value, union)
+
+
+def _special_tokens(value: dict[str, Any], union: Union) -> dict[str, Any]:
+    """Special tokens without a role of their own, in the list that there is, by its newer name or its older one."""
+    key = "extra_special_tokens" if isinstance(value.get("extra_special_tokens"), list) else "additional_special_tokens"
+    new = [token for token, entry in union.added.items() if entry["special"]]
+    return {**value, key: [*(value.get(key) or []), *new]} if new else value
+
+
+def _added_tokens(value: dict[str, Any], union: Union) -> dict[str, Any]:
+    return value | {token: entry["id"] for token, entry in union.added.items()}
+
+
+_WITH_TOKENS: dict[str, Callable[[dict[str, Any], Union], dict[str, Any]]] = {
+    TOKENIZER_FILE: _tokenizer,
+    "tokenizer_config.json": _tokenizer_config,
+    "special_tokens_map.json": _special_tokens,
+    "added_tokens.json": _added_tokens,
+}

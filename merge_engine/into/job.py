@@ -1,0 +1,129 @@
+"""A merge into a base model, before anything is written: inputs, targets, and the layout of the output."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from merge_engine.engine.plan import Plan, make_plan
+from merge_engine.errors import MergeError, ModelError, RecipeError
+from merge_engine.files.locate import is_hub_id
+from merge_engine.files.shards import Layout, lay_out
+from merge_engine.files.weights import StoredTensor
+from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from merge_engine.formats.open import open_adapter
+from merge_engine.models.finetuned import Finetuned, added_rows, open_finetuned
+from merge_engine.models.saved import check_tokens, saved_tensors, saved_vocabulary
+from merge_engine.models.targets import Target, targets_of_adapters, targets_of_models
+from merge_engine.models.vocabulary import Union, unite
+from merge_engine.rules.recipe import DTYPES, Recipe
+
+Input = Adapter | Checkpoint
+
+
+@dataclass(frozen=True)
+class IntoJob:
+    """A plan bound to its base and to the layout of its output."""
+
+    base: Checkpoint
+    plan: Plan
+    targets: dict[str, Target]  # by module
+    saved: dict[str, StoredTensor]  # by key of the base: layers that adapters hold whole
+    layout: Layout
+    shard_size: int
+    union: Union | None = None  # of the vocabularies, where they are united
+
+    @cached_property
+    def module_of(self) -> dict[str, str]:
+        """The module that is merged into a key; twins of a key are written with it."""
+        names = {target.stored.key: name for name, target in self.targets.items()}
+        twins = {key: names[first] for key, first in self.base.twins.items() if first in names}
+        return names | twins
+
+    def source(self, key: str) -> StoredTensor:
+        """What is copied to a key that no module is merged into."""
+        return self.saved.get(key, self.base.tensors[key])
+
+    def pieces(self, key: str, merged: Tensor | None) -> Iterable[Tensor]:
+        """What is written to a key, in order: a copy, or the merged tensor, and behind it rows that the base lacks.
+
+        Rows of added tokens come into the merged tensor too, in place of the base's padding.
+        """
+        if merged is None:
+            return self.source(key).pieces()
+        if self.union is None or not self.union.added or key not in self.union.keys:
+            return [merged]
+        models = [source for source in self.plan.adapters if isinstance(source, Finetuned)]
+        added = added_rows(models, self.base.twins.get(key, key))
+        inside = self.union.base_rows - self.union.first
+        merged[self.union.first :][: len(added)] = added[:inside].to(merged.dtype)
+        return [merged, added[inside:]]
+
+    def keys_of(self, module: str) -> list[str]:
+        """The keys that a module is merged into: one, and its twins."""
+        key = self.targets[module].stored.key
+        return [key, *(twin for twin, first in self.base.twins.items() if first == key)]
+
+
+def open_input(source: str | Path) -> Input:
+    """An adapter if the folder has an adapter_config.json, else a full model."""
+    folder = Path(source).expanduser()
+    if not folder.exists() and not is_hub_id(str(source)):
+        wanted = "a folder with adapter_config.json or config.json, or a hub id user/repo"
+        raise ModelError(f"{source} does not exist, wanted {wanted}")
+    if not folder.exists():  # a hub id: what it holds says what it is
+        try:
+            return open_adapter(source)
+        except MergeError:
+            return open_checkpoint(source)
+    return open_adapter(source) if (folder / "adapter_config.json").is_file() else open_checkpoint(source)
+
+
+def make_job(
+    base: Checkpoint, inputs: Sequence[Input], recipe: Recipe, shard_size: int, vocab: str = "base"
+) -> IntoJob:
+    """Check that the inputs fit the base and the recipe, and say where every tensor of the output goes."""
+    if vocab not in ("base", "union"):
+        raise RecipeError(f"vocab: wanted base or union, got {vocab!r}")
+    adapters = [each for each in inputs if isinstance(each, Adapter)]
+    held = {}  # of adapters, as models of their own
+    if vocab == "union":
+        held = {each: model for each in adapters if (model := saved_vocabulary(base, each)) is not None}
+    found = [each if isinstance(each, Checkpoint) else held.get(each) for each in inputs]
+    models = [model for model in found if model is not None]
+    if recipe.rank != "auto" or recipe.energy is not None:
+        raise RecipeError("rank: a merge into a base model is not cut to a rank; wanted neither rank nor energy")
+    if models and (recipe.space == "factors" or recipe.method == "cat"):
+        what = "is a full model" if models[0] in inputs else "holds its vocabulary whole"
+        raise RecipeError(f"space: {models[0].name} {what} and has no factors; wanted space='delta', not cat")
+    if recipe.method == "cat":  # stacked factors multiply out to the sum of the deltas
+        recipe = replace(recipe, space="delta")
+    targets = targets_of_models(base, models, targets_of_adapters(base, adapters))
+    described = {name: module for adapter in adapters for name, module in adapter.modules.items()}
+    union = unite(base, models) if vocab == "union" else None
+
+    def bind(each: Input) -> Adapter | Finetuned:
+        if isinstance(each, Checkpoint):
+            return open_finetuned(each, base, targets, described, union)
+        return open_finetuned(held[each], base, targets, described, union, each) if each in held else each
+
+    bound = [bind(each) for each in inputs]
+    plain = [each for each in adapters if each not in held]
+    if union is not None:
+        check_tokens(base, plain, targets, union)
+    saved = saved_tensors(base, plain)
+    plan = make_plan(bound, recipe)
+    for key in {target.stored.key for target in targets.values()} & saved.keys():
+        raise ModelError(f"{key} is both merged and saved whole by an adapter; such layers cannot be merged")
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else None
+    shapes = {
+        key: (
+            dtype if dtype and stored.dtype in FLOATS else stored.dtype,
+            (union.rows, *stored.shape[1:]) if union is not None and key in union.keys else stored.shape,
+        )
+        for key, stored in base.tensors.items()
+    }
+    return IntoJob(base, plan, targets, saved, lay_out(shapes, shard_size), shard_size, union)

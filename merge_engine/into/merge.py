@@ -1,0 +1,163 @@
+"""Merges into a full model: base + scale * merged, streamed tensor by tensor from disk to disk.
+
+The inputs are adapters, whose deltas are never stored, or full models, whose tasks are finetuned - base. Each tensor of
+the base is read once, merged in float32, rounded once and written to its place in the shards; what no input touches is
+copied byte for byte. Reading, merging and writing overlap. A journal makes an interrupted run go on.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.choose import choose
+from merge_engine.engine.plan import Plan
+from merge_engine.errors import MergeError, OutputError, writing
+from merge_engine.files.folder import check_target, place_folder, sync, wipe, working_folder
+from merge_engine.files.journal import remove_journal
+from merge_engine.files.shards import SHARD_SIZE
+from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.checkpoint import Checkpoint, open_checkpoint
+from merge_engine.formats.open import open_adapters
+from merge_engine.into.companions import write_companions
+from merge_engine.into.job import Input, IntoJob, make_job, open_input
+from merge_engine.into.resume import take_up
+from merge_engine.into.write import estimate, write_tensors
+from merge_engine.rules.recipe import Recipe
+from merge_engine.runtime.memory import parse_size
+from merge_engine.runtime.processes import join
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """A merged full model: where it is (None after a dry run), its size, and what became of its tensors."""
+
+    plan: Plan
+    path: Path | None
+    nbytes: int
+    merged: int  # tensors
+    copied: int
+    resumed: int  # of these, found finished from an earlier run
+    seconds: float  # that it took, or is estimated to take
+    shards: dict[str, int]  # bytes by file
+
+
+def merge_into(
+    base: str | Path | Checkpoint,
+    adapters: Sequence[str | Path | Adapter],
+    output: str | Path,
+    *,
+    shard_size: int | str = SHARD_SIZE,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+    backend: str | None = None,
+    vocab: str = "base",
+    **recipe: Any,
+) -> MergedModel:
+    """base + scale * method(w_1 d_1, ..., w_n d_n): adapters merged into a full model, a folder for transformers.
+
+    base: a folder or hub id of a full model: sharded or single safetensors, or ``.bin`` files.
+    adapters: folders or hub ids of LoRA adapters trained on it.
+    output: the folder to write; it appears complete or not at all. What an interrupted run leaves beside it
+        (``.<name>.partial``) is taken up by the next run of the same merge, and refused by any other.
+    shard_size: of each weight file at most, as "5GB". dry_run: check and estimate, write nothing.
+    vocab: as in `merge_models`.
+    recipe: the fields of `Recipe`, without rank and energy; dtype is that of the output, None for the base's own.
+
+    Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError; all but a full disk
+    and unreadable files are found before anything is written.
+    """
+    return merge_models(
+        base,
+        open_adapters(adapters),
+        output,
+        shard_size=shard_size,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+        backend=backend,
+        vocab=vocab,
+        **recipe,
+    )
+
+
+def merge_models(
+    base: str | Path | Checkpoint,
+    models: Sequence[str | Path | Input],
+    output: str | Path,
+    *,
+    shard_size: int | str = SHARD_SIZE,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+    backend: str | None = None,
+    vocab: str = "base",
+    **recipe: Any,
+) -> MergedModel:
+    """base + scale * method(w_1 (m_1 - base), ...): full models merged with each other, each tensor a task tensor.
+
+    models: folders or hub ids of full models fine-tuned from the base, and of adapters on it, in any mixture.
+    vocab: whose tokens the output has: the "base"'s, which every model has to share, or the "union" of all. In a union
+        rows of embedding and head are aligned by the strings of their tokens, as tokenizer.json has them. The base's
+        tokens keep their indices, and merge as everything does; a model that lacks one counts as unchanged there.
+        Others come behind them in order of first appearance, each with the mean of its rows in the models that have it.
+        An adapter that holds embedding and head whole, as PEFT saves them with added tokens, is a model in these.
+    Other arguments, result and errors as in `merge_into`.
+    """
+    asked = Recipe.from_mapping(recipe)
+    size = parse_size(shard_size)
+    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    inputs = [model if isinstance(model, Adapter | Checkpoint) else open_input(model) for model in models]
+    job = make_job(opened, inputs, asked, size, vocab)
+    return run(job, Path(output), backend=choose(backend), overwrite=overwrite, dry_run=dry_run, progress=progress)
+
+
+def run(
+    job: IntoJob,
+    output: Path,
+    *,
+    backend: Backend,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool | None = None,
+) -> MergedModel:
+    """Carry out a job: see `merge_into`."""
+    start = time.perf_counter()
+    touched = len(job.module_of)
+    result = MergedModel(
+        job.plan, None, job.layout.nbytes, touched, len(job.layout.slots) - touched, 0, 0.0, job.layout.sizes
+    )
+    inputs = [job.base.path, *job.plan.inputs]
+    if dry_run:
+        with writing(output):
+            check_target(output, overwrite, inputs)
+        return replace(result, seconds=estimate(job, backend))
+    ranks = join()
+    place: AbstractContextManager[Path] = nullcontext(working_folder(output))
+    if ranks.rank == 0:
+        place = place_folder(output, overwrite, resume=True, inputs=inputs)
+    with place as folder:
+        if ranks.rank == 0:
+            take_up(job, output, folder, backend)
+        ranks.wait()
+        try:
+            resumed = write_tensors(job, folder, backend, ranks, progress)
+        except MergeError as error:
+            if not isinstance(error, OutputError):
+                wipe(folder)  # a mistake in the inputs: there is nothing to go on with
+            raise
+        ranks.wait()
+        if ranks.rank == 0:
+            write_companions(folder, job.base, job.plan, job.layout, backend.name, job.union)
+            with writing(output):
+                sync(folder)  # which takes a while, in which a kill leaves the journal to go on from
+            remove_journal(folder)
+    ranks.wait()
+    return replace(result, path=output, resumed=resumed, seconds=time.perf_counter() - start)

@@ -1,0 +1,171 @@
+"""Writes the tensors of a merged model: each is read once, merged in float32, rounded once and put to its place."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_128
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.plan import ModulePlan
+from merge_engine.engine.prepare import Preparation, names_of, prepare, work_of
+from merge_engine.errors import ModelError, about
+from merge_engine.files.journal import Journal
+from merge_engine.files.safetensors_writer import tensor_bytes
+from merge_engine.files.shards import ShardFiles, Slot
+from merge_engine.into.job import IntoJob
+from merge_engine.into.resume import finished_keys
+from merge_engine.models.finetuned import Finetuned, read_finite
+from merge_engine.runtime.finite import finite
+from merge_engine.runtime.processes import Ranks
+from merge_engine.runtime.threads import ahead
+
+
+class Item(NamedTuple):
+    """A tensor on its way to the disk: merged, or to be copied."""
+
+    keys: list[str]
+    merged: Tensor | None
+    cost: int  # elements, as the progress bar counts them
+
+
+def write_tensors(job: IntoJob, folder: Path, backend: Backend, ranks: Ranks, progress: bool | None) -> int:
+    """Write those of this rank's tensors that no earlier run has finished; how many of the model's were finished."""
+    from tqdm import tqdm
+
+    files = ShardFiles(folder, job.layout)
+    try:
+        with Journal(folder, ranks.rank) as journal:
+            done = finished_keys(job, files, folder)
+            ranks.wait()  # every rank has read the journal before one adds to it
+            keys = list(job.layout.slots)
+            keys = [keys[i] for i in ranks.share(_costs(job, keys))]
+            plan = replace(job.plan, ranks=ranks, share=_share(job, keys))
+            shown = None if progress is None and ranks.rank == 0 else not progress or ranks.rank > 0
+            with tqdm(total=work_of(plan), unit="element", unit_scale=True, disable=shown) as bar:
+                ready = prepare(plan, backend, bar.update)
+                items = _items(replace(job, plan=plan), keys, done, backend, ready)
+                for cost in ahead(lambda item: _write(job, files, journal, item), items):
+                    bar.update(cost)
+    finally:
+        files.close()
+    return len(done)
+
+
+def _items(job: IntoJob, keys: Sequence[str], done: set[str], backend: Backend, ready: Preparation) -> Iterator[Item]:
+    """Everything that is to be written: merged modules, and between them what is copied, as the base has them."""
+    groups = [
+        group
+        for group in backend.groups(job.plan)
+        if not all(done.issuperset(job.keys_of(module.name)) for module in group)
+    ]
+    copies = [key for key in keys if key not in job.module_of and key not in done]
+    for number, (group, bases, packed) in enumerate(ahead(lambda group: _load(job, backend, group), groups), 1):
+        with about(names_of(group)):
+            merged = _merge(job, backend, group, bases, packed, ready)
+        for module, tensor in zip(group, merged, strict=True):
+            yield Item(job.keys_of(module.name), job.targets[module.name].tensor(tensor.cpu()), module.cost)
+        yield from (Item([key], None, 0) for key in copies[number - 1 :: len(groups)])
+    if not groups:
+        yield from (Item([key], None, 0) for key in copies)
+
+
+def _load(
+    job: IntoJob, backend: Backend, group: Sequence[ModulePlan]
+) -> tuple[Sequence[ModulePlan], list[Tensor], dict[str, Any]]:
+    """A group with its base tensors as [M, N], and its tasks packed by side."""
+    mixed = any(isinstance(source, Finetuned) for source in job.plan.adapters)
+    bases = []
+    for module in group:
+        target = job.targets[module.name]
+        stored = target.stored
+        bases.append(target.matrix(read_finite(stored, job.base.name) if mixed else stored.read()))
+    tasks = [job.plan.read(module, base) for module, base in zip(group, bases, strict=True)]
+    return group, bases, {side: backend.pack(job.plan, group, tasks, side) for side in job.plan.sides}
+
+
+def _merge(
+    job: IntoJob,
+    backend: Backend,
+    group: Sequence[ModulePlan],
+    bases: Sequence[Tensor],
+    packed: dict[str, Any],
+    ready: Preparation,
+) -> list[Tensor]:
+    """base + merged of every module of a group, in the output's dtype, or float32 where its modules differ in that."""
+    plan = job.plan
+    dtypes = {job.layout.slots[job.targets[module.name].stored.key].dtype for module in group}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # rounded by the writer then
+
+    def merge(side: str, scale: float, **onto: Any) -> list[Tensor]:
+        return backend.merge(ready.group(plan, group, side, packed[side]), scale=scale, **onto)
+
+    if plan.recipe.space == "delta":
+        return merge("delta", plan.recipe.scale, base=bases, dtype=dtype)
+    pairs = zip(merge("A", 1.0), merge("B", plan.recipe.scale), bases, strict=True)
+    return [backend.add_product(A, B, base, dtype) for A, B, base in pairs]
+
+
+def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int:
+    """Put a tensor to its places and say so in the journal; its cost."""
+    for key in item.keys:
+        slot, position, digest = job.layout.slots[key], 0, xxh3_128()
+        for piece in job.pieces(key, item.merged):
+            same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
+            data = tensor_bytes(piece if same else _cast(piece, slot, merged=item.merged is not None))
+            digest.update(data)
+            files.write(slot, position, data)
+            position += data.nbytes
+        journal.finished(key, digest.hexdigest())
+    return item.cost
+
+
+def _cast(tensor: Tensor, slot: Slot, *, merged: bool) -> Tensor:
+    """The tensor in its place's dtype; raises ModelError where a value does not fit, or what is merged is no number."""
+    cast = tensor.to(slot.dtype)
+    if (merged or slot.dtype == torch.float16) and not finite(cast):
+        name, largest = str(slot.dtype).removeprefix("torch."), torch.finfo(slot.dtype).max
+        wanted = "another dtype, or smaller weights"
+        raise ModelError(f"{slot.key} has a value beyond {largest:.5g}, the largest of {name}, or NaN; wanted {wanted}")
+    return cast
+
+
+def _share(job: IntoJob, keys: Sequence[str]) -> frozenset[str]:
+    """The modules that are merged into these keys; that of twins goes with the first of them."""
+    mine = set(keys)
+    return frozenset(name for name, target in job.targets.items() if target.stored.key in mine)
+
+
+def _costs(job: IntoJob, keys: Sequence[str]) -> list[int]:
+    """What each tensor takes, in elements of one task tensor: four bytes are written in the time of one of these.
+
+    That of twins goes with the first of them, as in `_share`.
+    """
+    costs = dict.fromkeys(keys, 1)
+    for module in job.plan.modules:
+        costs[job.targets[module.name].stored.key] += module.cost
+    for key in keys:
+        writer = job.targets[job.module_of[key]].stored.key if key in job.module_of else key
+        costs[writer] += job.layout.slots[key].nbytes // 4
+    return list(costs.values())
+
+
+def estimate(job: IntoJob, backend: Backend) -> float:
+    """Seconds that the job would take, from merging its module of middle size, and writing at 1 GB/s."""
+    seconds = job.layout.nbytes / 1e9
+    modules = sorted(job.plan.modules, key=lambda module: module.cost)
+    if modules:
+        one = replace(job.plan, share=frozenset([modules[len(modules) // 2].name]))
+        rule = replace(one.rule, scope="tensor", majority=False)
+        sample = replace(job, plan=replace(one, rule=rule))
+        ready = Preparation({side: {} for side in one.sides}, dict.fromkeys(one.sides, 1))
+        for _ in range(2):  # the first time also loads what computes
+            start = time.perf_counter()
+            for _ in _items(sample, [], set(), backend, ready):
+                pass
+        seconds += (time.perf_counter() - start) * work_of(job.plan) / work_of(sample.plan)
+    return seconds

@@ -1,0 +1,56 @@
+"""How the loops are compiled by Numba, for this CPU and kept on disk.
+
+Numba's cache does not see a change in a helper that lies in another file: a loop and its helpers are in one file, and
+whoever changes this one clears the caches (`__pycache__` beside it).
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+F0, F1 = np.float32(0), np.float32(1)
+
+
+def _kept_on_disk() -> bool:
+    """Whether machine code can be kept beside this file or in the user's cache."""
+    try:
+        numba.njit(cache=True)(_kept_on_disk)
+    except RuntimeError:  # no place for it
+        return False
+    return True
+
+
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+part = numba.njit(**OPTIONS)  # of a loop; its machine code is kept with that of its caller
+
+
+def compiled(*signatures: Any) -> Any:
+    """Compiled when this module is imported, for these types only, and always in this order.
+
+    Numba numbers the files of its cache as they come: in any other order, processes that fill it at once could take
+    each other's.
+    """
+    return numba.njit(list(signatures), cache=_CACHE, **OPTIONS)
+
+
+_CACHE = _kept_on_disk()
+flag, u32, i64, u64 = numba.boolean, numba.uint32, numba.int64, numba.uint64
+f32, f64 = numba.float32, numba.float64
+
+
+@intrinsic
+def wide(context):
+    """Let the loops of the function that calls this have vectors of 512 bits where the CPU has them.
+
+    On Intel's CPUs LLVM takes 256 bits of its own accord. With 512 `passes` take 1.3 to 1.5 times less time there, a
+    merge 1.2 times, and selection the same.
+    """
+
+    def generate(context, builder, signature, arguments):
+        set.add(builder.function.attributes, '"prefer-vector-width"="512"')  # its own `add` refuses what has a value
+        return context.get_dummy_value()
+
+    return types.void(), generate

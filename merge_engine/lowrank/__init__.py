@@ -1,0 +1,1 @@
+"""Thin matrices and small cores: sums of products, cuts to a rank."""

@@ -1,0 +1,65 @@
+"""Passes over a large matrix: its norm, its products with a few vectors, and whether all of it are numbers.
+
+By compiled loops where Numba is installed, on a CPU with one thread; else by torch's operators. BLAS is made for square
+blocks: with sixteen vectors it computes at less than half of its best rate. The loops keep the sums of several rows and
+vectors in registers, and read the matrix once for every four vectors, mostly from a cache.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from merge_engine.loops import door
+
+_MOST = 64  # vectors that are multiplied with columns by loops: the sums of more leave the L2 cache
+_LONGEST = 1 << 21  # elements of vectors that are multiplied with rows by loops: they are read for every six rows
+
+
+def times(block: Tensor, matrix: Tensor) -> Tensor:
+    """block [p, N] @ matrix.T in float64: matrix is float32 [M, N], block of any float dtype.
+
+    Sums are in float32, and on a GPU in float64.
+    Off by some 2**-21 of |block| |matrix| for N of some thousands, as BLAS is.
+    """
+    if matrix.is_cuda:
+        return _in_float64(block, matrix)
+    narrow, loops = block.float(), _loops(matrix)
+    if loops is None:
+        return (narrow @ matrix.T).double()
+    vectors = torch.nn.functional.pad(narrow, (0, 0, 0, -len(narrow) % 4)).contiguous()  # in fours
+    if matrix.is_contiguous() and len(matrix) >= loops.DOTS and vectors.numel() <= _LONGEST:
+        out = torch.empty(len(vectors), len(matrix), dtype=torch.float64)
+        loops.times_rows(vectors.numpy(), matrix.numpy(), out.numpy())
+    elif matrix.T.is_contiguous() and len(vectors) <= _MOST:
+        columns = matrix.T
+        even = len(columns) // loops.SUMS * loops.SUMS
+        out = torch.empty(len(vectors), len(matrix), dtype=torch.float64)
+        part = torch.empty(out.shape, dtype=torch.float32)
+        loops.times_columns(vectors[:, :even].contiguous().numpy(), columns[:even].numpy(), part.numpy(), out.numpy())
+        out += vectors[:, even:] @ columns[even:]
+    else:
+        return (narrow @ matrix.T).double()
+    return out[: len(narrow)]
+
+
+def _in_float64(block: Tensor, matrix: Tensor) -> Tensor:
+    """The same, some rows at a time: in float32 a GPU multiplies with 10 bits wherever a program allows TF32."""
+    wide = block.double()
+    return torch.cat([wide @ rows.double().T for rows in matrix.split(512)], dim=1)
+
+
+def squared_norm(matrix: Tensor) -> float:
+    """|D|_F^2 of a float32 matrix, summed in float64."""
+    if (loops := _loops(matrix)) and matrix.is_contiguous():
+        return float(loops.squared_norm(matrix.flatten().numpy()))
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for rows in matrix.split(max(1, 2**17 // matrix.shape[1])):
+        wide = rows.double().flatten()
+        total += wide.dot(wide)
+    return float(total)
+
+
+def _loops(matrix: Tensor) -> ModuleType | None:
+    loops = door.loops()
+    return loops.matrix if loops and matrix.device.type == "cpu" and torch.get_num_threads() == 1 else None

@@ -1,0 +1,98 @@
+"""Sums of products B_i A_i: stacked factors, decomposed once, cut to a rank for any weights."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from merge_engine.lowrank.core import LowRank, check_request, completed, leading, rounded, unfolded, upper
+from merge_engine.runtime.finite import finite
+
+# A singular value of less than this share of what its products sum up to comes with rounding of a share of 2**-33.
+_CANCELLED = 2.0**-20
+
+
+def from_products(
+    As: Sequence[Tensor], Bs: Sequence[Tensor], weights: Sequence[float], rank: int, energy: float | None = None
+) -> LowRank:
+    """B A = the best approximation of rank k of D = sum_i w_i B_i A_i, by QR of the stacked factors and a small SVD.
+
+    ``As[i]`` is [r_i, N] and ``Bs[i]`` [M, r_i], of any floating dtype, on one device; the ranks r_i may differ, and
+    weights be zero or negative. k = min(rank, M, N, sum r_i), since further rows could only be zero; with ``energy`` in
+    (0, 1], the smallest k up to that which keeps this share of |D|_F^2, or that number where none does.
+
+    In float64, rounded once: |B A - D_k|_F <= 2 * 2**-24 |D_k|_F, and what float64 loses, which shows only where
+    products cancel: singular values below 2**-51 max(sum r_i, 8) sum_i |w_i| |B_i|_F |A_i|_F count as zero.
+    Time O((M + N) (sum r_i)^2); no [M, N] matrix is made.
+
+    Raises ValueError for shapes, weights or a request that do not fit, and where a factor is not
+    finite or the result leaves float32.
+    """
+    return Stack(As, Bs).cut(weights, rank, energy)
+
+
+class Stack:
+    """Sums of products whose weights change: the stacked factors in float64, and of their QR the triangle.
+
+    ``sum_i w_i B_i A_i = Q_B (R_B W R_A^T) Q_A^T`` with ``X_B = [B_1 ... B_n] = Q_B R_B`` and
+    ``X_A = [A_1^T ... A_n^T] = Q_A R_A``. Weights act on the core ``R_B W R_A^T = U S V^T`` alone, and no Q is needed:
+    ``B = Q_B U S = X_B (W R_A^T V)`` and ``A^T = Q_A V = X_A (W R_B^T U / S)``.
+    ``As[i]`` [r_i, N], ``Bs[i]`` [M, r_i], of any float dtype, on one device.
+
+    Raises ValueError for shapes that do not fit, and where a factor is not finite.
+    """
+
+    def __init__(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> None:
+        if not len(As) == len(Bs) > 0:
+            raise ValueError(f"got {len(As)} A and {len(Bs)} B, wanted equally many, at least one")
+        for i, (A, B) in enumerate(zip(As, Bs, strict=True)):
+            if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+                raise ValueError(f"A[{i}] is {list(A.shape)} and B[{i}] is {list(B.shape)}, wanted [r, N] and [M, r]")
+            if (B.shape[0], A.shape[1]) != (Bs[0].shape[0], As[0].shape[1]):
+                wanted = [Bs[0].shape[0], As[0].shape[1]]
+                raise ValueError(f"B[{i}] @ A[{i}] is {[B.shape[0], A.shape[1]]}, wanted {wanted} as of the first")
+        self.ranks = [len(A) for A in As]
+        self._left, self._right = _stacked([B.T for B in Bs]), _stacked(As)
+        self._norms = torch.linalg.vector_norm(self._left, dim=1) * torch.linalg.vector_norm(self._right, dim=1)
+        if not finite(self._norms):
+            raise ValueError("a factor is not finite")
+        self._upper_left, self._upper_right = (upper(torch.geqrf(side.T)) for side in (self._left, self._right))
+
+    @property
+    def nbytes(self) -> int:
+        parts = self._left, self._right, self._upper_left, self._upper_right, self._norms
+        return sum(part.numel() * part.itemsize for part in parts)
+
+    def cut(self, weights: Sequence[float], rank: int, energy: float | None = None) -> LowRank:
+        """B A = the best approximation of rank k of ``sum_i w_i B_i A_i``, in O(r^3 + r k (M + N)).
+
+        k = min(rank, M, N, sum r_i), or the smallest up to that which keeps ``energy`` of the squared norm. Singular
+        values below 2**-51 max(sum r_i, 8) sum_i |w_i| |B_i|_F |A_i|_F count as zero.
+        Raises ValueError for weights or a request that do not fit, and where the result leaves float32.
+        """
+        if len(weights) != len(self.ranks):
+            raise ValueError(f"got {len(weights)} weights, wanted {len(self.ranks)}")
+        check_request(rank, energy)
+        columns = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(self.ranks))
+        columns = columns.to(self._norms.device)
+        scale = float((columns.abs() * self._norms).sum())
+        if not math.isfinite(scale):
+            raise ValueError("a weight is not finite")
+        noise = 2 * max(len(columns), 8) * torch.finfo(columns.dtype).eps * scale
+        core = leading((self._upper_left * columns) @ self._upper_right.T, rank, energy, noise=noise)
+        found, k = int((core.s > 0).sum()), len(core.s)
+        u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
+        if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) has lost too much to be divided by S
+            return unfolded(core, torch.geqrf(self._left.T), torch.geqrf(self._right.T))
+        B = (vh @ self._upper_right * columns) @ self._left
+        A = ((u / s).T @ self._upper_left * columns) @ self._right
+        return rounded(completed(A, k), torch.nn.functional.pad(B, (0, 0, 0, k - found)).T, core)
+
+
+def _stacked(blocks: Sequence[Tensor]) -> Tensor:
+    """[X_1; ...; X_n], X_i [r_i, n], in float64."""
+    stacked = torch.cat([block.double() for block in blocks])
+    if 0 in stacked.shape:
+        raise ValueError(f"the stacked factors are {list(stacked.shape)}, wanted no empty side")
+    return stacked

@@ -1,0 +1,1 @@
+"""Many merges over the same adapters."""

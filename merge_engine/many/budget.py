@@ -1,0 +1,58 @@
+"""How a memory budget is shared out."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.cut import MAX_RECOMPRESSIONS, cutting_bytes, factor_bytes, matrix_bytes
+from merge_engine.engine.plan import Plan
+from merge_engine.errors import RecipeError
+from merge_engine.runtime.memory import parse_size
+
+# Bytes of a process that has imported torch, triton and Numba and merged something small, some 450 MB, and of what
+# allocators keep.
+OWN = 544 << 20
+
+
+class Room(NamedTuple):
+    """A memory budget, shared out."""
+
+    together: int  # merged matrices of one module that are made at once
+    workers: int  # that cut them
+    cache: int  # bytes
+
+
+def room(plans: Sequence[Plan], backend: Backend, memory: int, *, in_memory: bool) -> Room:
+    """How ``memory`` bytes are shared out for one pass of these plans; in_memory: where their results stay.
+
+    Raises RecipeError where not even one matrix at a time fits, saying how much would do.
+    """
+    pairs = [(plan, module) for plan in plans for module in plan.modules]
+    matrix = max(matrix_bytes(plan, module) for plan, module in pairs)
+    cutting = max(cutting_bytes(plan, module) for plan, module in pairs)
+    factors = 4 * max(factor_bytes(plan, module) for plan, module in pairs)
+    adapters = max(len(module.adapters) for _, module in pairs)
+    working = backend.working_bytes(adapters)
+    another = matrix + backend.working_bytes(adapters, 2) - working  # that one more result at a time takes
+    results = sum(map(result_bytes, plans)) if in_memory else 0
+    fixed = OWN + results + factors + working
+    for workers in range(min(torch.get_num_threads(), MAX_RECOMPRESSIONS), 0, -1):
+        free = memory - fixed - workers * cutting - (workers + 2) * matrix
+        if free >= 0:
+            more = min(len(plans) - 1, free // (2 * another))
+            return Room(1 + more, workers, free - more * another)
+    raise RecipeError(f"memory: wanted at least {(memory - free) / 1e9:.2f}GB for this merge, got {memory / 1e9:.2f}GB")
+
+
+def result_bytes(plan: Plan) -> int:
+    """Bytes of a plan's result in memory, at most."""
+    return sum(4 * module.rank * (module.rows + module.columns) for module in plan.modules)
+
+
+def parse_memory(memory: int | str) -> int:
+    try:
+        return parse_size(memory)
+    except RecipeError:
+        raise RecipeError(f"memory: wanted a size as 4GB or 500MB, got {memory!r}") from None

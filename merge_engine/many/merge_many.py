@@ -1,0 +1,211 @@
+"""Many merges of the same adapters: a grid of recipes, in as few passes over the modules as memory allows."""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.choose import choose
+from merge_engine.engine.output import Merged, output_bytes, output_of
+from merge_engine.engine.plan import Plan
+from merge_engine.engine.prepare import work_of
+from merge_engine.errors import MergeError, OutputError, RecipeError
+from merge_engine.files.folder import check_space
+from merge_engine.formats.adapter import Adapter
+from merge_engine.many.budget import OWN, result_bytes, room
+from merge_engine.many.one_pass import FinishedOrError, merged_modules
+from merge_engine.many.pool import Pool, RecipeLike
+
+MOST_TOGETHER = 64  # recipes in one pass: what an interrupted sweep loses at most
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What takes the place of a result that could not be made, or written."""
+
+    index: int
+    name: str
+    error: Exception
+
+
+@dataclass(frozen=True)
+class BoundRecipe:
+    """One recipe, bound to its adapters and to its folder."""
+
+    index: int
+    name: str
+    plan: Plan
+    path: Path | None
+
+
+def merge_many(
+    adapters: Sequence[str | Path | Adapter],
+    recipes: Sequence[RecipeLike],
+    output_dir: str | Path | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    memory: int | str = "4GB",
+    overwrite: bool = False,
+    progress: bool | None = None,
+    backend: str | None = None,
+) -> Iterator[Merged | Failed]:
+    """The results of all recipes, in their order, each with the bits that `engine.merge` gives it alone.
+
+    adapters: folders, hub ids, or opened adapters, each of which is read once.
+    recipes: `Recipe` objects, or mappings of its fields and optionally adapters: which of them, by number or name, in
+        that order. They may differ in everything.
+    output_dir: where each result gets a folder of its own, which appears complete or not at all; None keeps results in
+        memory. names: of the folders, "000", "001" and so on by default.
+    memory: what this process may hold, as "4GB" or in bytes; results that are still to be taken count, those that were
+        taken do not.
+    overwrite, progress, backend: as in `engine.merge`.
+
+    Recipes that share work are merged in one pass over the modules, up to 64 at once, and their results come when the
+    pass ends. One that goes wrong on the way comes as `Failed`, and the others go on. Raises MergeError, saying which
+    recipe, before anything is written.
+    """
+    pool = Pool(adapters, memory)
+    paths = _paths(len(recipes), output_dir, names, overwrite)
+    merges = [
+        BoundRecipe(index, name, _bound(pool, recipe, name), path)
+        for index, ((name, path), recipe) in enumerate(zip(paths, recipes, strict=True))
+    ]
+    if output_dir is not None:
+        _check_space(Path(output_dir), sum(output_bytes(merge.plan) for merge in merges))
+    passes = _passes(merges, pool)
+    chosen = choose(backend)
+    for part in passes:
+        room([merge.plan for merge in part], chosen, pool.memory, in_memory=output_dir is None)
+    return _results(passes, chosen, pool, overwrite, progress)
+
+
+def _results(
+    passes: Sequence[Sequence[BoundRecipe]], backend: Backend, pool: Pool, overwrite: bool, progress: bool | None
+) -> Iterator[Merged | Failed]:
+    from tqdm import tqdm
+
+    shown = None if progress is None else not progress
+    total = sum(work_of(merge.plan) for part in passes for merge in part)
+    with tqdm(total=total, unit="element", unit_scale=True, disable=shown) as bar:
+        for part in passes:
+            yield from _one_pass(part, backend, pool, overwrite, bar)
+
+
+def _one_pass(
+    merges: Sequence[BoundRecipe], backend: Backend, pool: Pool, overwrite: bool, bar: Any
+) -> Iterator[Merged | Failed]:
+    plans = [merge.plan for merge in merges]
+    shares = pool.begin(plans, backend, in_memory=merges[0].path is None)
+    makings = deque(_Making(merge, backend, overwrite) for merge in merges)
+    failed = {number for number, making in enumerate(makings) if making.error is not None}
+    try:
+        for number, module, outcome in merged_modules(plans, backend, pool, shares, failed):
+            if not makings[number].take(module.name, outcome):
+                failed.add(number)
+            bar.update(module.cost)
+        for making in makings:
+            making.finish()
+    except BaseException as error:
+        for making in reversed(makings):  # the first made the folder that they are all in
+            making.fail(error)
+        raise
+    while makings:
+        yield makings.popleft().result  # what was taken is the caller's alone
+
+
+class _Making:
+    """One result being made."""
+
+    def __init__(self, merge: BoundRecipe, backend: Backend, overwrite: bool) -> None:
+        self.merge = merge
+        self.error: BaseException | None = None
+        self._open = ExitStack()
+        try:
+            self._output = self._open.enter_context(output_of(merge.plan, backend, merge.path, overwrite))
+        except Exception as error:
+            self.error = error
+
+    def take(self, module: str, outcome: FinishedOrError) -> bool:
+        """One module's factors, or why there are none; whether all is well."""
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            self._output.add(module, outcome)
+        except Exception as error:
+            self.fail(error)
+        return self.error is None
+
+    def fail(self, error: BaseException) -> None:
+        """The folder vanishes; of several errors the first is told."""
+        if self.error is None:
+            self.error = error
+            with suppress(Exception):
+                self._open.__exit__(type(error), error, error.__traceback__)
+
+    def finish(self) -> None:
+        """Every module has come: the folder appears."""
+        if self.error is None:
+            try:
+                self._open.close()
+            except Exception as error:
+                self.error = error
+
+    @property
+    def result(self) -> Merged | Failed:
+        if isinstance(self.error, Exception):
+            return Failed(self.merge.index, self.merge.name, self.error)
+        return self._output.merged
+
+
+def _paths(
+    count: int, output_dir: str | Path | None, names: Sequence[str] | None, overwrite: bool
+) -> list[tuple[str, Path | None]]:
+    """The name of each result, and its folder."""
+    found = [f"{index:03}" for index in range(count)] if names is None else list(names)
+    if len(found) != count:
+        raise RecipeError(f"names: wanted {count}, one for each recipe, got {len(found)}")
+    for name in found:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise RecipeError(f"names: wanted the name of a folder, got {name!r}")
+        if found.count(name) > 1:
+            raise RecipeError(f"names: wanted each one once, got {name!r} {found.count(name)} times")
+    if output_dir is None:
+        return [(name, None) for name in found]
+    paths = [Path(output_dir, name) for name in found]
+    for path in paths:
+        if os.path.lexists(path) and not overwrite:
+            raise OutputError(f"{path} already exists; pass overwrite to replace it")
+    return list(zip(found, paths, strict=True))
+
+
+def _bound(pool: Pool, recipe: RecipeLike, name: str) -> Plan:
+    try:
+        return pool.bind(recipe)
+    except MergeError as error:
+        raise type(error)(f"recipe {name}: {error}") from error
+
+
+def _check_space(folder: Path, nbytes: int) -> None:
+    """All results have to fit on the disk."""
+    folder = folder.absolute()
+    while not folder.parent.exists():
+        folder = folder.parent
+    check_space(folder, nbytes)
+
+
+def _passes(merges: Sequence[BoundRecipe], pool: Pool) -> list[list[BoundRecipe]]:
+    """Runs of recipes whose results, where they stay in memory, take up to half of what there is."""
+    passes: list[list[BoundRecipe]] = []
+    held = 0
+    for merge in merges:
+        nbytes = result_bytes(merge.plan) if merge.path is None else 0
+        if not passes or len(passes[-1]) == MOST_TOGETHER or held + nbytes > (pool.memory - OWN) // 2:
+            passes.append([])
+            held = 0
+        passes[-1].append(merge)
+        held += nbytes
+    return passes

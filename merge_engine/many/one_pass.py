@@ -1,0 +1,244 @@
+"""Several plans over the same adapters, carried out in one pass over their modules.
+
+Where the backend merges several at once, a module's factors are read and packed once for all plans, thresholds of all
+densities come from one sweep, products are made once a tile, and plans that differ in scale or dtype only are one until
+the last step. Other backends carry out one plan after the other, from factors that were read once.
+"""
+
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.cut import Finished, cut, finished, scaled
+from merge_engine.engine.plan import Factors, ModulePlan, Plan
+from merge_engine.engine.prepare import Preparation, Work, merge_groups
+from merge_engine.errors import about
+from merge_engine.lowrank.core import LowRank
+from merge_engine.many.budget import Room
+from merge_engine.many.pool import Pool, seed_of
+from merge_engine.runtime.threads import ahead, threads
+
+T = TypeVar("T")
+Numbers = list[int]  # of plans that are still one
+
+
+class Member(NamedTuple):
+    """One module of plans that have the same of it, but for scale and dtype."""
+
+    numbers: Numbers
+    plan: Plan
+    module: ModulePlan
+    ready: Preparation
+
+
+class Family(NamedTuple):
+    """Members that merge one module of the same adapters, in one space, with what these adapters bring."""
+
+    members: list[Member]
+    factors: Factors
+    packed: dict[str, Any]  # by side
+
+
+class Step(NamedTuple):
+    """A member on its way to its factors: merged, found, or failed."""
+
+    member: Member
+    state: Work | Finished | Exception
+
+
+FinishedOrError = Finished | Exception
+
+
+def merged_modules(
+    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room, failed: set[int]
+) -> Iterator[tuple[int, ModulePlan, FinishedOrError]]:
+    """(number of the plan, module, its result) for every module of every plan, with the bits `engine` gives.
+
+    Where something goes wrong with a plan, one of its modules comes with an exception, and no other comes any more, as
+    for the plans that the caller counts as failed.
+    """
+    if backend.merges_several:
+        found = _module_by_module(plans, backend, pool, room, failed)
+    else:
+        found = _plan_by_plan(plans, backend, pool, room)
+    with closing(found) as outcomes:
+        for numbers, module, outcome in outcomes:
+            for number in numbers:
+                if number not in failed:
+                    own = outcome if isinstance(outcome, Exception) else _attempt(_own, outcome, plans[number], module)
+                    if isinstance(own, Exception):
+                        failed.add(number)
+                    yield number, module, own
+
+
+def _plan_by_plan(
+    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room
+) -> Generator[tuple[Numbers, ModulePlan, FinishedOrError], None, None]:
+    alike: dict[Hashable, Numbers] = {}
+    for number, plan in enumerate(plans):
+        alike.setdefault((plan.adapters, plan.modules, _way(plan)), []).append(number)
+    for numbers in alike.values():
+        plan = plans[numbers[0]]
+        try:
+            works = merge_groups(plan, backend, pool.prepared(plan, backend))
+            for module, result in ahead(partial(_cut, plan, backend), works, room.workers):
+                yield numbers, module, result
+        except Exception as error:
+            yield numbers, plan.modules[0], error
+
+
+def _cut(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
+    return work.module, finished(cut(plan, backend, work))
+
+
+def _module_by_module(
+    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room, failed: set[int]
+) -> Generator[tuple[Numbers, ModulePlan, FinishedOrError], None, None]:
+    modules = [{module.name: module for module in plan.modules} for plan in plans]
+    ready: dict[int, Preparation] = {}
+    for number, plan in enumerate(plans):
+        found = _attempt(pool.prepared, plan, backend)
+        if isinstance(found, Exception):
+            yield [number], plan.modules[0], found
+        else:
+            ready[number] = found
+
+    def load(name: str) -> list[Family | Step]:
+        """The families of a module; what has been found already, or cannot be read, needs no family."""
+        having = [number for number in ready if number not in failed and name in modules[number]]
+        members = [Member([number], plans[number], modules[number][name], ready[number]) for number in having]
+        alike: dict[Hashable, list[Member]] = {}
+        loaded: list[Family | Step] = []
+        for member in _as_one(members):
+            result = pool.cache.find(_result_key(member)) if pool.keeps_results else None
+            if result is not None:
+                loaded.append(Step(member, result))
+            else:
+                alike.setdefault((_adapters(member), member.plan.recipe.space), []).append(member)
+        for family in alike.values():
+            try:
+                loaded.append(_read(family, backend))
+            except Exception as error:
+                loaded += [Step(member, error) for member in family]
+        return loaded
+
+    def jobs() -> Iterator[Step]:
+        names = sorted({name for known in modules for name in known})
+        for loaded in ahead(load, names):
+            for each in loaded:
+                if isinstance(each, Step):
+                    yield each
+                    continue
+                try:
+                    yield from _merge(each, backend, pool, room.together)
+                except Exception as error:
+                    yield from (Step(member, error) for member in each.members)
+
+    for job, outcome in ahead(partial(_finished, backend, pool), jobs(), room.workers):
+        yield job.member.numbers, job.member.module, outcome
+
+
+def _as_one(members: Sequence[Member]) -> list[Member]:
+    """Members with the same result before its scale, as one."""
+    found: dict[Hashable, Member] = {}
+    for member in members:
+        found.setdefault(_result_key(member), member._replace(numbers=[])).numbers.extend(member.numbers)
+    return list(found.values())
+
+
+def _read(members: list[Member], backend: Backend) -> Family:
+    """Factors are read, and packed if any member merges more than the factors say."""
+    _, plan, module, _ = members[0]
+    factors = plan.read(module)
+    merges = [member for member in members if not member.plan.by_factors]
+    packed = {side: backend.pack(plan, [module], [factors], side) for side in (plan.sides if merges else ())}
+    return Family(members, factors, packed)
+
+
+def _merge(family: Family, backend: Backend, pool: Pool, together: int) -> Iterator[Step]:
+    """Every member merged, so many matrices at once; members that differ in what they are cut to share theirs."""
+    for member in family.members:
+        if member.plan.by_factors:
+            yield Step(member, Work(member.module, family.factors, {}))
+    merging = [member for member in family.members if not member.plan.by_factors]
+    specs: dict[tuple[Hashable, ...], list[Member]] = {}
+    sides = [_specs(merging, family, side, backend, pool) for side in family.packed]
+    for member, *own in zip(merging, *sides, strict=True):
+        specs.setdefault(tuple(own), []).append(member)
+    waiting = list(specs.items())
+    while waiting:
+        part, waiting = waiting[:together], waiting[together:]
+        with about(part[0][1][0].module.name):
+            merged = {
+                side: backend.merge_several(packed, [own[i] for own, _ in part])
+                for i, (side, packed) in enumerate(family.packed.items())
+            }
+        for i, (_, members) in enumerate(part):
+            tensors = {side: _taken(results, i) for side, results in merged.items()}
+            for member in members:
+                yield Step(member, Work(member.module, family.factors, tensors))
+
+
+def _specs(members: Sequence[Member], family: Family, side: str, backend: Backend, pool: Pool) -> Sequence[Hashable]:
+    """What is to be merged of one side, for every member."""
+    if not members:
+        return []
+    groups = [ready.group(plan, [module], side, family.packed[side]) for _, plan, module, ready in members]
+    first = members[0]
+    with about(first.module.name):
+        return backend.specs(groups, pool.known_keeps(first.plan, first.module, side))
+
+
+def _taken(results: list[Tensor], i: int) -> Tensor:
+    """A result that is held by whoever takes it only."""
+    tensor, results[i] = results[i], results[i][:0]
+    return tensor
+
+
+def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOrError]:
+    (_, plan, module, _), state = job
+    if not isinstance(state, Work):
+        return job, state
+    known = partial(pool.stack, plan, module), partial(pool.space, plan, module)
+    made = _attempt(lambda: finished(cut(plan, backend, state, *known)))
+    if pool.keeps_results and not isinstance(made, Exception):
+        pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors))
+    return job, made
+
+
+def _own(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
+    """The plan's result, in memory of its own."""
+    with threads(1):  # more would still wait for work when the next module is cut
+        factors, squared_norm = scaled(result, plan.recipe.scale, module.name)
+        B = factors.B.clone() if factors.B is result.factors.B else factors.B
+        return Finished(LowRank(factors.A.clone(), B, factors.energy), squared_norm)
+
+
+def _way(plan: Plan) -> Hashable:
+    """All that a plan says of how its modules are merged and cut, but for the scale."""
+    return plan.rule, plan.recipe.space, plan.recipe.method == "cat", plan.recipe.energy, seed_of(plan)
+
+
+def _result_key(member: Member) -> Hashable:
+    _, plan, module, ready = member
+    return "result", _adapters(member), module, _way(plan), tuple(ready.tied.values())
+
+
+def _result_bytes(result: LowRank) -> int:
+    return 4 * (result.A.numel() + result.B.numel())
+
+
+def _adapters(member: Member) -> Hashable:
+    return tuple(member.plan.adapters[number] for number in member.module.adapters)
+
+
+def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
+    """What the function returns, or raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error

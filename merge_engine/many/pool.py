@@ -1,0 +1,154 @@
+"""Adapters that are merged many times: opened and checked once, and what their merges need alike is kept.
+
+A pool binds recipes to plans, each for all of its adapters or some, and shares out a memory budget.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from merge_engine.engine.backend import Backend, Known
+from merge_engine.engine.plan import ModulePlan, Plan, make_plan
+from merge_engine.engine.prepare import Preparation, prepare
+from merge_engine.errors import RecipeError
+from merge_engine.files.weights import StoredTensor
+from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.open import open_adapters
+from merge_engine.lowrank.krylov import first_space
+from merge_engine.lowrank.stack import Stack
+from merge_engine.many.budget import Room, parse_memory, room
+from merge_engine.many.cache import Cache
+from merge_engine.rules.recipe import Recipe
+
+RecipeLike = Recipe | Mapping[str, Any]
+
+
+class Pool:
+    """Adapters, a memory budget, and a cache.
+
+    adapters: folders, hub ids, or opened ones. memory: what this process may hold, as "4GB" or in bytes.
+    keeps_results: whether the factors of results are worth keeping, for merges that differ in scale only.
+    Raises AdapterError for adapters that cannot be merged or hold NaN or Inf, RecipeError for a size that is none.
+    """
+
+    def __init__(
+        self, adapters: Sequence[str | Path | Adapter], memory: int | str, *, keeps_results: bool = False
+    ) -> None:
+        self.keeps_results = keeps_results
+        self.memory = parse_memory(memory)
+        self.cache = Cache(0)
+        opened = open_adapters(adapters)
+        for adapter in opened:
+            adapter.check_finite()
+        extras = _same_extras(opened)
+        self.adapters = [_pooled(adapter, same, self.cache) for adapter, same in zip(opened, extras, strict=True)]
+
+    def bind(self, request: RecipeLike) -> Plan:
+        """The plan of a recipe: its fields, and optionally adapters: which, by number or name, in that order."""
+        if isinstance(request, Recipe):
+            return make_plan(self.adapters, request)
+        values = dict(request)
+        chosen = values.pop("adapters", None)
+        if chosen is None:
+            chosen = range(len(self.adapters))
+        elif isinstance(chosen, str) or not isinstance(chosen, Sequence):
+            raise RecipeError(f"adapters: wanted a list of numbers or names, got {chosen!r}")
+        return make_plan([self._find(adapter) for adapter in chosen], Recipe.from_mapping(values))
+
+    def _find(self, wanted: Any) -> Adapter:
+        if isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < len(self.adapters):
+            return self.adapters[wanted]
+        found = [adapter for adapter in self.adapters if wanted == adapter.name]
+        if len(found) != 1:
+            names = ", ".join(adapter.name for adapter in self.adapters)
+            many = f", the name of {len(found)}" if found else ""
+            raise RecipeError(
+                f"adapters: wanted a number below {len(self.adapters)} or one of {names}, got {wanted!r}{many}"
+            )
+        return found[0]
+
+    def prepared(self, plan: Plan, backend: Backend) -> Preparation:
+        """`prepare`, which looks at the weights only where the majority votes by them."""
+        if not plan.spans_model and not plan.rule.majority:
+            return prepare(plan, backend, _ignore)
+        asked = tuple(
+            (module.name, module.adapters, module.densities, module.weights if plan.rule.majority else ())
+            for module in plan.modules
+        )
+        key = ("preparation", backend.name, plan.adapters, plan.rule, plan.sides, seed_of(plan), asked)
+        size = 256 * sum(len(module.adapters) for module in plan.modules)
+        return self.cache.get(key, lambda: prepare(plan, backend, _ignore), lambda _: size)
+
+    def known_keeps(self, plan: Plan, module: ModulePlan, side: str) -> list[Known]:
+        """For each adapter that has the module, what earlier merges found that its task tensor keeps."""
+        found: list[Known] = []
+        for number in module.adapters:
+            key = ("keeps", plan.adapters[number], module.name, side)
+            found.append(self.cache.get(key, dict, lambda _: 1024))
+        return found
+
+    def stack(self, plan: Plan, module: ModulePlan, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Stack:
+        """The stacked factors of a module, decomposed."""
+        key = ("stack", tuple(plan.adapters[number] for number in module.adapters), module.name)
+        return self.cache.get(key, lambda: Stack(As, Bs), lambda stack: stack.nbytes)
+
+    def space(self, plan: Plan, module: ModulePlan, start: Tensor, shape: tuple[int, int], k: int) -> Tensor:
+        """What the iteration for a module's merged delta begins with."""
+        adapters = tuple(plan.adapters[number] for number in module.adapters)
+        key = ("space", adapters, module.name, module.rank, k)
+        return self.cache.get(key, lambda: first_space(start, shape, k), lambda rows: rows.nbytes)
+
+    def begin(self, plans: Sequence[Plan], backend: Backend, *, in_memory: bool) -> Room:
+        """A pass begins: how the budget is shared out (see `budget.room`), of which the cache takes its share."""
+        found = room(plans, backend, self.memory, in_memory=in_memory)
+        self.cache.begin(found.cache)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class PooledAdapter(Adapter):
+    """An adapter whose values were checked when its pool was made, and whose factors are kept."""
+
+    of: Adapter = field(repr=False)
+    cache: Cache = field(repr=False)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.cache.get(("factors", self, name), lambda: self.of.factors(name), _bytes_of)
+
+    def check_finite(self) -> None:
+        """It was done."""
+
+
+def seed_of(plan: Plan) -> int | None:
+    """The seed, where it counts."""
+    return plan.recipe.seed if plan.rule.keep == "bernoulli" else None
+
+
+def _pooled(adapter: Adapter, extras: dict[str, StoredTensor], cache: Cache) -> PooledAdapter:
+    values = {each.name: getattr(adapter, each.name) for each in fields(Adapter)}
+    return PooledAdapter(**(values | {"extras": extras}), of=adapter, cache=cache)
+
+
+def _same_extras(adapters: Iterable[Adapter]) -> list[dict[str, StoredTensor]]:
+    """Their tensors beside the factors, equal ones as one object: so they are compared once, not for every plan."""
+    seen: dict[str, list[StoredTensor]] = {}
+
+    def first_like(key: str, extra: StoredTensor) -> StoredTensor:
+        others = seen.setdefault(key, [])
+        twin = next((other for other in others if other.same_as(extra)), None)
+        if twin is None:
+            others.append(extra)
+        return twin or extra
+
+    return [{key: first_like(key, extra) for key, extra in adapter.extras.items()} for adapter in adapters]
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def _ignore(_: int) -> None:
+    pass

@@ -1,0 +1,69 @@
+"""A search over recipes: the same adapters merged again and again, where each merge pays only for what changed.
+
+with merge_engine.Session(["sql", "chat", "ads"]) as session:
+    best = max(grid, key=lambda scale: score(session.merge(method="ties", density=0.2, scale=scale)))
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from merge_engine.engine.choose import choose
+from merge_engine.engine.output import Merged, output_of
+from merge_engine.errors import RecipeError
+from merge_engine.formats.adapter import Adapter
+from merge_engine.many.one_pass import merged_modules
+from merge_engine.many.pool import Pool
+
+
+class Session:
+    """Adapters that stay open, with what their merges have in common kept within a memory budget.
+
+    Kept are factors, thresholds by density, the decomposed stacks of methods that keep everything, and the factors of
+    results: other weights need no selection and no decomposition, another scale needs nothing but a product. Adapters
+    are read and checked when the session opens; that their files change afterwards may go unseen.
+
+    adapters: folders, hub ids, or opened adapters. memory: what this process may hold, as "4GB" or in bytes.
+    backend: as in `engine.merge`. Safe from threads, which take turns: one merge uses all cores.
+    Raises MergeError for adapters that cannot be merged, or a size that is none.
+    """
+
+    def __init__(
+        self, adapters: Sequence[str | Path | Adapter], *, memory: int | str = "4GB", backend: str | None = None
+    ) -> None:
+        self._backend = choose(backend)
+        self._pool: Pool | None = Pool(adapters, memory, keeps_results=True)
+        self._turn = Lock()
+
+    def merge(self, output: str | Path | None = None, *, overwrite: bool = False, **recipe: Any) -> Merged:
+        """`engine.merge` of the session's adapters, bit for bit.
+
+        recipe: the fields of `Recipe`, and adapters: which of them, by number or name, in that order; None: all.
+        Raises MergeError before anything is written; RecipeError too where the budget is too small for the merge, or
+        the session is closed.
+        """
+        path = None if output is None else Path(output)
+        with self._turn:
+            if self._pool is None:
+                raise RecipeError("session: wanted an open one, got one that is closed")
+            plan = self._pool.bind(recipe)
+            room = self._pool.begin([plan], self._backend, in_memory=path is None)
+            with output_of(plan, self._backend, path, overwrite) as result:
+                for _, module, outcome in merged_modules([plan], self._backend, self._pool, room, set()):
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    result.add(module.name, outcome)
+        return result.merged
+
+    def close(self) -> None:
+        """Forget the adapters, and free what was kept."""
+        with self._turn:
+            self._pool = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

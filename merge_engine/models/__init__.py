@@ -1,0 +1,1 @@
+"""What full models bring to a merge: targets, saved layers, differences, vocabularies."""

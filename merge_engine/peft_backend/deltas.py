@@ -1,0 +1,83 @@
+"""PEFT's svd types on live factors: the engine merges the deltas tile by tile and cuts them to a rank.
+
+One layer's merged delta is in memory at a time, or as many as `engine` recompresses at once; no adapter's delta is.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from merge_engine.engine.backend import Backend
+from merge_engine.engine.choose import choose
+from merge_engine.engine.cut import recompress
+from merge_engine.engine.merge import merged_modules
+from merge_engine.engine.plan import Plan, make_plan
+from merge_engine.engine.prepare import merge_groups, prepare
+from merge_engine.errors import AdapterError
+from merge_engine.lowrank.core import LowRank
+from merge_engine.peft_backend.layers import Layer, LayerFactors, check_finite, live_adapters
+from merge_engine.peft_backend.request import MergeRequest
+from merge_engine.peft_backend.torch_masks import TorchStreamBackend
+
+Cut = Generator[tuple[str, LowRank], None, None]
+
+
+def merge_deltas(layers: Sequence[Layer], request: MergeRequest) -> list[LayerFactors]:
+    """(A [rank, ...], B [M, rank, ...]) of each layer, in the dtype and on the device of its first adapter's A.
+
+    Ranks above min(M, N), or above what the merged delta has, are filled up with zeros. Raises AdapterError for a
+    convolution in groups, whose delta is no product of two matrices, and for NaN and Inf.
+    """
+    for layer in layers:
+        if layer.grouped:
+            raise AdapterError(f"{layer.name} is a convolution in groups, whose delta is no product of two matrices")
+    plan = make_plan(live_adapters(request.adapters, layers), request.recipe)
+    backend = choose(request.backend)
+    if request.rng == "torch" and request.drops:
+        stream = TorchStreamBackend(layers, request.density)
+        plan, backend = stream.prepared(plan), stream
+    cut = _exactly_cut(plan, backend, request) if request.exact else _cut(plan, backend)
+    of = {layer.name: layer for layer in layers}
+    with closing(cut) as modules:
+        found = {name: _shaped(of[name], result, request) for name, result in modules}
+    return [found[layer.name] for layer in layers]
+
+
+def _cut(plan: Plan, backend: Backend) -> Cut:
+    for name, result in merged_modules(plan, backend, False):
+        yield name, result.factors
+
+
+def _exactly_cut(plan: Plan, backend: Backend, request: MergeRequest) -> Cut:
+    """By a dense SVD wherever the merged delta is dense."""
+    ready = prepare(plan, backend, lambda covered: None)
+    for work in merge_groups(plan, backend, ready):
+        if "delta" in work.merged:
+            matrix = work.merged["delta"]
+            driver = request.driver if matrix.device.type == "cuda" else None
+            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
+            k, squares = work.module.rank, S.square()
+            energy = float(squares[:k].sum() / squares.sum()) if bool(squares.sum() > 0) else 1.0
+            yield work.module.name, LowRank(Vh[:k], U[:, :k] * S[:k], energy)
+        else:
+            module, result = recompress(plan, backend, work)
+            yield module.name, result.factors
+
+
+def _shaped(layer: Layer, result: LowRank, request: MergeRequest) -> LayerFactors:
+    """In the shape of the layer's factors, with zeros up to the rank."""
+    first = layer.parts[0]
+    A, B = result.A, result.B
+    if request.clamp is not None:
+        values = np.concatenate([B.flatten().cpu().numpy(), A.flatten().cpu().numpy()])
+        top = float(np.quantile(values, request.clamp))
+        A, B = A.clamp(-top, top), B.clamp(-top, top)
+    rows = first.A.new_zeros(request.rank, *first.A.shape[1:])
+    columns = first.B.new_zeros(first.B.shape[0], request.rank, *first.B.shape[2:], dtype=first.A.dtype)
+    rows.flatten(1)[: len(A)] = A
+    columns.flatten(1)[:, : len(A)] = B
+    for side, tensor in (("A", rows), ("B", columns)):
+        check_finite(tensor, f"lora_{side} of {layer.name} merged to {tensor.dtype}")
+    return rows, columns

@@ -1,0 +1,205 @@
+"""The LoRA layers of a live PEFT model: found, described, and given room for one more adapter."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from merge_engine.errors import AdapterError
+from merge_engine.formats.adapter import Adapter, Module
+from merge_engine.formats.peft_config import KEPT
+
+LayerFactors = tuple[Tensor, Tensor]
+# What a layer notes of each adapter, and what it notes of a merged one; r and alpha are filled in.
+SETTINGS = {"r": 0, "lora_alpha": 0, "scaling": 1.0, "use_rslora": False, "use_dora": False, "lora_bias": False}
+SLOTS = (*SETTINGS, "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
+class Part(NamedTuple):
+    """What one adapter has in one layer: delta = scaling * B @ A once both are flattened to matrices."""
+
+    number: int
+    adapter: str
+    A: Tensor  # [r, ...], as the layer holds it
+    B: Tensor  # [M, r, ...]
+    scaling: float  # the layer's own, as set_scale left it
+
+
+class Layer(NamedTuple):
+    """One LoRA layer that at least one of the adapters has, by its name in the base model."""
+
+    name: str
+    module: Any
+    parts: tuple[Part, ...]
+
+    @property
+    def embedding(self) -> bool:
+        return len(self.module.lora_embedding_A) > 0
+
+    @property
+    def grouped(self) -> bool:
+        """A convolution in groups: its B holds r / groups columns."""
+        return any(part.B.shape[1] != part.A.shape[0] for part in self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class LiveAdapter(Adapter):
+    """An adapter as a model holds it now, with the face of one on disk."""
+
+    live: dict[str, Part] = field(default_factory=dict, repr=False)
+
+    def factors(self, name: str) -> LayerFactors:
+        part = self.live[name]
+        return part.A.flatten(1).cpu(), part.B.flatten(1).cpu()
+
+    def check_finite(self) -> None:
+        for name, part in self.live.items():
+            check_finite(part.A, f"{self.name}: lora_A of {name}")
+            check_finite(part.B, f"{self.name}: lora_B of {name}")
+
+
+def find_layers(model: nn.Module, adapters: Sequence[str]) -> tuple[list[Layer], list[str]]:
+    """(the layers that any of the adapters has, the names of all modules of the base model), in the model's order.
+
+    Raises AdapterError for layers whose factors are split between processes.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Layer] = []
+    names: list[str] = []
+    seen: set[nn.Module] = set()
+
+    def visit(name: str, module: nn.Module, inside: bool) -> None:
+        """As named_modules goes, but past the many small modules that a LoRA layer keeps for its adapters."""
+        if module in seen:
+            return
+        seen.add(module)
+        if not inside:
+            names.append(name)
+        adapted = isinstance(module, LoraLayer)
+        parts = tuple(_parts(name, module, adapters)) if adapted else ()
+        if parts:
+            layers.append(Layer(name, module, parts))
+        for child, below in module._modules.items():
+            if below is not None and (not adapted or child == "base_layer"):
+                visit(f"{name}.{child}" if name else child, below, inside or adapted)
+
+    visit("", model, False)
+    return layers, names
+
+
+def live_adapters(adapters: Sequence[str], layers: Sequence[Layer]) -> list[LiveAdapter]:
+    """The adapters, each with the layers it has."""
+    found = []
+    for number, adapter in enumerate(adapters):
+        live = {layer.name: part for layer in layers for part in layer.parts if part.number == number}
+        modules = {layer.name: _describe(layer, live[layer.name]) for layer in layers if layer.name in live}
+        found.append(LiveAdapter(adapter, adapter, Path(), {}, dict(sorted(modules.items())), {}, {}, live))
+    return found
+
+
+def merged_config(tuner: Any, adapters: Sequence[str], rank: int, layers: Sequence[Layer], names: Sequence[str]) -> Any:
+    """A plain LoRA configuration of rank and alpha `rank` that reaches exactly these layers.
+
+    From the first adapter's it keeps what describes the base model; what said how that adapter was trained, started or
+    scaled (dropout, rsLoRA, init_lora_weights, excluded modules, chosen layers) is at PEFT's defaults. Targets are
+    PEFT's union of the adapters' targets; where that union reaches other layers too, they are the layers' full names.
+    """
+    first = tuner.peft_config[adapters[0]]
+    kept = {key: getattr(first, key) for key in KEPT - {"modules_to_save", "trainable_token_indices"}}
+    config = type(first)(**kept, r=rank, lora_alpha=rank, inference_mode=first.inference_mode)
+    wanted = {layer.name for layer in layers if "base_layer" not in layer.name.split(".")}
+    for targets in _targets([tuner.peft_config[adapter].target_modules for adapter in adapters], wanted):
+        config.target_modules = targets
+        if {name for name in names if name and tuner._check_target_module_exists(config, name)} == wanted:
+            break
+    return config
+
+
+def install(tuner: Any, name: str, config: Any, layers: Sequence[Layer], merged: Sequence[LayerFactors]) -> None:
+    """Register a merged adapter: not active, not trainable, everything else as it was; nothing at all if this fails."""
+    try:
+        tuner.peft_config[name] = config
+        for layer, (A, B) in zip(layers, merged, strict=True):
+            _add(layer, name, config.r, A, B)
+    except BaseException:
+        tuner.peft_config.pop(name, None)
+        for layer in layers:
+            remove(layer, name)
+        raise
+
+
+def remove(layer: Layer, name: str) -> None:
+    """Take an adapter out of a layer, whether it is there whole or in part."""
+    for slot in SLOTS:
+        slots = getattr(layer.module, slot, {})
+        if name in slots:
+            del slots[name]
+
+
+def check_finite(tensor: Tensor, subject: str) -> None:
+    """Raises AdapterError where a value is NaN or Inf: a finite sum says at a glance that none is."""
+    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        raise AdapterError(f"{subject} holds {'NaN' if bool(tensor.isnan().any()) else 'Inf'}")
+
+
+def _parts(name: str, module: Any, adapters: Sequence[str]) -> list[Part]:
+    parts = []
+    for number, adapter in enumerate(adapters):
+        if adapter in module.lora_A:
+            A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        elif adapter in module.lora_embedding_A:
+            A, B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        else:
+            continue
+        if getattr(module, "_tp_info", None) is not None or hasattr(A, "device_mesh"):
+            raise AdapterError(f"{adapter}: {name} is tensor parallel, which is not supported")
+        parts.append(Part(number, adapter, A.detach(), B.detach(), module.scaling[adapter]))
+    return parts
+
+
+def _describe(layer: Layer, part: Part) -> Module:
+    kind = "embedding" if layer.embedding else "linear" if part.A.ndim == 2 else "conv"
+    rows, columns = part.B.shape[0], part.A[0].numel()
+    shapes = (tuple(part.A.shape), tuple(part.B.shape))
+    return Module(layer.name, kind, rows, columns, part.A.shape[0], part.scaling, *shapes, part.A.dtype)
+
+
+def _targets(given: Sequence[Any], wanted: set[str]) -> list[Any]:
+    """Target modules to try: PEFT's union of what the adapters have, full names, and a pattern of full names."""
+    pattern = "|".join(map(re.escape, sorted(wanted)))
+    if isinstance(given[0], str):
+        return ["|".join(f"({targets})" for targets in given), pattern]
+    return [set().union(*given), set(wanted), pattern]
+
+
+def _add(layer: Layer, name: str, rank: int, A: Tensor, B: Tensor) -> None:
+    module, source = layer.module, layer.parts[0].adapter
+    for setting, value in {**SETTINGS, "r": rank, "lora_alpha": rank}.items():
+        if hasattr(module, setting):  # PEFT 0.19 has fewer
+            getattr(module, setting)[name] = value
+    module.lora_dropout[name] = nn.Identity()
+    weights = (nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False))
+    if layer.embedding:
+        module.lora_embedding_A[name], module.lora_embedding_B[name] = weights
+    else:
+        for slots, weight in zip((module.lora_A, module.lora_B), weights, strict=True):
+            slots[name] = _holding(weight, slots[source])
+
+
+def _holding(weight: nn.Parameter, example: Any) -> nn.Module:
+    """A layer of the example's kind, as PEFT makes it, that holds this weight."""
+    if isinstance(example, nn.Linear):
+        layer: Any = nn.Linear.__new__(nn.Linear)  # its __init__ would draw a weight that nobody looks at
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer.register_parameter("bias", None)
+    else:
+        geometry = (example.kernel_size, example.stride, example.padding, example.dilation, example.groups)
+        channels = (weight.shape[1] * example.groups, weight.shape[0])
+        layer = type(example)(*channels, *geometry, bias=False, device="meta")
+    layer.weight = weight
+    return layer

@@ -1,0 +1,158 @@
+"""What a call of add_weighted_adapter asks for, checked before a model is touched, in PEFT's words if it has them."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from merge_engine.errors import AdapterError, RecipeError
+from merge_engine.formats.peft_config import CHANGES_BASE, REFUSED
+from merge_engine.rules.recipe import Recipe
+
+# combination_type: (method, where it acts)
+TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
+    "linear": ("linear", "factors"),
+    "cat": ("cat", "factors"),
+    "ties": ("ties", "factors"),
+    "dare_linear": ("dare_linear", "factors"),
+    "dare_ties": ("dare_ties", "factors"),
+    "magnitude_prune": ("magnitude_prune", "factors"),
+    "svd": ("linear", "delta"),
+    "ties_svd": ("ties", "delta"),
+    "dare_linear_svd": ("dare_linear", "delta"),
+    "dare_ties_svd": ("dare_ties", "delta"),
+    "magnitude_prune_svd": ("magnitude_prune", "delta"),
+}
+RNGS, SVDS = ("philox", "torch"), ("subspace", "exact")
+DRIVERS = (None, "gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd on a GPU
+# Fields of a configuration that change what an adapter does, or that a merge of factors would lose.
+_REFUSED = {
+    **REFUSED,
+    "modules_to_save": "its trained copies of whole layers cannot be merged",
+    "trainable_token_indices": "its trained tokens cannot be merged",
+}
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """A checked call; recipe: method, weights, density, election, space and seed; rank: of every layer's result."""
+
+    adapters: tuple[str, ...]
+    recipe: Recipe
+    rank: int
+    clamp: float | None
+    driver: str | None
+    rng: str
+    exact: bool
+    backend: str | None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.recipe.weights_for(self.adapters)
+
+    @property
+    def density(self) -> float:
+        return self.recipe.density if isinstance(self.recipe.density, float) else 1.0
+
+    @property
+    def drops(self) -> bool:
+        return self.recipe.rule().keep == "bernoulli" and self.density < 1
+
+
+def check_request(
+    tuner: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    *,
+    svd_rank: int | None,
+    svd_clamp: float | None,
+    svd_driver: str | None,
+    density: float | None,
+    majority_sign_method: str,
+    seed: int,
+    rng: str,
+    svd: str,
+    backend: str | None,
+) -> MergeRequest:
+    """The request that these arguments make of this model.
+
+    Raises what PEFT raises, in its words, for what PEFT checks; RecipeError and AdapterError (both are ValueErrors) for
+    what it does not. Warns (UserWarning), in PEFT's words, of a density of 1 or more.
+    """
+    if not isinstance(combination_type, str):
+        raise ValueError(f"Invalid combination_type: {combination_type}")
+    if svd_rank is not None and (not isinstance(svd_rank, int) or isinstance(svd_rank, bool)):
+        raise RecipeError(f"svd_rank: wanted a whole number, got {svd_rank!r}")
+    if not adapters and combination_type.endswith("svd"):
+        raise ValueError(f"Found no adapter matching the names in {adapters}")
+    if svd_rank is not None and svd_rank < 0:
+        raise ValueError(f"`r` should be a positive integer value but the value passed is {svd_rank}")
+    chosen, rank, _ = tuner._check_add_weighted_adapter(adapters, combination_type, svd_rank)
+    if combination_type not in TYPES:
+        raise ValueError(f"Invalid combination_type: {combination_type}")
+    for adapter in adapters:
+        _check_config(adapter, tuner.peft_config[adapter])
+    _one_of("rng", rng, RNGS)
+    _one_of("svd", svd, SVDS)
+    _one_of("svd_driver", svd_driver, DRIVERS)
+    if svd_clamp is not None and not 0 <= _number("svd_clamp", svd_clamp) <= 1:
+        raise RecipeError(f"svd_clamp: wanted a quantile from 0 to 1, got {svd_clamp!r}")
+    method, space = TYPES[chosen]
+    recipe = Recipe(
+        method=method,
+        weights=tuple(_number("weights", weight) for weight in weights),
+        space=space,
+        seed=seed,
+        rank="auto" if space == "factors" else rank,
+    )
+    recipe.weights_for(adapters)
+    rule = recipe.rule()
+    if rule.elect != "none" and majority_sign_method not in ("total", "frequency"):
+        raise RuntimeError(f'Unimplemented mask method "{majority_sign_method}"')
+    election = "frequency" if majority_sign_method == "frequency" else "total"
+    share = None if rule.keep == "all" else _density(chosen, density)
+    recipe = Recipe(method, recipe.weights, share, space=space, election=election, seed=recipe.seed, rank=recipe.rank)
+    return MergeRequest(tuple(adapters), recipe, rank, svd_clamp, svd_driver, rng, svd == "exact", backend)
+
+
+def _check_config(adapter: str, config: Any) -> None:
+    for key, reason in _REFUSED.items():
+        if getattr(config, key, None) not in (None, False, "none", [], {}):
+            raise AdapterError(f"{adapter}: {key} is set in its configuration; {reason}")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+        warnings.warn(
+            f"{adapter}: init_lora_weights={start} changed the base weights when it was made: the merged adapter is "
+            "one for the base model as it is now, not for the original",
+            stacklevel=4,
+        )
+
+
+def _density(combination_type: str, density: Any) -> float:
+    if density is None:
+        raise RecipeError(f"density: {combination_type} needs a number from 0 to 1, got None")
+    share = _number("density", density)
+    if share < 0:
+        raise ValueError(f"Density should be >= 0, got {density}")
+    if share >= 1:
+        warnings.warn(
+            f"The density {density} is greater than or equal to 1, no pruning will be performed.", stacklevel=4
+        )
+    return min(share, 1.0)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{name}: wanted a number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise RecipeError(f"{name}: wanted a finite number, got {number}")
+    return number
+
+
+def _one_of(name: str, value: Any, known: Sequence[Any]) -> None:
+    if value not in known:
+        raise RecipeError(f"{name}: wanted one of {', '.join(map(str, known))}, got {value!r}")

@@ -1,0 +1,111 @@
+"""PEFT's own random numbers for DARE: torch's global stream, drawn in PEFT's order.
+
+PEFT makes the new adapter's layers first, and their initialisation draws too. Then it draws masks layer by layer: for
+factors all A in the order of the adapters, then all B; for deltas one an adapter, in the dtype and memory order of the
+delta.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_engine.cpu.source import Product, Source
+from merge_engine.cpu.tile import Tile
+from merge_engine.engine.cpu_backend import TorchBackend
+from merge_engine.engine.plan import Factors, ModulePlan, Plan
+from merge_engine.formats.peft_config import CHANGES_BASE
+from merge_engine.peft_backend.factors import SIDES, Mask
+from merge_engine.peft_backend.layers import Layer, remove
+
+
+@contextmanager
+def torch_stream(seed: int | None) -> Iterator[None]:
+    """torch's global stream: from where it is, or as torch.manual_seed(seed) starts it, and then put back."""
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def draw_injection(tuner: Any, name: str, adapter: str, rank: int, layers: Sequence[Layer]) -> None:
+    """Draw what PEFT draws when it adds an adapter like `adapter` to these layers, and leave the layers as they were.
+
+    Not drawn: the starts that change base weights (pissa_niter_16 and the like).
+    """
+    start = tuner.peft_config[adapter].init_lora_weights
+    changes = isinstance(start, str) and start.lower().startswith(CHANGES_BASE)
+    config = replace(tuner.peft_config[adapter], r=rank, lora_alpha=rank, init_lora_weights=False if changes else start)
+    trainable = [(p, p.requires_grad) for layer in layers for p in layer.module.parameters()]
+    try:
+        for layer in layers:
+            if "base_layer" not in layer.name.split("."):  # a nested layer comes with the layer around it
+                layer.module.update_layer(name, rank, lora_alpha=rank, config=config, target_name=layer.name)
+    finally:
+        for layer in layers:
+            remove(layer, name)
+        for parameter, was in trainable:
+            parameter.requires_grad_(was)
+
+
+def draw_factor_masks(layers: Sequence[Layer], density: float) -> Mask:
+    """All masks of all factors: a byte for each element of every adapter."""
+    drawn = {}
+    for layer in layers:
+        for side in SIDES:
+            for place, part in enumerate(layer.parts):
+                drawn[layer.name, place, side] = _bernoulli(part.A if side == "A" else part.B, density)
+    return lambda layer, place, side: drawn[layer.name, place, side]
+
+
+class TorchStreamBackend(TorchBackend):
+    """Merges dropped deltas with masks from torch's stream, one layer at a time, in the order of the plan's modules.
+
+    Beside what `TorchBackend` holds: for each of the layers in flight a byte an element and adapter, and while a mask
+    is drawn its adapter's whole delta, twice.
+    """
+
+    def __init__(self, layers: Sequence[Layer], density: float) -> None:
+        self.layers, self.density = {layer.name: layer for layer in layers}, density
+
+    def prepared(self, plan: Plan) -> Plan:
+        """The plan with its modules in the model's order; they come dropped, and nothing is left to drop."""
+        modules = {module.name: replace(module, densities=(1.0,) * len(module.densities)) for module in plan.modules}
+        return replace(plan, modules=tuple(modules[name] for name in self.layers))
+
+    def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[Factors], side: str) -> list[Source]:
+        ((module,), (pairs,)) = group, factors
+        layer = self.layers[module.name]
+        return [
+            _Dropped(Product(A, B, part.scaling), _delta_mask(layer, part.adapter, self.density), self.density)
+            for (A, B), part in zip(pairs, layer.parts, strict=True)
+        ]
+
+
+class _Dropped:
+    """product * mask / density, tile by tile: a `tiles.Source`."""
+
+    def __init__(self, product: Product, mask: Tensor, density: float) -> None:
+        self.product, self.mask, self.density = product, mask, density
+        self.rows, self.columns = product.rows, product.columns
+
+    def fill(self, tile: Tile, out: Tensor) -> None:
+        self.product.fill(tile, out)
+        out.mul_(self.mask[tile.top : tile.bottom, tile.left : tile.right]).div_(self.density)
+
+
+def _delta_mask(layer: Layer, adapter: str, density: float) -> Tensor:
+    """[M, N] as `B @ A` lies, whichever way PEFT lays out the layer's delta."""
+    module = layer.module
+    if not hasattr(module, "get_delta_weight"):  # a quantised layer that PEFT has no delta of: ours to define
+        rows, columns = module.lora_B[adapter].weight.shape[0], module.lora_A[adapter].weight.shape[1]
+        return torch.bernoulli(torch.full((rows, columns), density)).bool()
+    mask = _bernoulli(module.get_delta_weight(adapter), density).flatten(1).cpu()
+    return mask.T if layer.embedding or getattr(module, "fan_in_fan_out", False) else mask
+
+
+def _bernoulli(like: Tensor, density: float) -> Tensor:
+    return torch.bernoulli(torch.full_like(like, density)).bool()

@@ -1,0 +1,1 @@
+"""What a merge computes, as data and as the textbook."""

@@ -1,0 +1,18 @@
+"""The words that options of a merge may be, for the recipe and the command line. Imports no torch."""
+
+from merge_engine.rules.conventions import CONVENTIONS
+from merge_engine.rules.methods import METHODS
+
+SPACES = ("delta", "factors")
+DTYPES = ("float32", "float16", "bfloat16")
+BACKENDS = ("auto", "triton", "torch")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
+    "space": SPACES,
+    "election": ("total", "frequency"),
+    "scope": ("tensor", "model"),
+    "trim_ties": ("exact", "keep"),
+    "convention": tuple(CONVENTIONS),
+    "dtype": DTYPES,
+    "backend": BACKENDS,
+}

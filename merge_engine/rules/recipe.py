@@ -1,0 +1,241 @@
+"""What a user asks for: method, weights, density, space, scope, seed, rank, convention; checked when it is made."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeGuard
+
+import torch
+
+from merge_engine.errors import RecipeError
+from merge_engine.rules.methods import METHODS
+from merge_engine.rules.rule import CONVENTIONS, Rule, make_rule
+
+Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
+LARGEST = torch.finfo(torch.float32).max
+DEFAULT_DENSITY = 0.2  # the top 20 % of the TIES paper
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How adapters are merged: ``scale * method(w_1 t_1, ..., w_n t_n)`` in a space, then cut to a rank.
+
+    method: a row of `rule.METHODS`. weights: one an adapter, 1.0 each if None.
+    density: the share that a trim or a drop keeps: one number, one an adapter, or a table {module pattern: either},
+        where a pattern matches as in PEFT's rank_pattern, ``(.*\\.)?(pattern)$``, and the first match counts.
+        0.2 if None; methods that keep everything do not look at it.
+    space: "delta" merges the deltas B @ A; "factors" merges all A and all B apart, as PEFT's types without _svd do.
+    election: sign of the sum ("total"), or of the sum of signs ("frequency"). scale: lambda, multiplies the result.
+    convention: "peft", "mergekit" or "paper" (see `rule.Convention`); scope and trim_ties override what it says.
+    seed: of the random drops, 0 <= seed < 2**64.
+    rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: the smallest rank up to
+        that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is.
+    dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.
+    normalize: whether the mean of methods that elect is divided at all; None: as the convention says.
+    rescale: what random drops are made up for by: "density" (1/density), "l1" (the norm before the drop), or None: as
+        the convention says.
+    module_weights, module_densities: tables {module: one number an adapter} by the exact name of every module; these
+        weights come on top of `weights`, these densities in place of `density`.
+
+    Raises RecipeError naming the field, what was wanted and what was got.
+    """
+
+    method: str = "ties"
+    weights: tuple[float, ...] | None = None
+    density: Density | None = None
+    space: Literal["delta", "factors"] = "delta"
+    scale: float = 1.0
+    election: str = "total"
+    scope: str | None = None
+    trim_ties: str | None = None
+    convention: str = "peft"
+    seed: int = 0
+    rank: int | Literal["auto"] = "auto"
+    energy: float | None = None
+    dtype: str | None = None
+    normalize: bool | None = None
+    rescale: Literal["density", "l1"] | None = None
+    module_weights: Mapping[str, Sequence[float]] | None = None
+    module_densities: Mapping[str, Sequence[float]] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "density", "scale", "seed", "rank", "energy"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        rule = self.rule()
+        if self.space not in ("delta", "factors"):
+            raise RecipeError(f"space: wanted delta or factors, got {self.space!r}")
+        if self.weights is not None:
+            object.__setattr__(
+                self, "weights", tuple(_finite("weights", w) for w in _sequence("weights", self.weights))
+            )
+        object.__setattr__(self, "scale", _finite("scale", self.scale))
+        for module, weights in (self.module_weights or {}).items():
+            for weight in _sequence(f"module_weights: {module}", weights):
+                _finite(f"module_weights: {module}", weight)
+        if self.density is not None and self.module_densities is not None:
+            raise RecipeError("density: wanted density or module_densities, got both")
+        for density in _numbers(self.density if self.module_densities is None else self.module_densities):
+            _check_density(density, self.method, rule)
+        if isinstance(self.density, Mapping):
+            for pattern in self.density:
+                _compiled(pattern)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
+            raise RecipeError(f"seed: wanted a whole number from 0 to 2**64 - 1, got {self.seed!r}")
+        if self.rank != "auto" and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
+            raise RecipeError(f"rank: wanted auto or a whole number of at least 1, got {self.rank!r}")
+        if self.energy is not None and not (_is_number(self.energy) and 0 < self.energy <= 1):
+            raise RecipeError(f"energy: wanted a number above 0 and up to 1, got {self.energy!r}")
+        if self.dtype is not None and (not isinstance(self.dtype, str) or self.dtype not in DTYPES):
+            raise RecipeError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.method == "cat" and (self.rank != "auto" or self.energy is not None):
+            raise RecipeError(
+                "rank: cat stacks the factors, its rank is the sum of theirs; for a smaller one use linear"
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "Recipe":
+        """A recipe from keys as in a YAML file. Raises RecipeError for an unknown key, listing the known ones."""
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise RecipeError(f"recipe: wanted one of {', '.join(known)}, got {key!r}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain data, for a model card or a report."""
+        plain = asdict(self)
+        for key in ("module_weights", "module_densities"):
+            if plain[key] is not None:
+                plain[key] = {module: list(numbers) for module, numbers in plain[key].items()}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    def rule(self) -> Rule:
+        """The arithmetic that this recipe names."""
+        rule = make_rule(
+            self.method,
+            election=self.election,
+            convention=self.convention,
+            scope=self.scope,
+            trim_ties=self.trim_ties,
+        )
+        if self.normalize is not None:
+            if not isinstance(self.normalize, bool) or not METHODS[self.method].averages:
+                raise RecipeError(f"normalize: wanted true or false, of ties or dare_ties, got {self.normalize!r}")
+            mean = CONVENTIONS[self.convention].divisor["magnitude"]
+            rule = replace(rule, divisor=mean if self.normalize else "one")
+        if self.rescale is not None:
+            if self.rescale not in ["density", "l1"] or rule.keep != "bernoulli":
+                raise RecipeError(f"rescale: wanted density or l1, of random drops, got {self.rescale!r}")
+            rule = replace(rule, l1_rescale=self.rescale == "l1")
+        return rule
+
+    def weights_for(self, adapters: Sequence[str], module: str | None = None) -> tuple[float, ...]:
+        """One weight an adapter, of the whole model or in one module. Raises RecipeError where their number differs."""
+        weights = (1.0,) * len(adapters) if self.weights is None else self.weights
+        if len(weights) != len(adapters):
+            raise RecipeError(
+                f"weights: wanted {len(adapters)}, one for each of {', '.join(adapters)}, got {len(weights)}"
+            )
+        if module is None or self.module_weights is None:
+            return weights
+        own = _of_module("module_weights", self.module_weights, module, adapters)
+        products = (weight * factor for weight, factor in zip(weights, own, strict=True))
+        return tuple(_finite(f"module_weights: {module}", product) for product in products)
+
+    def densities_for(self, module: str, adapters: Sequence[str]) -> tuple[float, ...]:
+        """One density an adapter for this module. Raises RecipeError where the number differs or no pattern matches."""
+        if self.module_densities is not None:
+            return _of_module("module_densities", self.module_densities, module, adapters)
+        density = self.density
+        if isinstance(density, Mapping):
+            found = [value for pattern, value in density.items() if _compiled(pattern).match(module)]
+            if not found:
+                raise RecipeError(
+                    f"density: no pattern of {', '.join(density)} matches {module}; '.*' matches the rest"
+                )
+            density = found[0]
+        if density is None:
+            density = DEFAULT_DENSITY
+        if isinstance(density, Sequence):
+            if len(density) != len(adapters):
+                raise RecipeError(f"density: wanted one number or {len(adapters)}, got {len(density)}")
+            return tuple(density)
+        return (density,) * len(adapters)
+
+
+def _of_module(
+    what: str, table: Mapping[str, Sequence[float]], module: str, adapters: Sequence[str]
+) -> tuple[float, ...]:
+    if module not in table:
+        raise RecipeError(f"{what}: wanted an entry for every module, got none for {module}")
+    if len(table[module]) != len(adapters):
+        raise RecipeError(f"{what}: wanted {len(adapters)} numbers for {module}, got {len(table[module])}")
+    return tuple(table[module])
+
+
+def _check_density(density: Any, method: str, rule: Rule) -> None:
+    if not _is_number(density) or not 0 <= density <= 1:
+        raise RecipeError(f"density: wanted a number from 0 to 1, got {density!r}")
+    if rule.keep == "bernoulli" and round(density * 2**32) == 0:
+        raise RecipeError(f"density: {method} divides by it, wanted a number above 0, got {density!r}")
+
+
+def _numbers(density: Density | None) -> list[Any]:
+    """Every number that a density field holds."""
+    if density is None:
+        return []
+    if isinstance(density, Mapping):
+        return [number for value in density.values() for number in (_numbers(value) if _is_list(value) else [value])]
+    return list(density) if _is_list(density) else [density]
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _plain(value: Any) -> Any:
+    """The numbers of an array or a tensor, or of a list or a table of such, as Python's own."""
+    if isinstance(value, Mapping):
+        return {key: _own(each) for key, each in value.items()}
+    return [_own(each) for each in value] if isinstance(value, list) else _own(value)
+
+
+def _own(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _compiled(pattern: Any) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise RecipeError(f"density: wanted a pattern of module names, got {pattern!r}")
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error as error:
+        raise RecipeError(f"density: pattern {pattern!r} is no regular expression: {error}") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _finite(name: str, value: Any) -> float:
+    if not _is_number(value):
+        raise RecipeError(f"{name}: wanted a finite number, got {value!r}{_hint(value)}")
+    if abs(value) > LARGEST:
+        raise RecipeError(f"{name}: wanted a number that float32 holds, got {value!r}")
+    return float(value)
+
+
+def _hint(value: Any) -> str:
+    """YAML takes 1e-1 for text."""
+    try:
+        return f"; write it as {float(value)!r}" if isinstance(value, str) and math.isfinite(float(value)) else ""
+    except ValueError:
+        return ""
+
+
+def _sequence(name: str, value: Any) -> Sequence[Any]:
+    if not _is_list(value):
+        raise RecipeError(f"{name}: wanted a list of numbers, got {value!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Threads, processes, memory, and whether numbers are finite."""

@@ -1,0 +1,1 @@
+"""Sweeps over recipes, scored and kept in a table."""

@@ -1,0 +1,191 @@
+"""``sweep.csv``: the rows of a sweep, what earlier runs left of them, and the table that is shown."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from merge_engine.errors import OutputError, writing
+from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.peft import WEIGHTS_FILE
+from merge_engine.formats.peft_config import ADAPTER_CONFIG
+from merge_engine.rules.recipe import Recipe
+from merge_engine.sweep.score import Evaluation
+from merge_engine.sweep.trials import Trial, text_of
+
+TABLE, PLOT, REPORT = "sweep.csv", "sweep.png", "merge_report.json"
+BEST: dict[str, Callable[..., "Row"]] = {"highest": max, "lowest": min}
+COLUMNS = ("folder", "kept_energy", "seconds", "score", "error", "evaluate", "made_from")
+
+
+@dataclass
+class Row:
+    """What came of one trial.
+
+    seconds: of merging; a run's merges share their work, so each is told its even share.
+    made_from: digests of the adapters that the folder was merged from, in order.
+    """
+
+    trial: Trial
+    folder: Path
+    kept_energy: float | None = None
+    seconds: float | None = None
+    score: float | None = None
+    error: str = ""
+    evaluate: str = ""
+    made_from: str = ""
+
+    def cells(self) -> dict[str, str]:
+        """The row of the table."""
+        told = {name: text_of(value) for name, value in self.trial.told.items()}
+        numbers = {name: getattr(self, name) for name in ("kept_energy", "seconds", "score")}
+        texts = {"folder": self.trial.name, "error": self.error, "evaluate": self.evaluate, "made_from": self.made_from}
+        return told | {name: "" if value is None else repr(value) for name, value in numbers.items()} | texts
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """All rows, in the order of the trials."""
+
+    output: Path
+    rows: list[Row]
+    choose: str = "highest"
+    axes: list[str] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if row.error]
+
+    def best(self, **told: Any) -> Row | None:
+        """The row with the best score, among those with these fields."""
+        rows = [row for row in self.rows if row.score is not None and told.items() <= row.trial.told.items()]
+        return BEST[self.choose](rows, key=lambda row: row.score) if rows else None
+
+    def table(self) -> str:
+        """Rows in columns, the best one marked, and the best of each method where there are several."""
+        best = self.best()
+        scored = any(row.score is not None for row in self.rows)
+        names = [*self.axes, "kept energy", "seconds", *(["score"] if scored else [])]
+        cells = [[*map(self._cell(row), names), "<- best" if row is best else row.error] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip([*names, ""], *cells, strict=True)]
+        lines = ["  ".join(f"{text:>{width}}" for text, width in zip([*names, ""], widths, strict=True))]
+        for row in cells:
+            lines.append("  ".join([f"{t:>{w}}" for t, w in zip(row[:-1], widths, strict=False)] + row[-1:]))
+        methods = list(dict.fromkeys(row.trial.told["method"] for row in self.rows if "method" in row.trial.told))
+        for method in methods if len(methods) > 1 else []:
+            if winner := self.best(method=method):
+                lines.append(f"best of {method}: {winner.trial.name}, score {winner.score:.6g}")
+        return "\n".join(line.rstrip() for line in lines)
+
+    @staticmethod
+    def _cell(row: Row) -> Callable[[str], str]:
+        own = {"kept energy": (row.kept_energy, ".4f"), "seconds": (row.seconds, ".2f"), "score": (row.score, ".6g")}
+
+        def cell(name: str) -> str:
+            if name not in own:
+                return text_of(row.trial.told[name]) if name in row.trial.told else ""
+            value, digits = own[name]
+            return "" if value is None else format(value, digits)
+
+        return cell
+
+
+class Table:
+    """``sweep.csv``: what earlier runs left, and the rows of this one; other rows stay while their folders do.
+
+    Raises OutputError where the file is there and is no such table.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, str]] = {}
+        if not path.exists():
+            return
+        try:
+            with open(path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file, restval="")
+                lacking = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+                cells = [] if lacking else [{name: text for name, text in row.items() if name} for row in reader]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise OutputError(f"{path}: cannot be read: {error}; remove it, or choose another folder") from error
+        if lacking:
+            raise OutputError(f"{path}: wanted the table of a sweep, got one without {', '.join(lacking)}")
+        self.found = {row["folder"]: row for row in cells}
+
+    def row(self, trial: Trial, folder: Path, evaluation: Evaluation | None) -> Row:
+        """What is known of a trial; a score counts if it is by this evaluation, or if there is none now."""
+        cells = self.found.get(trial.name, {})
+        row = Row(trial, folder, made_from=cells.get("made_from", ""), seconds=number_in(cells.get("seconds")))
+        if evaluation is None or cells.get("evaluate") == evaluation.text:
+            row.score, row.evaluate = number_in(cells.get("score")), cells.get("evaluate", "")
+        return row
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Replace the file: a reader, or a kill, sees it before or after."""
+        mine = [row.cells() for row in rows]
+        names = {cells["folder"] for cells in mine}
+        others = [
+            cells
+            for folder, cells in self.found.items()
+            if folder not in names and (self.path.parent / folder).is_dir()
+        ]
+        told = dict.fromkeys(name for cells in [*mine, *others] for name in cells if name not in COLUMNS)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, [*told, *COLUMNS], restval="", lineterminator="\n")
+                writer.writeheader()
+                writer.writerows([*mine, *others])
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+
+
+def number_in(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def difference_from(row: Row, made_from: str, adapters: Sequence[Adapter]) -> str | None:
+    """How the folder differs from what the trial would make; None where it does not. Fills in its kept energy."""
+    try:
+        report = json.loads((row.folder / REPORT).read_text(encoding="utf-8"))
+        recipe, energy = dict(report["recipe"]), float(report["energy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"and holds no {REPORT} of a merged adapter"
+    if not all((row.folder / name).is_file() for name in (ADAPTER_CONFIG, WEIGHTS_FILE)):
+        return "and is not complete"
+    wanted = Recipe.from_mapping(row.trial.recipe)
+    weights = list(wanted.weights_for([adapter.name for adapter in adapters]))
+    plain: Mapping[str, Any] = json.loads(json.dumps({**wanted.as_dict(), "weights": weights}))
+    for name in plain:
+        if recipe.get(name) != plain[name]:
+            return f"made with {name} {text_of(recipe.get(name))}, wanted {text_of(plain[name])}"
+    if row.made_from != made_from:
+        old, new = row.made_from.split(), made_from.split()
+        changed = [adapter.name for adapter, *pair in zip(adapters, old, new, strict=False) if pair[0] != pair[1]]
+        if not old:
+            return f"and {TABLE} does not say of which adapters"
+        return f"made of other adapters ({', '.join(changed) or f'{len(old)}, wanted {len(new)}'})"
+    row.kept_energy = energy
+    return None
+
+
+def digest_of(adapter: Adapter) -> str:
+    """SHA-256 of an adapter's files, the first 16 digits."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in adapter.path.glob("adapter_*") if path.is_file()):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]

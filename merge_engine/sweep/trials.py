@@ -1,0 +1,192 @@
+"""Which merges a sweep or a pool asks for: their recipes, and the readable names of their folders.
+
+A sweep is a grid, {field of the recipe: values}; a pool is a list of merges over named adapters. Both become `Trial`s.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from merge_engine.errors import RecipeError
+from merge_engine.rules.methods import METHODS, Method
+from merge_engine.rules.recipe import Recipe
+from merge_engine.rules.rule import make_rule
+
+LONGEST = 40  # letters of a value in a folder's name; what is longer, or a table, is named by its CRC-32
+# Which methods look at a field; all of them at those that are not here.
+_LOOKS: dict[str, Callable[[str, Method], bool]] = {
+    "density": lambda _, method: method.keep != "all",
+    "module_densities": lambda _, method: method.keep != "all",
+    "convention": lambda _, method: method.keep != "all",
+    "scope": lambda _, method: method.keep == "magnitude",
+    "trim_ties": lambda _, method: method.keep == "magnitude",
+    "seed": lambda _, method: method.keep == "bernoulli",
+    "rescale": lambda _, method: method.keep == "bernoulli",
+    "election": lambda _, method: method.elects,
+    "normalize": lambda _, method: method.averages,
+    "space": lambda name, _: name != "cat",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One merge of several.
+
+    name: of its folder. told: the fields it is told apart by, in the order of the table's columns.
+    recipe: all fields asked for. adapters: which of them, by number, in this order.
+    """
+
+    name: str
+    told: dict[str, Any]
+    recipe: dict[str, Any]
+    adapters: tuple[int, ...]
+
+
+def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """density=0.1,0.2 weights=2:1:1,1:1:1 -> {"density": [0.1, 0.2], "weights": [[2, 1, 1], [1, 1, 1]]}.
+
+    Commas part values, and colons the numbers of one value that is a list: one number an adapter.
+    """
+    axes: dict[str, list[Any]] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        field = name.replace("-", "_")
+        if not equals or not all(values.split(",")):
+            raise RecipeError(f"sweep: wanted FIELD=VALUE,VALUE as density=0.1,0.2, got {text!r}")
+        if field in axes:
+            raise RecipeError(f"sweep: wanted each field once, got {field} twice")
+        axes[field] = [_parsed(value) for value in values.split(",")]
+    return axes
+
+
+def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Trial]:
+    """Every combination of the axes' values, in their order, the last axis changing fastest.
+
+    A swept field that the method of a combination does not look at (density, in linear) is left out of it, and
+    combinations that are equal then are made once. Raises RecipeError for fields and values that are none.
+    """
+    known = [field.name for field in fields(Recipe)]
+    if not isinstance(axes, Mapping) or not axes:
+        raise RecipeError(f"sweep: wanted a table of fields and their values, got {axes!r}")
+    for field, values in axes.items():
+        if field not in known:
+            raise RecipeError(f"sweep: wanted one of {', '.join(known)}, got {field!r}")
+        if field in fixed:
+            raise RecipeError(f"{field}: wanted one value of it, or several in the sweep, got both")
+        if not isinstance(values, list) or not values:
+            raise RecipeError(f"sweep: {field}: wanted a list of values, got {values!r}")
+    trials: dict[str, Trial] = {}
+    for values in product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        method = point.get("method", fixed.get("method", Recipe.method))
+        told = {field: value for field, value in point.items() if _looks(method, field)}
+        recipe = {**fixed, **told}
+        Recipe.from_mapping(recipe)
+        trial = Trial(_name(told) or method, told, recipe, tuple(range(adapters)))
+        if trials.setdefault(trial.name, trial).told != told:
+            raise RecipeError(f"sweep: {told} and {trials[trial.name].told} are both named {trial.name}")
+    return list(trials.values())
+
+
+def pool_trials(
+    merges: Any, adapters: Mapping[str, Any] | Sequence[Any], fixed: Mapping[str, Any]
+) -> tuple[list[str], list[Trial]]:
+    """(the adapters' sources, the merges of a list over them).
+
+    merges: tables with a name, optionally adapters (a list of names; all by default), and fields of the recipe, which
+        come before those of `fixed`.
+    adapters: {name: folder or hub id}, or a list of these, where the last part of each is its name.
+    Raises RecipeError for names that are missing, unknown or ambiguous, and for recipes that are none.
+    """
+    if isinstance(adapters, Mapping):
+        sources, names = [str(source) for source in adapters.values()], [str(name) for name in adapters]
+    else:
+        sources = [str(source) for source in adapters]
+        names = [Path(source).name for source in sources]
+    if not isinstance(merges, list) or not merges:
+        raise RecipeError(f"merges: wanted a list of merges, got {merges!r}")
+    trials: dict[str, Trial] = {}
+    for number, merge in enumerate(merges, 1):
+        if not isinstance(merge, Mapping) or not _is_folder_name(merge.get("name")):
+            raise RecipeError(f"merges: wanted a table with the name of a folder as entry {number}, got {merge!r}")
+        own = {str(key): value for key, value in merge.items() if key not in ("name", "adapters")}
+        everyone = tuple(range(len(names)))
+        chosen = _chosen(merge["name"], merge["adapters"], names) if "adapters" in merge else everyone
+        recipe = {**fixed, **own}
+        try:
+            Recipe.from_mapping(recipe)
+        except RecipeError as error:
+            raise RecipeError(f"merges: {merge['name']}: {error}") from error
+        if merge["name"] in trials:
+            raise RecipeError(f"merges: wanted each name once, got {merge['name']} twice")
+        told = {"adapters": "+".join(names[place] for place in chosen), **own}
+        trials[merge["name"]] = Trial(merge["name"], told, recipe, chosen)
+    return sources, list(trials.values())
+
+
+def text_of(value: Any) -> str:
+    """A value as in the sweep's syntax: 0.2, true, none, 2:1:1; a table as JSON."""
+    if value is None or isinstance(value, bool):
+        return "none" if value is None else str(value).lower()
+    if isinstance(value, float):
+        return repr(float(value)).removesuffix(".0")
+    if isinstance(value, list | tuple):
+        return ":".join(map(text_of, value))
+    return json.dumps(value) if isinstance(value, Mapping) else str(value)
+
+
+def _parsed(text: str) -> Any:
+    if ":" in text:
+        return [_parsed(part) for part in text.split(":")]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False, "none": None}.get(text, text)
+
+
+def _looks(method: Any, field: str) -> bool:
+    make_rule(str(method))  # or it says which methods there are
+    return field not in _LOOKS or _LOOKS[field](method, METHODS[method])
+
+
+def _name(told: Mapping[str, Any]) -> str:
+    """ties,density=0.1,scale=0.5: the method first, then the fields in the order of the axes."""
+    parts = [told["method"]] if "method" in told else []
+    for field, value in told.items():
+        if field != "method":
+            text = text_of(value)
+            if isinstance(value, Mapping) or len(text) > LONGEST:
+                text = f"{zlib.crc32(text.encode()):08x}"
+            parts.append(f"{field}={text.replace(':', '_')}")
+    return ",".join(parts)
+
+
+def _is_folder_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and Path(name).name == name and not name.startswith(".")
+
+
+def _chosen(merge: str, wanted: Any, names: Sequence[str]) -> tuple[int, ...]:
+    if not isinstance(wanted, list) or not wanted:
+        raise RecipeError(f"merges: {merge}: adapters: wanted a list of names, got {wanted!r}")
+    places: list[int] = []
+    for each in wanted:
+        found = [place for place, name in enumerate(names) if name == str(each)]
+        if len(found) != 1:
+            several = f", the name of {len(found)}" if found else ""
+            raise RecipeError(f"merges: {merge}: adapters: wanted one of {', '.join(names)}, got {each!r}{several}")
+        places.extend(found)
+    return tuple(places)
+
+
+def number_of(value: Any) -> float | None:
+    """The value as a point on an axis, where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)

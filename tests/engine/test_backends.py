@@ -1,0 +1,315 @@
+"""The door to the backends, and whole merges through the Triton kernels: interpreted here, compiled on a GPU."""
+
+import builtins
+import json
+import weakref
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from lora_files import save_factors
+from safetensors.torch import load_file, save_file
+
+import merge_engine
+from merge_engine.cli.main import main
+from merge_engine.demo import adapter_paths
+from merge_engine.engine.choose import VARIABLE, choose, triton_device
+from merge_engine.engine.cpu_backend import TorchBackend
+from merge_engine.engine.plan import make_plan
+from merge_engine.engine.prepare import merge_groups, prepare
+from merge_engine.errors import MergeError, RecipeError
+from merge_engine.rules.recipe import Recipe
+from merge_engine.runtime.processes import Ranks
+
+triton_backend = pytest.importorskip("merge_engine.triton_backend")
+HAS_GPU = torch.cuda.is_available()
+
+
+def deltas(result):
+    return {name: factors.B.double() @ factors.A.double() for name, factors in result.modules.items()}
+
+
+def relative(got, want):
+    return ((got - want).norm() / want.norm()).item()
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """Three adapters: different ranks, dtypes and modules, three modules of one shape and one of another."""
+    shapes = {"layers.0.q": (24, 40), "layers.1.q": (24, 40), "layers.2.q": (24, 40), "layers.0.up": (72, 24)}
+    kinds = [(3, torch.float32, list(shapes)), (17, torch.bfloat16, list(shapes)), (4, torch.float16, ["layers.1.q"])]
+    folders = []
+    for seed, (rank, dtype, names) in enumerate(kinds):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for name in names:
+            rows, columns = shapes[name]
+            stem = f"base_model.model.{name}"
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, columns, generator=generator).to(dtype)
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(rows, rank, generator=generator).to(dtype)
+        folder = tmp_path / f"adapter{seed}"
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "alpha_pattern": {"up": 3}}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    return folders
+
+
+RECIPES = [
+    {"method": "magnitude_prune", "density": 0.3},
+    {"method": "ties", "density": {".*q": 0.3, ".*": 0.6}},
+    {"method": "ties", "density": 0.3, "election": "frequency"},
+    {"method": "ties", "density": 0.3, "scope": "model"},
+    {"method": "ties", "density": 0.3, "convention": "paper"},
+    {"method": "ties", "density": 0.3, "convention": "mergekit"},
+    {"method": "dare_linear", "density": 0.4},
+    {"method": "dare_ties", "density": 0.4, "convention": "mergekit"},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: "-".join(map(str, recipe.values())))
+def test_both_backends_merge_alike(uneven, recipe):
+    recipe = {**recipe, "weights": [1.0, -0.5, 2.0], "scale": 0.7, "rank": 24, "seed": 3}
+    want = deltas(merge_engine.merge(uneven, backend="torch", **recipe))
+    got = deltas(merge_engine.merge(uneven, backend="triton", **recipe))
+    assert list(got) == list(want)
+    for name in want:
+        # One element whose magnitude or vote is within rounding of its threshold may fall on either side.
+        apart = (got[name] - want[name]).abs() > 1e-4 * want[name].abs().max()
+        assert apart.sum() <= 1, name
+        assert relative(got[name] * ~apart, want[name] * ~apart) < 1e-5, name
+
+
+@pytest.mark.parametrize("recipe", [{"method": "ties"}, {"method": "dare_ties"}, {"convention": "mergekit"}], ids=str)
+def test_a_module_has_the_same_bits_in_any_company(uneven, recipe):
+    """A module of its shape has a third adapter, of another weight and dtype, and may be another process's."""
+    asked = Recipe.from_mapping({"density": 0.4, "weights": [0.3, 0.3, 0.7], **recipe})
+    plan, backend = make_plan([merge_engine.open_adapter(folder) for folder in uneven], asked), choose("triton")
+
+    def merged(plan):
+        works = merge_groups(plan, backend, prepare(plan, backend, lambda cost: None))
+        return {work.module.name: work.merged["delta"] for work in works}
+
+    want = merged(plan)
+    assert sorted(want) == [module.name for module in plan.modules]
+    for name, delta in want.items():
+        alone = merged(replace(plan, share=frozenset([name])))
+        assert list(alone) == [name] and torch.equal(alone[name], delta), name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_weights_by_module(uneven, scope, backend):
+    """Each module is what it is in a merge of its weights: no threshold depends on them."""
+    names = ["layers.0.up", "layers.0.q", "layers.1.q", "layers.2.q"]
+    table = {name: [1.0, -0.5 * i, 0.3] for i, name in enumerate(names)}
+    recipe = {"method": "ties", "density": 0.3, "scope": scope, "rank": 24, "backend": backend}
+    got = merge_engine.merge(uneven, module_weights=table, **recipe).modules
+    for name, weights in table.items():
+        want = merge_engine.merge(uneven, weights=weights, **recipe).modules[name]
+        assert torch.equal(got[name].A, want.A) and torch.equal(got[name].B, want.B), name
+
+
+def test_one_launch_takes_modules_that_are_packed_alike(tmp_path):
+    """What a slab holds of a module, and how many elements of rank and of which dtype, no other module may decide."""
+    kinds = {
+        "layers.0.q": (3, torch.float16),
+        "layers.1.q": (3, torch.float16),
+        "layers.2.q": (3, torch.float32),
+        "layers.3.q": (17, torch.float16),
+    }
+    factors = {name: (torch.ones(r, 8).to(dtype), torch.ones(5, r).to(dtype)) for name, (r, dtype) in kinds.items()}
+    folder = save_factors(tmp_path / "sql", factors, rank_pattern={"layers.3.q": 17}, alpha_pattern={"layers.3.q": 34})
+    plan = make_plan([merge_engine.open_adapter(folder)], Recipe())
+    names = [[module.name for module in group] for group in choose("triton").groups(plan)]
+    assert names == [["layers.0.q", "layers.1.q"], ["layers.2.q"], ["layers.3.q"]]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
+def test_both_backends_merge_factors_alike(uneven, method):
+    recipe = {"method": method, "density": 0.4, "space": "factors", "seed": 3}
+    pair = [uneven[0], uneven[0]]
+    want = deltas(merge_engine.merge(pair, backend="torch", weights=[1.0, -0.25], **recipe))
+    got = deltas(merge_engine.merge(pair, backend="triton", weights=[1.0, -0.25], **recipe))
+    assert all(relative(got[name], want[name]) < 1e-5 for name in want)
+
+
+def test_the_bundled_adapters_through_the_kernels(tmp_path):
+    paths = list(adapter_paths().values())
+    recipe = {"method": "ties", "density": 0.2, "rank": 16}
+    merge_engine.merge(paths, tmp_path / "out", backend="triton", **recipe)
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["backend"] == "triton"
+    written = merge_engine.open_adapter(tmp_path / "out")
+    for name, want in deltas(merge_engine.merge(paths, backend="torch", **recipe)).items():
+        A, B = written.factors(name)
+        assert relative(B.double() @ A.double(), want) < 1e-3, name
+
+
+class ShortOfMemory:
+    """The kernels' launcher on a device that has no room for more than one module."""
+
+    def __init__(self, launch):
+        self.launch, self.sizes = launch, []
+
+    def __call__(self, source, *arguments, **options):
+        self.sizes.append(source.shape[0])
+        if source.shape[0] > 1:
+            raise torch.OutOfMemoryError("no room")
+        return self.launch(source, *arguments, **options)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_out_of_memory_halves_the_group_and_changes_nothing(uneven, monkeypatch, scope):
+    recipe = {"method": "ties", "density": 0.3, "scope": scope, "rank": 24, "backend": "triton"}
+    want = merge_engine.merge(uneven, **recipe).modules
+    short = ShortOfMemory(triton_backend.kernels.merge_deltas)
+    monkeypatch.setattr(triton_backend.kernels, "merge_deltas", short)
+    got = merge_engine.merge(uneven, **recipe).modules
+    assert sorted(short.sizes) == [1, 1, 1, 1, 2]
+    for name in want:
+        assert torch.equal(got[name].A, want[name].A) and torch.equal(got[name].B, want[name].B)
+
+
+def test_a_group_that_is_halved_holds_nothing_of_the_first_attempt(monkeypatch, tmp_path):
+    """Neither its base nor its output, of which a device has no room for one and a half."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    short = ShortOfMemory(triton_backend.kernels.merge_deltas)
+    stacked = triton_backend.TritonBackend._stacked
+
+    def launch(source, *arguments, **options):
+        if source.shape[0] > 1:
+            held.extend(weakref.ref(options[name]) for name in ("base", "out"))
+        return short(source, *arguments, **options)
+
+    def stack(self, base):
+        assert all(each() is None for each in held)
+        return stacked(self, base)
+
+    generator = torch.Generator().manual_seed(5)
+    names = [f"layers.{i}.q" for i in range(2)]
+    factors = {
+        name: [torch.randn(2, 24, generator=generator), torch.randn(20, 2, generator=generator)] for name in names
+    }
+    save_factors(tmp_path / "a", factors)
+    (tmp_path / "base").mkdir()
+    weights = {f"{name}.weight": torch.randn(20, 24, generator=generator) for name in names}
+    save_file(weights, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    monkeypatch.setattr(triton_backend.kernels, "merge_deltas", launch)
+    monkeypatch.setattr(triton_backend.TritonBackend, "_stacked", stack)
+    inputs = tmp_path / "base", [tmp_path / "a"]
+    merge_engine.merge_into(*inputs, tmp_path / "out", method="ties", density=0.3, backend="triton")
+    assert sorted(short.sizes) == [1, 1, 2] and len(held) == 2
+    monkeypatch.undo()
+    merge_engine.merge_into(*inputs, tmp_path / "want", method="ties", density=0.3, backend="torch")
+    got, want = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "want"))
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=1e-5)
+
+
+def test_out_of_memory_with_a_single_module_is_an_error(uneven, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(triton_backend.kernels, "merge_deltas", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_engine.merge(uneven, method="ties", backend="triton")
+    monkeypatch.setattr(triton_backend.select, "model_trims", full)
+    with pytest.raises(MergeError, match=r"scope='model' holds the factors of all adapters there, and they do not fit"):
+        merge_engine.merge(uneven, method="ties", scope="model", backend="triton")
+
+
+def test_auto_takes_triton_on_a_gpu_only(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose().name == choose("auto").name == ("triton" if HAS_GPU else "torch")
+    assert choose("torch").name == "torch" and choose("triton").name == "triton"
+    monkeypatch.setenv(VARIABLE, "triton")
+    assert choose().name == "triton"
+    assert choose("torch").name == "torch"
+    monkeypatch.setenv(VARIABLE, "cuda")
+    with pytest.raises(RecipeError, match=r"^backend: wanted one of auto, triton, torch, got 'cuda'$"):
+        choose()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="triton runs here")
+def test_triton_asked_for_by_name_where_it_cannot_run(monkeypatch, uneven, tmp_path, capsys):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert isinstance(choose("auto"), TorchBackend)
+    code = main(["merge", *map(str, uneven), "-o", str(tmp_path / "out"), "--backend", "triton"])
+    assert code == 2
+    reason = f"triton {triton.__version__} sees no CUDA or ROCm device"
+    assert capsys.readouterr().err == f"merge-engine: error: backend: triton cannot run here: {reason}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_triton(monkeypatch):
+    real = builtins.__import__
+
+    def absent(name, *rest, **options):
+        if name == "triton":
+            raise ImportError("No module named 'triton'")
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    assert choose("auto").name == "torch"
+    with pytest.raises(RecipeError, match=r"triton cannot be imported \(No module named 'triton'\)$"):
+        choose("triton")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(gpus, current, local rank or None): what torch.cuda and torchrun say there."""
+
+    def fake(gpus, current, local):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if local is not None:
+            monkeypatch.setenv("LOCAL_RANK", str(local))
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    ("gpus", "current", "local", "want"),
+    [
+        (4, 0, None, 0),  # no torchrun
+        (4, 2, None, 2),
+        (4, 0, 0, 0),
+        (4, 0, 3, 3),
+        (2, 0, 5, 1),  # more processes than GPUs
+        (1, 0, 3, 0),  # as where each process sees but its own GPU
+        (4, 2, 3, 2),  # the caller's choice stands
+    ],
+)
+def test_every_process_of_a_machine_takes_a_gpu_of_its_own(machine, gpus, current, local, want):
+    machine(gpus, current, local)
+    device, reason = triton_device()
+    assert device == torch.device("cuda", want) and reason.endswith(f" on GPU {want}")
+
+
+@pytest.mark.parametrize(("group", "want"), [("nccl", "cuda:3"), ("gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu")])
+def test_counts_are_summed_where_the_process_group_can(machine, monkeypatch, group, want):
+    machine(4, 0, 3)
+    moved = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: moved.append(device) or tensor)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: group)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.mul_(2))  # two that count alike
+    assert Ranks(1, 2).sum(np.array([1, 2**40])).tolist() == [2, 2**41]
+    assert moved == [torch.device(want)]
+
+
+def test_info_system_says_which_and_why(capsys, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert main(["info", "--system"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch    {torch.__version__}, {torch.get_num_threads()} threads" in out
+    assert "backend  torch on cpu (MERGE_ENGINE_BACKEND=torch)" in out
+    assert "triton " in out
+    assert main(["info"]) == 2

@@ -1,0 +1,93 @@
+"""Memory of large tensors: its pages, and that it is lent to one tensor at a time."""
+
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from merge_engine.runtime import memory as runtime_memory
+from merge_engine.runtime.memory import HUGE, KEPT, _free, new_tensor
+
+pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large tensors are torch's own here")
+LARGE = HUGE // 4  # elements of float32
+
+
+@pytest.fixture(autouse=True)
+def nothing_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_memory, "_free", [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_shape_and_dtype(dtype: torch.dtype) -> None:
+    for shape in ((3, 5), (2, HUGE // dtype.itemsize // 2), (4, 3, HUGE // 4), ()):
+        tensor = new_tensor(shape, dtype)
+        assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+        tensor.fill_(7)
+        assert int(tensor.to(torch.int64).min()) == int(tensor.to(torch.int64).max()) == 7
+
+
+def test_memory_goes_from_a_tensor_that_is_gone_to_the_next() -> None:
+    first = new_tensor((LARGE,))
+    place = first.data_ptr()
+    second = new_tensor((LARGE,))
+    assert second.data_ptr() != place
+    del first
+    assert new_tensor((2, LARGE), torch.bfloat16).data_ptr() == place
+
+
+def test_a_view_holds_the_memory() -> None:
+    tensor = new_tensor((LARGE,)).fill_(1)
+    view = tensor.view(2, -1)[1].numpy()[5:]
+    del tensor
+    other = new_tensor((LARGE,)).fill_(2)
+    assert (view == 1).all()
+    del view
+    assert not {new_tensor((LARGE,)).data_ptr()} & {other.data_ptr()}
+
+
+def test_the_smallest_that_is_large_enough_is_taken_and_room_is_made_where_none_is() -> None:
+    sizes = [LARGE, 3 * LARGE, 2 * LARGE]
+    tensors = [new_tensor((size,)) for size in sizes]
+    places = [tensor.data_ptr() for tensor in tensors]
+    tensors.clear()
+    assert new_tensor((LARGE + 1,)).data_ptr() == places[2]
+    assert sorted(map(len, _free)) == sorted(4 * size for size in sizes)
+    large = new_tensor((4 * LARGE,))  # the oldest go
+    assert [len(each) for each in _free] == [8 * LARGE]
+    del large
+    assert [len(each) for each in _free] == [8 * LARGE, 16 * LARGE]
+
+
+def test_what_is_more_than_twice_as_large_is_not_lent() -> None:
+    large = new_tensor((3 * LARGE,))
+    place = large.data_ptr()
+    del large
+    small = new_tensor((LARGE,))
+    assert _free == [] and small.data_ptr() != place  # a small one that lives long would hold all of it
+
+
+def test_no_more_than_so_much_is_kept() -> None:
+    half = KEPT // 2 // 4
+    tensors = [new_tensor((size,)) for size in (half, LARGE, half)]
+    place = tensors[1].data_ptr()
+    for _ in range(3):
+        tensors.pop(0)
+    assert [len(each) for each in _free] == [4 * LARGE, 4 * half]  # the oldest is given up
+    assert new_tensor((LARGE,)).data_ptr() == place
+    too_large = new_tensor((KEPT // 4 + 1,))
+    del too_large
+    assert _free == []
+
+
+def test_threads_do_not_get_the_same() -> None:
+    def work(number: int) -> bool:
+        for turn in range(40):
+            tensor = new_tensor((LARGE,))
+            tensor[:: LARGE // 64] = number * 100 + turn
+            if not (tensor[:: LARGE // 64] == number * 100 + turn).all():
+                return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
