@@ -182,7 +182,7 @@ def _swap(working: Path, target: Path, replaced: Path) -> None:
             raise
     else:
         working.rename(target)
-    _sync_one(target.parent)
+    flush(target.parent)
     if os.path.lexists(replaced):
         shutil.rmtree(replaced, ignore_errors=True)  # the result is in place: what is left here does not undo that
 
@@ -204,11 +204,12 @@ def sync(folder: Path) -> None:
     """Flush every file below ``folder``, then the folders themselves."""
     for root, _, files in os.walk(folder, topdown=False):
         for name in files:
-            _sync_one(Path(root, name))
-        _sync_one(Path(root))
+            flush(Path(root, name))
+        flush(Path(root))
 
 
-def _sync_one(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush one file, or the list of names in one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,13 @@
 """Text files: YAML and JSON that give no key twice, and files that appear whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, writing
+from merge_engine.files.folder import flush
 
 
 def read_yaml(file: Path) -> Any:
@@ -37,12 +40,32 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def write_text(path: Path, text: str) -> None:
-    """A file that appears whole or not at all."""
-    from merge_engine.errors import writing
+@contextmanager
+def replaced(path: Path, *, fsync: bool = False) -> Iterator[Path]:
+    """Yield the path of a new file beside ``path``; when the block ends, that file takes the place of ``path``.
 
+    So a reader finds the old file or the new one, and never half of one; nor does a kill leave half of one at ``path``.
+    When the block raises, ``path`` stays as it was and the new file is removed. Missing parent folders are created.
+
+    fsync: flush the new file to the disk before it takes the place of the old one.
+
+    Raises OutputError, which names ``path``, for every OSError: of the block, too.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            if fsync:
+                flush(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to report
+                partial.unlink()
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all; errors as of `replaced`."""
+    with replaced(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)

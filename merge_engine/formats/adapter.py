@@ -10,6 +10,7 @@ import torch
 
 from merge_engine.errors import AdapterError
 from merge_engine.files.weights import StoredTensor
+from merge_engine.runtime.finite import what_is_wrong
 
 KEY_PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -83,10 +84,12 @@ class Adapter:
             values = values.float()  # torch has no aminmax of 8-bit floats
         if not values.numel() or not (values.is_floating_point() or values.is_complex()):
             return 0.0
-        least, most = map(float, torch.aminmax(torch.view_as_real(values) if values.is_complex() else values))
+        if values.is_complex():
+            values = torch.view_as_real(values)
+        least, most = map(float, torch.aminmax(values))
         if not (math.isfinite(least) and math.isfinite(most)):
-            what = "NaN" if torch.isnan(values).any() else "Inf"
-            raise AdapterError(f"{self.name}: tensor {stored.key} in {stored.file} holds {what}")
+            wrong = what_is_wrong(values)
+            raise AdapterError(f"{self.name}: tensor {stored.key} in {stored.file} holds {wrong}")
         return max(-least, most)
 
 

@@ -112,7 +112,7 @@ def merge_models(
     Other arguments, result and errors as in `merge_into`.
     """
     asked = Recipe.from_mapping(recipe)
-    size = parse_size(shard_size)
+    size = parse_size(shard_size, "shard_size")
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     inputs = [model if isinstance(model, Adapter | Checkpoint) else open_input(model) for model in models]
     job = make_job(opened, inputs, asked, size, vocab)

@@ -9,7 +9,6 @@ from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import MAX_RECOMPRESSIONS, cutting_bytes, factor_bytes, matrix_bytes
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import RecipeError
-from merge_engine.runtime.memory import parse_size
 
 # Bytes of a process that has imported torch, triton and Numba and merged something small, some 450 MB, and of what
 # allocators keep.
@@ -49,10 +48,3 @@ def room(plans: Sequence[Plan], backend: Backend, memory: int, *, in_memory: boo
 def result_bytes(plan: Plan) -> int:
     """Bytes of a plan's result in memory, at most."""
     return sum(4 * module.rank * (module.rows + module.columns) for module in plan.modules)
-
-
-def parse_memory(memory: int | str) -> int:
-    try:
-        return parse_size(memory)
-    except RecipeError:
-        raise RecipeError(f"memory: wanted a size as 4GB or 500MB, got {memory!r}") from None

@@ -19,9 +19,10 @@ from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
 from merge_engine.lowrank.krylov import first_space
 from merge_engine.lowrank.stack import Stack
-from merge_engine.many.budget import Room, parse_memory, room
+from merge_engine.many.budget import Room, room
 from merge_engine.many.cache import Cache
 from merge_engine.rules.recipe import Recipe
+from merge_engine.runtime.memory import parse_size
 
 RecipeLike = Recipe | Mapping[str, Any]
 
@@ -38,7 +39,7 @@ class Pool:
         self, adapters: Sequence[str | Path | Adapter], memory: int | str, *, keeps_results: bool = False
     ) -> None:
         self.keeps_results = keeps_results
-        self.memory = parse_memory(memory)
+        self.memory = parse_size(memory, "memory")
         self.cache = Cache(0)
         opened = open_adapters(adapters)
         for adapter in opened:

@@ -13,7 +13,7 @@ from merge_engine.formats.adapter import Adapter, Module
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint
 from merge_engine.models.targets import Target
 from merge_engine.models.vocabulary import Union, check_vocabulary
-from merge_engine.runtime.finite import finite
+from merge_engine.runtime.finite import what_is_wrong
 
 _PIECE = 1 << 21  # elements of a matrix whose rows move, read at a time
 
@@ -116,9 +116,8 @@ def read_finite(stored: StoredTensor, owner: str) -> Tensor:
 
 
 def _check_finite(tensor: Tensor, stored: StoredTensor, owner: str) -> None:
-    if not finite(tensor):
-        what = "NaN" if torch.isnan(tensor).any() else "Inf"
-        raise ModelError(f"{owner}: tensor {stored.key} in {stored.file} holds {what}")
+    if wrong := what_is_wrong(tensor):
+        raise ModelError(f"{owner}: tensor {stored.key} in {stored.file} holds {wrong}")
 
 
 def open_finetuned(

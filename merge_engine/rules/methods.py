@@ -1,9 +1,17 @@
-"""The methods of merging, as rows of a table."""
+"""The methods of merging, as rows of a table: what each computes, and which fields of a recipe it looks at.
 
+A new elementwise method is a new row. New arithmetic goes into `rules.reference` and into one function of each backend:
+a keep into `engine.cpu_keeps` and `engine.triton_backend`, a combine into `cpu.tile_by_torch` and `kernels.merge`.
+Everything else (the command line, YAML, sweeps, refusals, the parametrised tests) reads this table.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+Kind = Literal["elementwise", "stacked"]
 Keep = Literal["all", "magnitude", "bernoulli"]
+Combine = Literal["sum", "mean"]
 Election = Literal["total", "frequency"]
 Scope = Literal["tensor", "model"]
 TrimTies = Literal["exact", "keep"]
@@ -12,18 +20,50 @@ Divisor = Literal["count", "weight", "one"]
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table of methods."""
+    """One row of the table.
 
-    keep: Keep
-    elects: bool
-    averages: bool
+    kind: "elementwise" is keep x elect x combine on every element of the task tensors; "stacked" puts the factors side
+        by side.
+    keep: all elements, the k largest magnitudes, or a random share. elects: whether a sign is elected.
+    combine: of what is kept, and agrees with the elected sign: the weighted sum, or the weighted mean.
+    """
+
+    summary: str
+    kind: Kind = "elementwise"
+    keep: Keep = "all"
+    elects: bool = False
+    combine: Combine = "sum"
 
 
 METHODS: dict[str, Method] = {
-    "linear": Method("all", elects=False, averages=False),
-    "cat": Method("all", elects=False, averages=False),
-    "magnitude_prune": Method("magnitude", elects=False, averages=False),
-    "ties": Method("magnitude", elects=True, averages=True),
-    "dare_linear": Method("bernoulli", elects=False, averages=False),
-    "dare_ties": Method("bernoulli", elects=True, averages=True),
+    "linear": Method("the weighted sum of the deltas (task arithmetic)"),
+    "cat": Method("the same, factors stacked: exact, of the sum of the ranks", kind="stacked"),
+    "magnitude_prune": Method("the weighted sum of the largest elements", keep="magnitude"),
+    "ties": Method("trim, elect a sign, average what agrees", keep="magnitude", elects=True, combine="mean"),
+    "dare_linear": Method("drop at random, rescale, add up", keep="bernoulli"),
+    "dare_ties": Method("drop at random, elect, average what agrees", keep="bernoulli", elects=True, combine="mean"),
 }
+
+# Which methods look at a field of the recipe. Fields that are not here are looked at by all methods.
+_LOOKS: dict[str, Callable[[Method], bool]] = {
+    "density": lambda row: row.keep != "all",
+    "module_densities": lambda row: row.keep != "all",
+    "convention": lambda row: row.keep != "all",
+    "scope": lambda row: row.keep == "magnitude",
+    "trim_ties": lambda row: row.keep == "magnitude",
+    "seed": lambda row: row.keep == "bernoulli",
+    "rescale": lambda row: row.keep == "bernoulli",
+    "election": lambda row: row.elects,
+    "normalize": lambda row: row.combine == "mean",
+    "space": lambda row: row.kind != "stacked",
+}
+
+
+def looks_at(method: str, field: str) -> bool:
+    """Whether a field of the recipe has an effect on a method of the table."""
+    return field not in _LOOKS or _LOOKS[field](METHODS[method])
+
+
+def methods_with(field: str) -> list[str]:
+    """The methods that look at a field, for messages."""
+    return [method for method in METHODS if looks_at(method, field)]

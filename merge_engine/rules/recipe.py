@@ -9,13 +9,16 @@ from typing import Any, Literal, TypeGuard
 import torch
 
 from merge_engine.errors import RecipeError
-from merge_engine.rules.methods import METHODS
-from merge_engine.rules.rule import CONVENTIONS, Rule, make_rule
+from merge_engine.rules.choices import DTYPES as DTYPE_NAMES
+from merge_engine.rules.choices import SPACES
+from merge_engine.rules.conventions import CONVENTIONS
+from merge_engine.rules.methods import METHODS, looks_at, methods_with
+from merge_engine.rules.rule import Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 LARGEST = torch.finfo(torch.float32).max
 DEFAULT_DENSITY = 0.2  # the top 20 % of the TIES paper
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Recipe:
         for name in ("weights", "density", "scale", "seed", "rank", "energy"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         rule = self.rule()
-        if self.space not in ("delta", "factors"):
-            raise RecipeError(f"space: wanted delta or factors, got {self.space!r}")
+        if self.space not in SPACES:
+            raise RecipeError(f"space: wanted {' or '.join(SPACES)}, got {self.space!r}")
         if self.weights is not None:
             object.__setattr__(
                 self, "weights", tuple(_finite("weights", w) for w in _sequence("weights", self.weights))
@@ -89,9 +92,9 @@ class Recipe:
             raise RecipeError(f"energy: wanted a number above 0 and up to 1, got {self.energy!r}")
         if self.dtype is not None and (not isinstance(self.dtype, str) or self.dtype not in DTYPES):
             raise RecipeError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.method == "cat" and (self.rank != "auto" or self.energy is not None):
+        if METHODS[self.method].kind == "stacked" and (self.rank != "auto" or self.energy is not None):
             raise RecipeError(
-                "rank: cat stacks the factors, its rank is the sum of theirs; for a smaller one use linear"
+                f"rank: {self.method} stacks the factors, its rank is the sum of theirs; for a smaller one use linear"
             )
 
     @classmethod
@@ -121,12 +124,13 @@ class Recipe:
             trim_ties=self.trim_ties,
         )
         if self.normalize is not None:
-            if not isinstance(self.normalize, bool) or not METHODS[self.method].averages:
-                raise RecipeError(f"normalize: wanted true or false, of ties or dare_ties, got {self.normalize!r}")
+            if not isinstance(self.normalize, bool) or not looks_at(self.method, "normalize"):
+                known = " or ".join(methods_with("normalize"))
+                raise RecipeError(f"normalize: wanted true or false, of {known}, got {self.normalize!r}")
             mean = CONVENTIONS[self.convention].divisor["magnitude"]
             rule = replace(rule, divisor=mean if self.normalize else "one")
         if self.rescale is not None:
-            if self.rescale not in ["density", "l1"] or rule.keep != "bernoulli":
+            if self.rescale not in ["density", "l1"] or not looks_at(self.method, "rescale"):
                 raise RecipeError(f"rescale: wanted density or l1, of random drops, got {self.rescale!r}")
             rule = replace(rule, l1_rescale=self.rescale == "l1")
         return rule

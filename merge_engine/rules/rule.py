@@ -60,7 +60,7 @@ def make_rule(
     return Rule(
         keep=row.keep,
         elect=elected if row.elects else "none",  # type: ignore[arg-type]
-        divisor=habits.divisor[row.keep] if row.averages else "one",
+        divisor=habits.divisor[row.keep] if row.combine == "mean" else "one",
         vote_weighted=habits.vote_weighted,
         scope=_look_up("scope", scope or habits.scope, {"tensor": "tensor", "model": "model"}),
         trim_ties=_look_up("trim_ties", trim_ties or habits.trim_ties, {"exact": "exact", "keep": "keep"}),

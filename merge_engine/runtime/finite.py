@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 
+def what_is_wrong(tensor: Tensor) -> str | None:
+    """What a message says that a tensor holds: "NaN" if there is one, else "Inf"; None where all numbers are finite.
+
+    Takes the same tensors as `finite`.
+    """
+    if finite(tensor):
+        return None
+    return "NaN" if bool(torch.isnan(tensor).any()) else "Inf"
+
+
 def finite(tensor: Tensor) -> bool:
     """Whether a tensor of any shape and of a float dtype of 2 bytes or more holds neither NaN nor Inf.
 

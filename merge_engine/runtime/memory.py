@@ -80,10 +80,13 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes in a size as "5GB", "200MB" (powers of 1000, as transformers counts) or a number; RecipeError if none."""
+def parse_size(size: int | str, option: str) -> int:
+    """Bytes in a size such as "5GB" or "200MB" (powers of 1000, as transformers counts), or in a plain number.
+
+    Raises RecipeError, which names ``option``, where it is no size.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B|)", str(size).strip().upper())
     parsed = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if parsed < 1:
-        raise RecipeError(f"shard_size: wanted a size as 5GB or 200MB, got {size!r}")
+        raise RecipeError(f"{option}: wanted a size such as 5GB or 200MB, got {size!r}")
     return parsed

@@ -13,24 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import RecipeError
-from merge_engine.rules.methods import METHODS, Method
+from merge_engine.rules.methods import looks_at
 from merge_engine.rules.recipe import Recipe
 from merge_engine.rules.rule import make_rule
 
 LONGEST = 40  # letters of a value in a folder's name; what is longer, or a table, is named by its CRC-32
-# Which methods look at a field; all of them at those that are not here.
-_LOOKS: dict[str, Callable[[str, Method], bool]] = {
-    "density": lambda _, method: method.keep != "all",
-    "module_densities": lambda _, method: method.keep != "all",
-    "convention": lambda _, method: method.keep != "all",
-    "scope": lambda _, method: method.keep == "magnitude",
-    "trim_ties": lambda _, method: method.keep == "magnitude",
-    "seed": lambda _, method: method.keep == "bernoulli",
-    "rescale": lambda _, method: method.keep == "bernoulli",
-    "election": lambda _, method: method.elects,
-    "normalize": lambda _, method: method.averages,
-    "space": lambda name, _: name != "cat",
-}
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,8 @@ def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Tri
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         method = point.get("method", fixed.get("method", Recipe.method))
-        told = {field: value for field, value in point.items() if _looks(method, field)}
+        make_rule(str(method))  # or it says which methods there are
+        told = {field: value for field, value in point.items() if looks_at(method, field)}
         recipe = {**fixed, **told}
         Recipe.from_mapping(recipe)
         trial = Trial(_name(told) or method, told, recipe, tuple(range(adapters)))
@@ -149,11 +137,6 @@ def _parsed(text: str) -> Any:
         except ValueError:
             pass
     return {"true": True, "false": False, "none": None}.get(text, text)
-
-
-def _looks(method: Any, field: str) -> bool:
-    make_rule(str(method))  # or it says which methods there are
-    return field not in _LOOKS or _LOOKS[field](method, METHODS[method])
 
 
 def _name(told: Mapping[str, Any]) -> str:

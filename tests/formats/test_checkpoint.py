@@ -177,13 +177,13 @@ def test_shared_weights_of_a_bin_file(tmp_path):
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (7, 7), ("12", 12), ("3B", 3)])
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert parse_size(text, "memory") == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "5 apples", "0", None, "1e3"])
 def test_no_sizes(text):
-    with pytest.raises(RecipeError, match=r"^shard_size: wanted a size as 5GB or 200MB, got "):
-        parse_size(text)
+    with pytest.raises(RecipeError, match=r"^shard_size: wanted a size such as 5GB or 200MB, got "):
+        parse_size(text, "shard_size")
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16]

@@ -376,7 +376,7 @@ def test_mistakes_are_one_line_each(base, three, tmp_path, capsys):
             "wide: the delta of lm_head is [21, 12], wanted [19, 12] as lm_head.weight in base: vocabul",
         ),
         (base, three, {"rank": 4}, "rank: a merge into a base model is not cut to a rank"),
-        (base, three, {"shard_size": "5 apples"}, "shard_size: wanted a size as 5GB or 200MB, got '5 apples'"),
+        (base, three, {"shard_size": "5 apples"}, "shard_size: wanted a size such as 5GB or 200MB, got '5 apples'"),
         (whole, three, {}, "quantized: config.json has a quantization_config"),
         (broken, three, {}, "broken: config.json cannot be read: "),
         (

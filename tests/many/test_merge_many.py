@@ -318,7 +318,7 @@ WRONG = [
     ({"names": ["../x"]}, r"^names: wanted the name of a folder, got '\.\./x'$"),
     ({"names": [""]}, r"^names: wanted the name of a folder, got ''$"),
     ({"names": ["taken"]}, r"taken already exists; pass overwrite to replace it$"),
-    ({"memory": "much"}, r"^memory: wanted a size as 4GB or 500MB, got 'much'$"),
+    ({"memory": "much"}, r"^memory: wanted a size such as 5GB or 200MB, got 'much'$"),
     ({"memory": "100MB"}, r"^memory: wanted at least 0\.\d\dGB for this merge, got 0\.10GB$"),
 ]  # fmt: skip
 

@@ -619,7 +619,7 @@ def test_a_recipe_file_with_merges(three, tmp_path, capsys):
         (["--sweep", "scale=1", "--timeout", "3"], "timeout: is of an evaluation; wanted --evaluate with it"),
         (["--sweep", "scale=1", "--scale", "3"], "scale: wanted one value of it, or several in the sweep, got both"),
         (["--sweep", "scale=1", "--evaluate", "cat"], "evaluate: wanted a command with {path} in it"),
-        (["--sweep", "scale=1", "--memory", "lots"], "memory: wanted a size as 4GB"),
+        (["--sweep", "scale=1", "--memory", "lots"], "memory: wanted a size such as 5GB"),
     ],
 )
 def test_mistakes_on_the_command_line(three, tmp_path, capsys, options, message):
