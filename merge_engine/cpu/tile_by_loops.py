@@ -12,6 +12,7 @@ from merge_engine.cpu.tile_by_torch import kept_but_for_trim
 from merge_engine.loops import door
 from merge_engine.loops.term import TERM
 from merge_engine.rules.philox import keep_threshold
+from merge_engine.rules.rule import require
 from merge_engine.runtime.memory import scratch
 
 HELD = 1 << 19  # elements that are held at once of sources that are no products: 2 MiB
@@ -41,6 +42,8 @@ class TileMerge:
             raise ValueError(f"sources are {sorted(shapes)}, wanted one shape, and {len(sources)} weights and keeps")
         self._sources, self._keeps, self._terms = sources, spec.keeps, terms(sources, spec.keeps)
         self._weights = np.array(weights, np.float32)
+        require(rule, "the loops", combine=("sum",), elect=("none", "total", "frequency"))
+        require(rule, "the loops", divisor=("count", "weight", "one"))
         elects = rule.elect != "none"
         if elects and rule.vote_weighted:
             self._terms["ballot"], self._weights = spec.weights, np.ones_like(self._weights)

@@ -12,14 +12,14 @@ from torch import Tensor
 from merge_engine.cpu.keep import Drop, KeepTile, MergeSpec, Trim, dropped, limits
 from merge_engine.cpu.source import Source, filled
 from merge_engine.cpu.tile import Tile
+from merge_engine.rules.rule import require
 from merge_engine.runtime.memory import scratch
 
 
 def merge_tile(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -> Tensor:
     """scale * combine(w_i keep(t_i) where sign(keep(t_i)) is elected), in this thread's scratch."""
-    return (
-        _sum_tile(sources, spec, tile, scale) if spec.rule.elect == "none" else _elect_tile(sources, spec, tile, scale)
-    )
+    require(spec.rule, "a tile", combine=tuple(_COMBINES), elect=("none", "total", "frequency"))
+    return _COMBINES[spec.rule.combine](sources, spec, tile, scale)
 
 
 def kept(source: Source, keep: KeepTile, tile: Tile) -> Tensor:
@@ -35,6 +35,14 @@ def kept_but_for_trim(source: Source, keep: KeepTile, tile: Tile) -> Tensor:
         dropped(values, keep, tile)
         return values.div_(keep.density) if keep.factor is None else values.mul_(keep.factor)
     return values
+
+
+def _sum(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -> Tensor:
+    require(spec.rule, "a tile", divisor=("count", "weight", "one"))
+    return (_sum_tile if spec.rule.elect == "none" else _elect_tile)(sources, spec, tile, scale)
+
+
+_COMBINES = {"sum": _sum}
 
 
 def _sum_tile(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -> Tensor:

@@ -47,7 +47,7 @@ def cut(
     with about(module.name):
         strengths = [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
         As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
-        if recipe.method == "cat":
+        if plan.stacks:
             return LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
         if "delta" in work.merged:
             start = _start(As, module.rank)

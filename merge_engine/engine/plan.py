@@ -14,6 +14,7 @@ from torch import Tensor
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.adapter import Adapter, shared_extras
 from merge_engine.models.finetuned import Difference, Finetuned
+from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES, Recipe
 from merge_engine.rules.rule import Rule
 from merge_engine.runtime.processes import ALONE, Ranks
@@ -80,9 +81,14 @@ class Plan:
         return [source.model.path if isinstance(source, Finetuned) else source.path for source in self.adapters]
 
     @property
+    def stacks(self) -> bool:
+        """Whether the factors are put side by side, as they are."""
+        return METHODS[self.recipe.method].kind == "stacked"
+
+    @property
     def by_factors(self) -> bool:
         """Whether the result is made from the factors alone, with no pass over the elements of the deltas."""
-        return self.recipe.method == "cat" or (self.rule.keep == "all" and self.recipe.space == "delta")
+        return self.stacks or (self.rule.keep == "all" and self.recipe.space == "delta")
 
     @property
     def spans_model(self) -> bool:
@@ -143,6 +149,7 @@ def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
 def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> ModulePlan:
     having = [number for number, adapter in enumerate(adapters) if name in adapter.modules]
     parts = [adapters[number].modules[name] for number in having]
+    stacks = METHODS[recipe.method].kind == "stacked"
     first, first_owner = parts[0], adapters[having[0]].name
     for number, part in zip(having, parts, strict=True):
         owner = adapters[number].name
@@ -153,13 +160,13 @@ def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Rec
                 f"{owner}: {name} is {part.kind} [{part.rows}, {part.columns}], "
                 f"wanted {first.kind} [{first.rows}, {first.columns}] as in {first_owner}"
             )
-        if recipe.space == "factors" and recipe.method != "cat" and part.rank != first.rank:
+        if recipe.space == "factors" and not stacks and part.rank != first.rank:
             raise AdapterError(
                 f"{owner}: {name} has rank {part.rank}, wanted {first.rank} as in {first_owner}: "
                 "factors of different ranks cannot be merged side by side; space='delta' can"
             )
     ranks = sum(part.rank for part in parts)
-    if recipe.method == "cat":
+    if stacks:
         rank = ranks
     elif recipe.rank == "auto":
         rank = first.rank if recipe.space == "factors" else min(ranks, first.rows, first.columns)

@@ -18,6 +18,7 @@ from merge_engine.kernels import select
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Pair, Source, Trim, pack
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.philox import stream_id
+from merge_engine.rules.rule import require
 
 logger = logging.getLogger(__name__)
 GROUP_BYTES = 1 << 30  # of merged deltas in one launch, on a GPU
@@ -181,7 +182,10 @@ class TritonBackend:
         return torch.empty(like.shape, dtype=dtype if dtype in PACKED else torch.float32, device=self.device)
 
     def _merge(self, group: Group, **options: Any) -> list[Tensor]:
-        source, rule = self._on_device(group.packed), group.plan.rule
+        rule = group.plan.rule
+        require(rule, "the Triton backend", combine=("sum",), elect=("none", "total", "frequency"))
+        require(rule, "the Triton backend", divisor=("count", "weight", "one"))
+        source = self._on_device(group.packed)
         merged = kernels.merge_deltas(
             source,
             [group.weights],

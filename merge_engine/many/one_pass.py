@@ -220,7 +220,7 @@ def _own(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
 
 def _way(plan: Plan) -> Hashable:
     """All that a plan says of how its modules are merged and cut, but for the scale."""
-    return plan.rule, plan.recipe.space, plan.recipe.method == "cat", plan.recipe.energy, seed_of(plan)
+    return plan.rule, plan.recipe.space, plan.stacks, plan.recipe.energy, seed_of(plan)
 
 
 def _result_key(member: Member) -> Hashable:

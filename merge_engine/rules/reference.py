@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.rules.rule import Rule
+from merge_engine.rules.rule import Rule, require
 
 
 def delta(A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -45,6 +45,7 @@ def drop_and_rescale(tensor: Tensor, mask: Tensor, density: float, l1: bool) -> 
 
 def vote(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule) -> Tensor:
     """sum_i t_i (total) or sum_i sign(t_i) (frequency), of w_i t_i if the convention weighs the vote."""
+    require(rule, "the reference", elect=("total", "frequency"))
     total = torch.zeros_like(tensors[0])
     for tensor, weight in zip(tensors, weights, strict=True):
         ballot = weight * tensor if rule.vote_weighted else tensor
@@ -54,6 +55,7 @@ def vote(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule) -> Ten
 
 def combine(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, tied: int = 1) -> Tensor:
     """sum_i w_i t_i [sign(t_i) = elected] / divisor; the divisor is the agreeing count, their weights' sum, or 1."""
+    require(rule, "the reference", combine=("sum",), divisor=("count", "weight", "one"))
     elected = vote(tensors, weights, rule).sign() if rule.elect != "none" else None
     if elected is not None:
         elected[elected == 0] = tied
@@ -84,6 +86,7 @@ def merge_model(
     densities: per module, one number an adapter. masks: for random drops, {module: {adapter: bool tensor}}.
     Model scope: one threshold an adapter over all its modules in name order, with the density of its first module.
     """
+    require(rule, "the reference", keep=("all", "magnitude", "bernoulli"), scope=("tensor", "model"))
     names = sorted(tasks)
     kept: dict[str, dict[int, Tensor]] = {name: dict(tasks[name]) for name in names}
     for adapter in range(len(weights)):

@@ -9,7 +9,7 @@ A rule acts on task tensors ``t_i`` (deltas, factors, or finetuned - base) with 
 Sources: TIES (Yadav et al. 2023, arXiv:2306.01708), DARE (Yu et al. 2023, arXiv:2311.03099).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -22,10 +22,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rule:
-    """keep x elect x combine with every switch set; built by `make_rule`, read by `reference`, `tiled` and kernels."""
+    """keep x elect x combine with every switch set; built by `make_rule`, read by the reference and by both backends.
+
+    divisor: what the combined side is divided by: the number of those that agree, the sum of their weights, or 1.
+    """
 
     keep: Keep
     elect: Literal["none", "total", "frequency"]
+    combine: Literal["sum"]
     divisor: Divisor
     vote_weighted: bool
     scope: Scope
@@ -60,6 +64,7 @@ def make_rule(
     return Rule(
         keep=row.keep,
         elect=elected if row.elects else "none",  # type: ignore[arg-type]
+        combine="sum",  # a mean is a sum with a divisor
         divisor=habits.divisor[row.keep] if row.combine == "mean" else "one",
         vote_weighted=habits.vote_weighted,
         scope=_look_up("scope", scope or habits.scope, {"tensor": "tensor", "model": "model"}),
@@ -69,6 +74,14 @@ def make_rule(
         majority=habits.tied_vote == "majority",
         l1_rescale=habits.l1_rescale,
     )
+
+
+def require(rule: Rule, who: str, **known: Sequence[str]) -> None:
+    """Raise ValueError unless every named field of the rule has one of the values that ``who`` can compute."""
+    for field, values in known.items():
+        value = getattr(rule, field)
+        if value not in values:
+            raise ValueError(f"{who} has no {field} {value!r}, only {', '.join(values)}")
 
 
 def _look_up(what: str, name: str, table: Mapping[str, T]) -> T:
