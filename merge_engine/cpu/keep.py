@@ -1,7 +1,10 @@
-"""What is kept of a task tensor, as its tiles see it; and the specification of one merge."""
+"""What is kept of a task tensor, as its tiles see it; and the specification of one merge.
+
+A new keep is a class here with `apply`; `in_loops` says whether the compiled loops can do it themselves.
+"""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -9,10 +12,28 @@ from torch import Tensor
 
 from merge_engine.cpu.mask import keep_mask
 from merge_engine.cpu.tile import Tile
+from merge_engine.rules.philox import keep_threshold
 from merge_engine.rules.rule import Rule
 from merge_engine.runtime.memory import scratch
 
 EVERY_ROW = 1 << 62  # a position that no row reaches
+
+
+class Keep(Protocol):
+    """What stays of a task tensor t: keep(t).
+
+    in_loops: whether the compiled loops can do it themselves; else they are given tiles of keep(t).
+    """
+
+    in_loops: ClassVar[bool]
+
+    def apply(self, values: Tensor, tile: Tile) -> Tensor:
+        """A tile of t -> that of keep(t), in place."""
+        ...
+
+    def describe(self, term: Any) -> None:
+        """Tell the compiled loops, in a TERM, where they can do it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,6 +43,32 @@ class Trim:
     value: float
     row: int
     column: int
+    in_loops: ClassVar[bool] = True
+
+    def apply(self, values: Tensor, tile: Tile) -> Tensor:
+        below, above = self._limits()
+        row, column = self.row - tile.top, min(max(self.column - tile.left, 0), tile.right - tile.left)
+        if row >= len(values):
+            return _shrink(values, below)
+        if row < 0:
+            return _shrink(values, above)
+        _shrink(values[:row], below)
+        _shrink(values[row, :column], below)
+        _shrink(values[row, column:], above)
+        _shrink(values[row + 1 :], above)
+        return values
+
+    def describe(self, term: Any) -> None:
+        term["below"], term["above"] = self._limits()
+        term["row"], term["column"] = self.row, self.column
+
+    def _limits(self) -> tuple[np.float32, np.float32]:
+        """(below, above): |t| > below stays before the position, and |t| > above from there on.
+
+        The next smaller float than the threshold keeps equal magnitudes too.
+        """
+        value = np.float32(self.value)
+        return np.nextafter(value, np.float32(-1)), value
 
 
 @dataclass(frozen=True)
@@ -33,29 +80,28 @@ class Drop:
     stream: int
     adapter: int
     factor: float | None = None
+    in_loops: ClassVar[bool] = True
+
+    def apply(self, values: Tensor, tile: Tile) -> Tensor:
+        dropped(values, self, tile)
+        return values.div_(self.density) if self.factor is None else values.mul_(self.factor)
+
+    def describe(self, term: Any) -> None:
+        term["drops"], term["threshold"], term["stream"] = 1, keep_threshold(self.density), self.stream
+        term["adapter"], term["key0"], term["key1"] = self.adapter, self.seed & 0xFFFFFFFF, self.seed >> 32
+        term["divisor"], term["factor"] = (self.density, 1) if self.factor is None else (1, self.factor)
 
 
-KeepTile = Trim | Drop | None
+KeepTile = Keep | None  # None keeps everything
 
 
 class MergeSpec(NamedTuple):
-    """What a merge of given sources is asked for, but for its scale."""
+    """Weights, keeps, rule and tie side of one merge; the scale comes last."""
 
     weights: tuple[float, ...]
     keeps: tuple[KeepTile, ...]
     rule: Rule
     tied: int = 1  # the side that a column with a vote of 0 elects
-
-
-def limits(keep: KeepTile) -> tuple[np.float32, np.float32, int, int]:
-    """(below, above, row, column): a trim keeps |t| > below before that place, and |t| > above from there on.
-
-    A smaller float than the threshold keeps equal magnitudes too; what is less than zero keeps everything.
-    """
-    if not isinstance(keep, Trim):
-        return np.float32(-1), np.float32(-1), 0, 0
-    value = np.float32(keep.value)
-    return np.nextafter(value, np.float32(-1)), value, keep.row, keep.column
 
 
 def dropped(values: Tensor, drop: Drop, tile: Tile) -> Tensor:
@@ -70,3 +116,8 @@ def dropped(values: Tensor, drop: Drop, tile: Tile) -> Tensor:
         out=scratch("mask", values.shape, torch.bool),
     )
     return values.mul_(scratch("part", values.shape).copy_(mask.view(torch.uint8)))
+
+
+def _shrink(values: Tensor, limit: np.float32) -> Tensor:
+    """values where |values| > limit, else 0, in place."""
+    return values if limit < 0 else torch.ops.aten.hardshrink.out(values, float(limit), out=values)

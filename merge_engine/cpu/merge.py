@@ -13,7 +13,7 @@ from torch import Tensor
 from merge_engine.cpu.keep import Drop, KeepTile, MergeSpec, dropped
 from merge_engine.cpu.source import Source, filled, for_each_tile
 from merge_engine.cpu.tile import Tile
-from merge_engine.cpu.tile_by_loops import TileMerge
+from merge_engine.cpu.tile_by_loops import TileMerge, can_combine
 from merge_engine.cpu.tile_by_torch import kept, merge_tile, times
 from merge_engine.loops import door
 from merge_engine.rules.rule import Rule
@@ -43,7 +43,7 @@ def merge_deltas(
     if out is None:
         out = new_tensor((sources[0].rows, sources[0].columns))
     spec, merged, direct = MergeSpec(tuple(weights), tuple(keeps), rule, tied), out, _addressable(out) and base is None
-    compiled_merge = TileMerge(sources, spec, [spec.weights]) if door.loops() else None
+    compiled_merge = TileMerge(sources, spec, [spec.weights]) if door.loops() and can_combine(rule) else None
 
     def merge(tile: Tile) -> None:
         view = merged[tile.top : tile.bottom, tile.left : tile.right]

@@ -12,7 +12,7 @@ from merge_engine.cpu.keep import MergeSpec
 from merge_engine.cpu.merge import merge_deltas
 from merge_engine.cpu.source import Source, for_each_tile
 from merge_engine.cpu.tile import TILE_ELEMENTS, Tile, parts_of
-from merge_engine.cpu.tile_by_loops import HELD, TileMerge
+from merge_engine.cpu.tile_by_loops import HELD, TileMerge, can_combine
 from merge_engine.cpu.tile_by_torch import merge_tile
 from merge_engine.loops import door
 from merge_engine.runtime.memory import new_tensor, scratch
@@ -37,7 +37,18 @@ def merge_several(sources: Sequence[Source], specs: Sequence[MergeSpec]) -> list
     if len(specs) == 1 or len(sources) > MOST_HELD:
         return [merge_deltas(sources, spec.weights, spec.keeps, spec.rule, tied=spec.tied) for spec in specs]
     outs = [new_tensor((sources[0].rows, sources[0].columns)) for _ in specs]
-    merge = _by_loops(sources, specs, outs) if door.loops() else _by_operators(sources, specs, outs)
+    looped = [i for i, spec in enumerate(specs) if door.loops() and can_combine(spec.rule)]
+    others = [i for i in range(len(specs)) if i not in looped]
+    merges = [
+        make(sources, [specs[i] for i in part], [outs[i] for i in part])
+        for make, part in ((_by_loops, looped), (_by_operators, others))
+        if part
+    ]
+
+    def merge(tile: Tile) -> None:
+        for each in merges:
+            each(tile)
+
     for_each_tile(sources[0], merge)
     return outs
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_engine.cpu.keep import Drop, KeepTile, MergeSpec, Trim, dropped, limits
+from merge_engine.cpu.keep import KeepTile, MergeSpec
 from merge_engine.cpu.source import Source, filled
 from merge_engine.cpu.tile import Tile
 from merge_engine.rules.rule import require
@@ -24,17 +24,8 @@ def merge_tile(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: fl
 
 def kept(source: Source, keep: KeepTile, tile: Tile) -> Tensor:
     """The tile of keep(t), in this thread's scratch."""
-    values = kept_but_for_trim(source, keep, tile)
-    return _trimmed(values, keep, tile) if isinstance(keep, Trim) else values
-
-
-def kept_but_for_trim(source: Source, keep: KeepTile, tile: Tile) -> Tensor:
-    """The tile of keep(t), but for a trim, which is still to be done; in this thread's scratch."""
     values = filled(source, tile)
-    if isinstance(keep, Drop):
-        dropped(values, keep, tile)
-        return values.div_(keep.density) if keep.factor is None else values.mul_(keep.factor)
-    return values
+    return values if keep is None else keep.apply(values, tile)
 
 
 def _sum(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -> Tensor:
@@ -106,23 +97,3 @@ def _chosen(mask: Tensor, yes: Tensor, no: Tensor, out: Tensor) -> Tensor:
     chosen = scratch("chosen", mask.shape).copy_(mask.view(torch.uint8))
     torch.mul(yes, chosen, out=out)
     return out.add_(chosen.neg_().add_(1).mul_(no))
-
-
-def _trimmed(values: Tensor, keep: Trim, tile: Tile) -> Tensor:
-    """values where `limits` says so, else 0, in place."""
-    below, above, row, column = limits(keep)
-    row, column = row - tile.top, min(max(column - tile.left, 0), tile.right - tile.left)
-    if row >= len(values):
-        return _shrink(values, below)
-    if row < 0:
-        return _shrink(values, above)
-    _shrink(values[:row], below)
-    _shrink(values[row, :column], below)
-    _shrink(values[row, column:], above)
-    _shrink(values[row + 1 :], above)
-    return values
-
-
-def _shrink(values: Tensor, limit: np.float32) -> Tensor:
-    """values where |values| > limit, else 0, in place."""
-    return values if limit < 0 else torch.ops.aten.hardshrink.out(values, float(limit), out=values)

@@ -6,7 +6,7 @@ A sweep is a grid, {field of the recipe: values}; a pool is a list of merges ove
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
