@@ -50,6 +50,11 @@ class Backend(Protocol):
     device: torch.device
     merges_several: bool
 
+    @property
+    def identity(self) -> str:
+        """What a result depends on to the last bit: the name, and with what it computes."""
+        ...
+
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
         """All modules of the plan that are this process's, in groups that are merged at once.
 

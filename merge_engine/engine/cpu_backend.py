@@ -15,6 +15,7 @@ from merge_engine.cpu.source import Difference as DifferenceSource
 from merge_engine.engine.backend import Group, Known
 from merge_engine.engine.cpu_keeps import find_keeps
 from merge_engine.engine.plan import ModulePlan, Plan, Task
+from merge_engine.loops import door
 from merge_engine.models.finetuned import Difference
 from merge_engine.rules.rule import make_rule
 
@@ -27,6 +28,10 @@ class TorchBackend:
     name = "torch"
     device = torch.device("cpu")
     merges_several = True
+
+    @property
+    def identity(self) -> str:
+        return self.name if door.loops() else f"{self.name} without Numba"
 
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
         return [[module] for module in plan.mine]

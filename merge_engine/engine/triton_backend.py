@@ -43,6 +43,10 @@ class TritonBackend:
         self.device = device
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def identity(self) -> str:
+        return self.name
+
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
         """Modules alike in all but their numbers, so that one launch can take them.
 

@@ -14,7 +14,6 @@ from merge_engine.files.journal import Journal, check_same, read_journal
 from merge_engine.files.shards import ShardFiles
 from merge_engine.formats.adapter import Adapter
 from merge_engine.into.job import IntoJob
-from merge_engine.loops import door
 from merge_engine.models.finetuned import Finetuned
 from merge_engine.version import __version__
 
@@ -61,7 +60,7 @@ def _identity(job: IntoJob, backend: Backend) -> dict[str, Any]:
         "recipe": {**recipe.as_dict(), "weights": list(weights)},
         "shard_size": job.shard_size,
         "vocab": "base" if job.union is None else f"union of {len(job.union.tokens)} tokens {job.union.digest[:16]}",
-        "backend": backend.name + (" without Numba" if backend.name == "torch" and door.loops() is None else ""),
+        "backend": backend.identity,
         "base": _files(job.base.path, job.base.files),
         "inputs": [_files_of(source) for source in job.plan.adapters],
         "versions": {"merge-engine": __version__, "torch": str(torch.__version__)},
