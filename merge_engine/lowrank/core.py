@@ -66,7 +66,7 @@ def leading(
 
 def unfolded(core: Leading, left: Decomposed, right: Decomposed) -> LowRank:
     """Q_left @ core @ Q_right.T."""
-    return rounded(_q_times(right, core.vh.T).T, _q_times(left, core.u * core.s), core)
+    return rounded(q_times(right, core.vh.T).T, q_times(left, core.u * core.s), core)
 
 
 def rounded(A: Tensor, B: Tensor, core: Leading) -> LowRank:
@@ -77,7 +77,7 @@ def rounded(A: Tensor, B: Tensor, core: Leading) -> LowRank:
     return LowRank(A, B, core.kept)
 
 
-def _q_times(decomposed: Decomposed, block: Tensor) -> Tensor:
+def q_times(decomposed: Decomposed, block: Tensor) -> Tensor:
     """Q @ block [p, k] for Q [m, p] by its reflectors: a third of a QR would go into a Q that is not asked for."""
     packed, tau = decomposed
     tall = block.new_zeros(len(packed), block.shape[1])
@@ -94,6 +94,12 @@ def completed(rows: Tensor, count: int) -> Tensor:
     for _ in range(2):
         more = orthonormal(more - more @ rows.T @ rows)
     return torch.cat([rows, more])
+
+
+def rounding(columns: int) -> float:
+    """How far float64 moves a singular value of a matrix that so many columns are stacked for, as a share of the sum of
+    their norms: 2**-51 max(columns, 8), a bound on QR and SVD together that random matrices never come near."""
+    return 2 * max(columns, 8) * torch.finfo(torch.float64).eps
 
 
 def upper(decomposed: Decomposed) -> Tensor:
