@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from merge_engine.runtime import memory as runtime_memory
-from merge_engine.runtime.memory import HUGE, KEPT, _free, new_tensor
+from merge_engine.runtime.memory import HUGE, KEPT, new_tensor
 
 pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large tensors are torch's own here")
 LARGE = HUGE // 4  # elements of float32
@@ -52,11 +52,11 @@ def test_the_smallest_that_is_large_enough_is_taken_and_room_is_made_where_none_
     places = [tensor.data_ptr() for tensor in tensors]
     tensors.clear()
     assert new_tensor((LARGE + 1,)).data_ptr() == places[2]
-    assert sorted(map(len, _free)) == sorted(4 * size for size in sizes)
+    assert sorted(map(len, runtime_memory._free)) == sorted(4 * size for size in sizes)
     large = new_tensor((4 * LARGE,))  # the oldest go
-    assert [len(each) for each in _free] == [8 * LARGE]
+    assert [len(each) for each in runtime_memory._free] == [8 * LARGE]
     del large
-    assert [len(each) for each in _free] == [8 * LARGE, 16 * LARGE]
+    assert [len(each) for each in runtime_memory._free] == [8 * LARGE, 16 * LARGE]
 
 
 def test_what_is_more_than_twice_as_large_is_not_lent() -> None:
@@ -64,7 +64,7 @@ def test_what_is_more_than_twice_as_large_is_not_lent() -> None:
     place = large.data_ptr()
     del large
     small = new_tensor((LARGE,))
-    assert _free == [] and small.data_ptr() != place  # a small one that lives long would hold all of it
+    assert runtime_memory._free == [] and small.data_ptr() != place  # a small one that lives long would hold all of it
 
 
 def test_no_more_than_so_much_is_kept() -> None:
@@ -73,11 +73,11 @@ def test_no_more_than_so_much_is_kept() -> None:
     place = tensors[1].data_ptr()
     for _ in range(3):
         tensors.pop(0)
-    assert [len(each) for each in _free] == [4 * LARGE, 4 * half]  # the oldest is given up
+    assert [len(each) for each in runtime_memory._free] == [4 * LARGE, 4 * half]  # the oldest is given up
     assert new_tensor((LARGE,)).data_ptr() == place
     too_large = new_tensor((KEPT // 4 + 1,))
     del too_large
-    assert _free == []
+    assert runtime_memory._free == []
 
 
 def test_threads_do_not_get_the_same() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from merge_engine.runtime import threads as runtime_threads
-from merge_engine.runtime.threads import ahead, threads
+from merge_engine.runtime.threads import ahead, for_each, threads
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds after which a barrier gives up: only a failure waits as long
@@ -294,7 +294,7 @@ def test_a_child_of_a_fork_has_threads_of_its_own():
 
 def test_a_process_ends_with_work_under_way():
     code = (
-        "import time; from merge_engine.pipeline import ahead; list(ahead(str, range(3), 2)); "
+        "import time; from merge_engine.runtime.threads import ahead; list(ahead(str, range(3), 2)); "
         "results = ahead(lambda i: time.sleep(0.1), range(9), 2); next(results); print('end')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
@@ -335,3 +335,54 @@ def test_a_count_stays_where_garbage_is_collected():
 
     with threads(3), ThreadPoolExecutor(1) as other:
         assert other.submit(collect).result() == 1
+
+
+SHARED = """
+import torch
+from merge_engine.runtime.threads import for_each
+
+torch.set_num_threads(3)
+seen = for_each(range(9), lambda _: torch.get_num_threads())
+assert seen == [1] * 9, seen
+assert torch.get_num_threads() == 3
+"""
+
+
+def test_threads_that_share_items_run_operators_alone():
+    """In a process of its own, since a thread settles how many it uses once."""
+    subprocess.run([sys.executable, "-c", SHARED], cwd=ROOT, check=True)
+
+
+def test_a_tile_that_fails_ends_the_others():
+    seen, all_free = [], threading.Barrier(torch.get_num_threads(), timeout=PATIENCE)
+
+    def work(item):
+        seen.append(item)
+        if item == 3:
+            raise RuntimeError("cannot be read")
+
+    with pytest.raises(RuntimeError, match="cannot be read"):
+        for_each(range(100_000), work)
+    for_each(range(all_free.parties), lambda _: all_free.wait())
+    assert len(seen) < 100_000
+
+
+LATER = """
+import threading
+import torch
+from merge_engine.runtime.threads import ahead
+
+torch.set_num_threads(3)
+got = []
+list(ahead(lambda item: got.append(torch.get_num_threads()), range(3)))
+assert got == [1] * 3, got
+thread = threading.Thread(target=lambda: got.append(torch.get_num_threads()))
+thread.start()
+thread.join()
+assert got[-1] == torch.get_num_threads() == 3, got
+"""
+
+
+def test_a_thread_that_has_not_asked_keeps_all_threads():
+    """Stages in the background run on one thread each; what a later thread gets is the count from before."""
+    subprocess.run([sys.executable, "-c", LATER], cwd=ROOT, check=True)

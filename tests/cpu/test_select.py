@@ -1,0 +1,76 @@
+"""Thresholds of a trim: exactly k elements stay, and of equal magnitudes those that come first."""
+
+import numpy as np
+import pytest
+import torch
+from cpu_merges import factors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from task_tensors import whole
+
+from merge_engine.cpu import tile as cpu_tile
+from merge_engine.cpu.merge import merge_deltas
+from merge_engine.cpu.select import locate, trims, trims_of_each
+from merge_engine.cpu.source import Product
+from merge_engine.loops import door
+from merge_engine.rules import reference
+from merge_engine.rules.rule import make_rule
+from merge_engine.runtime.threads import threads
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_exactly_k_survive_lowest_index_first(data):
+    rows, columns, rank = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 50)), data.draw(st.integers(1, 3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    sources = [
+        Product(*factors(generator, rows, columns, rank, torch.bfloat16, integers=True), 0.25)
+        for _ in range(data.draw(st.integers(1, 3)))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_tile, "TILE_ROWS", 8)
+        patch.setattr(cpu_tile, "TILE_ELEMENTS", 128)
+        flat = torch.cat([whole(source).flatten() for source in sources])
+        k = data.draw(st.integers(0, flat.numel()))
+        kept = [
+            merge_deltas([source], [1.0], [trim], make_rule("linear")).flatten()
+            for source, trim in zip(sources, trims(sources, k, "exact"), strict=True)
+        ]
+    want = reference.trim(flat, k, "exact")
+    assert torch.equal(torch.cat(kept), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thousands_of_equal_magnitudes(dtype):
+    generator = torch.Generator().manual_seed(3)
+    A, B = factors(generator, 300, 400, 2, dtype, integers=True)
+    source, k = Product(A, B, 1.0), int(0.2 * 300 * 400)
+    kept = merge_deltas([source], [1.0], trims([source], k, "exact"), make_rule("linear"))
+    threshold = kept[kept != 0].abs().min()
+    assert (whole(source).abs() == threshold).sum() > 5000
+    assert (kept != 0).sum() == k
+    assert torch.equal(kept, reference.trim(whole(source), k, "exact"))
+    every = merge_deltas([source], [1.0], trims([source], k, "keep"), make_rule("linear"))
+    assert torch.equal(every, reference.trim(whole(source), k, "keep"))
+
+
+def test_locate():
+    histogram = np.array([3, 0, 2, 1])
+    assert [locate(histogram, k) for k in range(1, 7)] == [(3, 1), (2, 1), (2, 2), (0, 1), (0, 2), (0, 3)]
+
+
+def test_thresholds_without_loops_are_exact_on_several_threads(monkeypatch):
+    """A product's last bits depend on how many threads an operator has; all that looks at them has to have one.
+
+    Equal columns are equal magnitudes at the threshold, of which some are cut.
+    """
+    monkeypatch.setattr(door, "loops", lambda: None)
+    with threads(2):
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            A, B = torch.randn(16, 704, generator=generator).repeat(1, 8), torch.randn(2048, 16, generator=generator)
+            source = Product(A, B, 24 / 16)
+            k = source.rows * source.columns // 5 + 3
+            ((trim,),) = trims_of_each([source], [[k]], "exact")
+            kept = merge_deltas([source], [1.0], [trim], make_rule("linear"))
+            assert int(kept.count_nonzero()) == k

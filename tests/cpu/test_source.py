@@ -1,0 +1,19 @@
+"""Task tensors as the CPU backend sees them: products, and what is refused."""
+
+import pytest
+import torch
+from cpu_merges import U, factors
+from task_tensors import whole
+
+from merge_engine.cpu.source import Product
+
+
+@pytest.mark.parametrize("rank", [1, 4, 8, 17, 64, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_are_exact_to_rounding(rank, dtype):
+    generator = torch.Generator().manual_seed(rank)
+    A, B = factors(generator, 67, 131, rank, dtype, integers=False)
+    got = whole(Product(A, B, 0.7)).double()
+    exact = 0.7 * (B.double() @ A.double())
+    bound = (rank + 2) * U * 0.7 * (B.double().abs() @ A.double().abs())
+    assert ((got - exact).abs() <= bound).all()
