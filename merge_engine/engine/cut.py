@@ -1,6 +1,8 @@
 """The cut: from a module's merged task tensors to the factors of the result, and the memory that this takes."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -11,8 +13,12 @@ from merge_engine.engine.plan import ModulePlan, Plan
 from merge_engine.engine.prepare import Work
 from merge_engine.errors import RecipeError, about
 from merge_engine.lowrank.core import LowRank, product_norm
+from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.krylov import first_space, from_matrix
+from merge_engine.lowrank.spectral import CORE_METHODS
 from merge_engine.lowrank.stack import Stack, from_products
+from merge_engine.rules.methods import METHODS
+from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.finite import finite
 
 MAX_RECOMPRESSIONS = 4  # at a time: each holds a merged delta
@@ -20,66 +26,107 @@ WIDEST_START = 256  # rows that an iteration starts from, unless the rank asked 
 
 
 class Finished(NamedTuple):
-    """One module of the result: its factors, on the CPU, and what |B A|_F^2 is before they are scaled."""
+    """One module of the result: its factors, on the CPU, and what |B A|_F^2 is before they are scaled.
+
+    mean_norm: mean_t |tau_t|_F, where the scale is "auto". figures: what the report says of the module beside its rank
+    and energy, by name.
+    """
 
     factors: LowRank
     squared_norm: float
+    mean_norm: float | None = None
+    figures: Mapping[str, float] = MappingProxyType({})
+
+
+class Decomposed:
+    """What a cut needs of a module's factors whatever the weights; here it is made anew, a `Session` keeps it."""
+
+    def stack(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Stack:
+        """The stacked factors, decomposed."""
+        return Stack(As, Bs)
+
+    def cores(self, stack: Stack, scalings: Sequence[float]) -> Cores:
+        """The cores of the deltas."""
+        return Cores(stack, scalings)
+
+    def start(self, rows: Tensor, shape: tuple[int, int], k: int) -> Tensor:
+        """What the iteration for a merged delta begins with."""
+        return first_space(rows, shape, k)
 
 
 def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
     """One module of the result."""
-    return work.module, scaled(finished(cut(plan, backend, work)), plan.recipe.scale, work.module.name)
+    return work.module, scaled(cut(plan, backend, work), plan.recipe, work.module.name)
 
 
-def cut(
-    plan: Plan,
-    backend: Backend,
-    work: Work,
-    stack: Callable[[Sequence[Tensor], Sequence[Tensor]], Stack] = Stack,
-    space: Callable[[Tensor, tuple[int, int], int], Tensor] = first_space,
-) -> LowRank:
-    """The factors of one module's result before `scaled`: stacked, cut by QR, or cut by subspace iteration.
+def cut(plan: Plan, backend: Backend, work: Work, known: Decomposed | None = None) -> Finished:
+    """One module's result before `scaled`: what merges that differ in their scale have in common.
 
-    stack, space: make what depends on the factors only, or know it already.
     Raises RecipeError, naming the module, where numbers leave float32.
     """
-    recipe, module = plan.recipe, work.module
-    with about(module.name):
-        strengths = [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
-        As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
-        if plan.stacks:
-            return LowRank(torch.cat([A * x for A, x in zip(As, strengths, strict=True)]), torch.cat(Bs, dim=1), 1.0)
-        if "delta" in work.merged:
-            start = _start(As, module.rank)
-            return from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=space)
-        if recipe.space == "delta":
-            return stack(As, Bs).cut(strengths, module.rank, recipe.energy)
-        A, B = work.merged["A"], work.merged["B"]
-        if recipe.energy is None and module.rank >= len(A):
-            return LowRank(A, B, 1.0)
-        return from_products([A], [B], [1.0], module.rank, recipe.energy)
+    with about(work.module.name):
+        (A, B, energy), figures = _factors(plan, backend, work, known or Decomposed())
+        mean_norm = plan.mean_norm(work.module, work.factors) if plan.recipe.scale == "auto" else None
+        return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, mean_norm, figures)
 
 
-def finished(result: LowRank) -> Finished:
-    """What merges that differ in scale only have in common."""
-    A, B, energy = result
-    return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2)
+def _factors(plan: Plan, backend: Backend, work: Work, known: Decomposed) -> tuple[LowRank, dict[str, float]]:
+    """Stacked, made from a merged core, cut by QR, or cut by subspace iteration; and what there is to report."""
+    recipe, module, scalings = plan.recipe, work.module, work.module.scalings
+    As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
+    strengths = [w * s for w, s in zip(module.weights, scalings, strict=True)]
+    if plan.stacks:
+        stacked = torch.cat([A * x for A, x in zip(As, strengths, strict=True)])
+        return LowRank(stacked, torch.cat(Bs, dim=1), 1.0), {}
+    if plan.on_cores:
+        stack = known.stack(As, Bs)
+        method = CORE_METHODS[recipe.method]
+        options = {name: getattr(recipe, name) for name in METHODS[recipe.method].options}
+        merged = method(known.cores(stack, scalings), module.weights, **options)
+        figures = {"numerical_rank": float(merged.rank)}
+        if merged.smallest is not None:
+            figures["smallest_singular_value"] = merged.smallest
+        return stack.unfold(merged.core, module.rank, recipe.energy, merged.noise), figures
+    if "delta" in work.merged:
+        start = _start(As, module.rank)
+        return from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {}
+    if plan.by_factors:
+        return known.stack(As, Bs).cut(strengths, module.rank, recipe.energy), {}
+    A, B = work.merged["A"], work.merged["B"]
+    if recipe.energy is None and module.rank >= len(A):
+        return LowRank(A, B, 1.0), {}
+    return from_products([A], [B], [1.0], module.rank, recipe.energy), {}
 
 
-def scaled(result: Finished, scale: float, name: str) -> Finished:
-    """scale * B @ A: B times scale, rounded to float32.
+def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
+    """scale * B @ A: B times scale, rounded to float32; see `scale_of`.
 
     Raises RecipeError, naming the module, where a factor leaves float32.
     """
-    (A, B, energy), squared_norm = result
+    A, B, energy = result.factors
     if not (finite(A) and finite(B)):
         raise RecipeError(f"{name}: its merge leaves float32; wanted smaller weights")
+    scale = scale_of(recipe, result.mean_norm, result.squared_norm / energy if energy > 0 else 0.0)
+    if recipe.scale == "auto":
+        result = result._replace(figures={**result.figures, "scale": scale})
     if scale == 1:
         return result
     scaled_B = B * scale
     if not finite(scaled_B):
-        raise RecipeError(f"scale: {scale} times {name}, which reaches {B.abs().max():.1e}, is no float32")
-    return Finished(LowRank(A, scaled_B, energy), squared_norm)
+        raise RecipeError(f"scale: {scale} times {name}, which reaches {B.abs().max():.1e}, overflows float32")
+    return result._replace(factors=LowRank(A, scaled_B, energy))
+
+
+def scale_of(recipe: Recipe, mean_norm: float | None, squared_norm: float) -> float:
+    """The recipe's scale, or for "auto" gain * mean_t |tau_t| / |merged|: as large as the adapters are on average.
+
+    mean_norm: mean_t |tau_t|_F, needed for "auto" only. squared_norm: |merged|_F^2 before the cut to a rank; 1 is
+    returned where it is 0.
+    """
+    if recipe.scale != "auto":
+        return recipe.scale
+    assert mean_norm is not None
+    return recipe.gain * mean_norm / math.sqrt(squared_norm) if squared_norm > 0 else 1.0
 
 
 def _start(As: Sequence[Tensor], rank: int) -> Tensor:

@@ -21,6 +21,8 @@ class Merged:
     modules: {name: LowRank(A [k, N], B [M, k], energy)}, float32, delta = B @ A; empty if written to a folder.
     energy: {name: kept energy |B A|^2 / |merged delta|^2 of the cut to rank k}; 1.0 where nothing was cut.
     ranks: {name: k}.
+    figures: {name: {figure: value}} of what else there is to say: the "scale" that scale="auto" came to,
+        "numerical_rank" and "smallest_singular_value" of methods on cores (near 0: adapters are nearly parallel).
     """
 
     plan: Plan = field(repr=False)
@@ -29,6 +31,7 @@ class Merged:
     total_energy: float
     modules: dict[str, LowRank] = field(default_factory=dict, repr=False)
     ranks: dict[str, int] = field(default_factory=dict, repr=False)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
 
 
 class Output:
@@ -39,6 +42,7 @@ class Output:
         self.writer = None if folder is None else _writer(plan, folder)
         self.energy: dict[str, float] = {}
         self.ranks: dict[str, int] = {}
+        self.figures: dict[str, dict[str, float]] = {}
         self.kept: dict[str, LowRank] = {}
         self.norms = _Norms()
 
@@ -46,6 +50,7 @@ class Output:
         """Take one module's factors, in any order."""
         A, B, energy = result.factors
         self.energy[name], self.ranks[name] = energy, len(A)
+        self.figures[name] = dict(result.figures)
         self.norms.add(result.squared_norm, energy)
         if self.writer is None:
             self.kept[name] = result.factors
@@ -55,7 +60,7 @@ class Output:
     def finish(self) -> None:
         """Complete the folder: every module is there."""
         if self.writer is not None:
-            _finish(self.writer, self.plan, self.backend, self.energy, self.norms.kept_energy)
+            _finish(self.writer, self.plan, self.backend, self)
 
     def abandon(self) -> None:
         if self.writer is not None:
@@ -65,7 +70,8 @@ class Output:
     def merged(self) -> Merged:
         energy, modules = dict(sorted(self.energy.items())), dict(sorted(self.kept.items()))
         ranks = dict(sorted(self.ranks.items()))
-        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules, ranks)
+        figures = dict(sorted(self.figures.items()))
+        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules, ranks, figures)
 
 
 @contextmanager
@@ -109,15 +115,17 @@ def _writer(plan: Plan, folder: Path) -> AdapterWriter:
     return AdapterWriter(folder, adapters, described, plan.dtype)
 
 
-def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, energy: dict[str, float], total: float) -> None:
+def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, output: Output) -> None:
     recipe = plan.recipe.as_dict()
     recipe["weights"] = list(plan.recipe.weights_for([adapter.name for adapter in plan.adapters]))
     modules = {
         module.name: {
-            "energy": energy[module.name],
+            "energy": output.energy[module.name],
             "adapters": [plan.adapters[number].name for number in module.adapters],
+            **output.figures[module.name],
         }
         for module in plan.modules
     }
-    report = {"energy": total, "backend": backend.name, "adapters": [adapter.source for adapter in plan.adapters]}
+    adapters = [adapter.source for adapter in plan.adapters]
+    report = {"energy": output.norms.kept_energy, "backend": backend.name, "adapters": adapters}
     writer.finish(recipe, {**report, "modules": modules})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.adapter import Adapter, shared_extras
+from merge_engine.lowrank.core import product_norm
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES, Recipe
@@ -73,7 +75,7 @@ class Plan:
     @property
     def sides(self) -> tuple[str, ...]:
         """The kinds of task tensors that a module has: its deltas, or all A and all B."""
-        return ("delta",) if self.recipe.space == "delta" else ("A", "B")
+        return ("A", "B") if self.recipe.space == "factors" else ("delta",)
 
     @property
     def inputs(self) -> list[Path]:
@@ -86,9 +88,21 @@ class Plan:
         return METHODS[self.recipe.method].kind == "stacked"
 
     @property
+    def on_cores(self) -> bool:
+        """Whether the method is a function of the modules' small cores."""
+        return METHODS[self.recipe.method].kind == "core"
+
+    @property
     def by_factors(self) -> bool:
         """Whether the result is made from the factors alone, with no pass over the elements of the deltas."""
-        return self.stacks or (self.rule.keep == "all" and self.recipe.space == "delta")
+        rule = self.rule
+        adds_up = rule.keep == "all" and rule.elect == "none" and rule.combine == "sum"
+        return self.stacks or self.on_cores or (adds_up and self.recipe.space != "factors")
+
+    @property
+    def lifts(self) -> bool:
+        """Whether deltas are merged as small matrices in their common spaces, and what is merged is lifted back."""
+        return self.recipe.space in ("core", "knots") and not self.by_factors
 
     @property
     def spans_model(self) -> bool:
@@ -108,6 +122,10 @@ class Plan:
         source = self.adapters[number]
         return source.difference(module.name, base) if isinstance(source, Finetuned) else source.factors(module.name)
 
+    def mean_norm(self, module: ModulePlan, tasks: Sequence[Task]) -> float:
+        """The mean of |tau_t|_F over the adapters that have the module, whatever their weights."""
+        return fmean(norm_of(task, scaling) for task, scaling in zip(tasks, module.scalings, strict=True))
+
     def kept_of_model(self, adapter: int, side: str) -> int:
         """How many elements of this adapter a trim over the whole model keeps, from the headers."""
         modules = self.having(adapter)
@@ -117,6 +135,14 @@ class Plan:
         else:
             numel = sum(part.rank * (part.columns if side == "A" else part.rows) for part in parts)
         return self.rule.kept(modules[0].densities[modules[0].adapters.index(adapter)], numel)
+
+
+def norm_of(task: Task, scaling: float) -> float:
+    """|tau|_F in float64, of s B A, or of finetuned - base."""
+    if isinstance(task, Difference):
+        difference = task.x.float() - task.base.float()
+        return float(torch.linalg.vector_norm(difference, dtype=torch.float64))
+    return abs(scaling) * product_norm(*task)
 
 
 def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:

@@ -23,12 +23,28 @@ class Preparation(NamedTuple):
         return Group(plan, modules, side, packed, self.trims[side], self.tied[side])
 
 
+class Loaded(NamedTuple):
+    """A group of modules that has been read.
+
+    group: the modules of the plan; modules: as they are merged, which differs where they are merged in their common
+    spaces. factors: the tasks of each. packed: task tensors by side, none where the factors alone do. spaces: of each
+    module, what lifts its result.
+    """
+
+    group: Sequence[ModulePlan]
+    modules: Sequence[ModulePlan]
+    factors: list[Factors]
+    packed: dict[str, Any]
+    spaces: Sequence[Any]
+
+
 class Work(NamedTuple):
     """One module on its way from merging to recompression."""
 
     module: ModulePlan
     factors: Factors
     merged: dict[str, Tensor]  # by side
+    space: Any = None
 
 
 def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Preparation:
@@ -44,22 +60,33 @@ def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Prep
     balance = dict.fromkeys(plan.sides, 1)
     if plan.rule.majority and plan.rule.elect != "none":
         balance = dict.fromkeys(plan.sides, 0)
-        for group, _, packed in ahead(lambda group: load_group(plan, backend, group), backend.groups(plan)):
+        for loaded in ahead(lambda group: load_group(plan, backend, group), backend.groups(plan)):
             for side in plan.sides:
-                balance[side] += backend.vote_balance(Group(plan, group, side, packed[side], trims[side]))
-            done(sum(module.cost for module in group))
+                group = Group(plan, loaded.modules, side, loaded.packed[side], trims[side])
+                balance[side] += backend.vote_balance(group)
+            done(sum(module.cost for module in loaded.group))
         totals = plan.ranks.sum(np.array([balance[side] for side in plan.sides]))
         balance = dict(zip(plan.sides, totals.tolist(), strict=True))
     return Preparation(trims, {side: 1 if total > 0 else -1 for side, total in balance.items()})
 
 
 def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[Work]:
-    """Every module with its factors, and its merged task tensors where the factors alone do not say it all."""
-    for group, factors, packed in ahead(lambda group: load_group(plan, backend, group), backend.groups(plan)):
-        with about(names_of(group)):
-            merged = {side: backend.merge(ready.group(plan, group, side, packed[side])) for side in packed}
-        for i, module in enumerate(group):
-            yield Work(module, factors[i], {side: tensors[i] for side, tensors in merged.items()})
+    """Every module with its factors, and its merged task tensors where the factors alone do not do."""
+    for loaded in ahead(lambda group: load_group(plan, backend, group), backend.groups(plan)):
+        with about(names_of(loaded.group)):
+            works = merge_loaded(plan, backend, loaded, ready)
+        yield from works
+
+
+def merge_loaded(plan: Plan, backend: Backend, loaded: Loaded, ready: Preparation) -> list[Work]:
+    """The modules of a group, merged."""
+    merged = {
+        side: backend.merge(ready.group(plan, loaded.modules, side, packed)) for side, packed in loaded.packed.items()
+    }
+    return [
+        Work(module, factors, {side: tensors[i] for side, tensors in merged.items()}, space)
+        for i, (module, factors, space) in enumerate(zip(loaded.group, loaded.factors, loaded.spaces, strict=True))
+    ]
 
 
 def names_of(group: Sequence[ModulePlan]) -> str:
@@ -68,12 +95,15 @@ def names_of(group: Sequence[ModulePlan]) -> str:
 
 
 def load_group(
-    plan: Plan, backend: Backend, group: Sequence[ModulePlan]
-) -> tuple[Sequence[ModulePlan], list[Factors], dict[str, Any]]:
-    """The modules of a group, their factors, and their task tensors by side where the factors alone do not do."""
-    factors = [plan.read(module) for module in group]
-    sides = () if plan.by_factors else plan.sides
-    return group, factors, {side: backend.pack(plan, group, factors, side) for side in sides}
+    plan: Plan, backend: Backend, group: Sequence[ModulePlan], bases: Sequence[Tensor | None] | None = None
+) -> Loaded:
+    """Read the modules of a group; bases: their tensors of the base model [M, N], where the merge goes into one."""
+    bases = bases or [None] * len(group)
+    factors = [plan.read(module, base) for module, base in zip(group, bases, strict=True)]
+    by_factors = plan.by_factors and (bases[0] is None or plan.on_cores)  # a base is added in the pass over elements
+    sides = () if by_factors else plan.sides
+    packed = {side: backend.pack(plan, group, factors, side) for side in sides}
+    return Loaded(group, group, factors, packed, [None] * len(group))
 
 
 def work_of(plan: Plan) -> int:

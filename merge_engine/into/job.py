@@ -19,6 +19,7 @@ from merge_engine.models.finetuned import Finetuned, added_rows, open_finetuned
 from merge_engine.models.saved import check_tokens, saved_tensors, saved_vocabulary
 from merge_engine.models.targets import Target, targets_of_adapters, targets_of_models
 from merge_engine.models.vocabulary import Union, unite
+from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES, Recipe
 
 Input = Adapter | Checkpoint
@@ -96,10 +97,12 @@ def make_job(
     models = [model for model in found if model is not None]
     if recipe.rank != "auto" or recipe.energy is not None:
         raise RecipeError("rank: a merge into a base model is not cut to a rank; wanted neither rank nor energy")
-    if models and (recipe.space == "factors" or recipe.method == "cat"):
+    if models and (recipe.space != "delta" or METHODS[recipe.method].kind != "elementwise" or recipe.balance):
+        unfit = "cat" if METHODS[recipe.method].kind == "elementwise" and not recipe.balance else f"{recipe.method}"
+        unfit = f"balance={recipe.balance!r}" if recipe.balance else unfit
         what = "is a full model" if models[0] in inputs else "holds its vocabulary whole"
-        raise RecipeError(f"space: {models[0].name} {what} and has no factors; wanted space='delta', not cat")
-    if recipe.method == "cat":  # stacked factors multiply out to the sum of the deltas
+        raise RecipeError(f"space: {models[0].name} {what} and has no factors; wanted space='delta', not {unfit}")
+    if METHODS[recipe.method].kind == "stacked":  # stacked factors multiply out to the sum of the deltas
         recipe = replace(recipe, space="delta")
     targets = targets_of_models(base, models, targets_of_adapters(base, adapters))
     described = {name: module for adapter in adapters for name, module in adapter.modules.items()}

@@ -4,21 +4,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from xxhash import xxh3_128
 
 from merge_engine.engine.backend import Backend
+from merge_engine.engine.cut import cut, scale_of, scaled
 from merge_engine.engine.plan import ModulePlan
-from merge_engine.engine.prepare import Preparation, names_of, prepare, work_of
+from merge_engine.engine.prepare import Loaded, Preparation, load_group, merge_loaded, names_of, prepare, work_of
 from merge_engine.errors import ModelError, about
 from merge_engine.files.journal import Journal
 from merge_engine.files.safetensors_writer import tensor_bytes
 from merge_engine.files.shards import ShardFiles, Slot
 from merge_engine.into.job import IntoJob
 from merge_engine.into.resume import finished_keys
+from merge_engine.lowrank.products import squared_norm
 from merge_engine.models.finetuned import Finetuned, read_finite
 from merge_engine.runtime.finite import finite
 from merge_engine.runtime.processes import Ranks
@@ -64,9 +66,10 @@ def _items(job: IntoJob, keys: Sequence[str], done: set[str], backend: Backend, 
         if not all(done.issuperset(job.keys_of(module.name)) for module in group)
     ]
     copies = [key for key in keys if key not in job.module_of and key not in done]
-    for number, (group, bases, packed) in enumerate(ahead(lambda group: _load(job, backend, group), groups), 1):
+    loads = ahead(lambda group: _load(job, backend, group), groups)
+    for number, (group, bases, loaded) in enumerate(loads, 1):
         with about(names_of(group)):
-            merged = _merge(job, backend, group, bases, packed, ready)
+            merged = _merge(job, backend, bases, loaded, ready)
         for module, tensor in zip(group, merged, strict=True):
             yield Item(job.keys_of(module.name), job.targets[module.name].tensor(tensor.cpu()), module.cost)
         yield from (Item([key], None, 0) for key in copies[number - 1 :: len(groups)])
@@ -76,38 +79,35 @@ def _items(job: IntoJob, keys: Sequence[str], done: set[str], backend: Backend, 
 
 def _load(
     job: IntoJob, backend: Backend, group: Sequence[ModulePlan]
-) -> tuple[Sequence[ModulePlan], list[Tensor], dict[str, Any]]:
-    """A group with its base tensors as [M, N], and its tasks packed by side."""
+) -> tuple[Sequence[ModulePlan], list[Tensor], Loaded]:
+    """A group with its base tensors as [M, N], and its tasks."""
     mixed = any(isinstance(source, Finetuned) for source in job.plan.adapters)
     bases = []
     for module in group:
         target = job.targets[module.name]
         stored = target.stored
         bases.append(target.matrix(read_finite(stored, job.base.name) if mixed else stored.read()))
-    tasks = [job.plan.read(module, base) for module, base in zip(group, bases, strict=True)]
-    return group, bases, {side: backend.pack(job.plan, group, tasks, side) for side in job.plan.sides}
+    return group, bases, load_group(job.plan, backend, group, bases)
 
 
-def _merge(
-    job: IntoJob,
-    backend: Backend,
-    group: Sequence[ModulePlan],
-    bases: Sequence[Tensor],
-    packed: dict[str, Any],
-    ready: Preparation,
-) -> list[Tensor]:
+def _merge(job: IntoJob, backend: Backend, bases: Sequence[Tensor], loaded: Loaded, ready: Preparation) -> list[Tensor]:
     """base + merged of every module of a group, in the output's dtype, or float32 where its modules differ in that."""
-    plan = job.plan
-    dtypes = {job.layout.slots[job.targets[module.name].stored.key].dtype for module in group}
+    plan, recipe = job.plan, job.plan.recipe
+    dtypes = {job.layout.slots[job.targets[module.name].stored.key].dtype for module in loaded.group}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # rounded by the writer then
-
-    def merge(side: str, scale: float, **onto: Any) -> list[Tensor]:
-        return backend.merge(ready.group(plan, group, side, packed[side]), scale=scale, **onto)
-
-    if plan.recipe.space == "delta":
-        return merge("delta", plan.recipe.scale, base=bases, dtype=dtype)
-    pairs = zip(merge("A", 1.0), merge("B", plan.recipe.scale), bases, strict=True)
-    return [backend.add_product(A, B, base, dtype) for A, B, base in pairs]
+    if recipe.space != "factors" and not (plan.on_cores or plan.lifts) and recipe.scale != "auto":
+        group = ready.group(plan, loaded.modules, "delta", loaded.packed["delta"])
+        return backend.merge(group, scale=recipe.scale, base=bases, dtype=dtype)  # in one pass
+    merged = []
+    for work, base in zip(merge_loaded(plan, backend, loaded, ready), bases, strict=True):
+        if "delta" in work.merged and not plan.lifts:
+            delta = work.merged["delta"]
+            scale = scale_of(recipe, plan.mean_norm(work.module, work.factors), squared_norm(delta))
+            merged.append(delta.mul_(scale).add_(base.to(delta.device)).to(dtype))
+        else:
+            A, B, _ = scaled(cut(plan, backend, work), recipe, work.module.name).factors
+            merged.append(backend.add_product(A.to(backend.device), B.to(backend.device), base, dtype))
+    return merged
 
 
 def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int:

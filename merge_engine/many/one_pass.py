@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import Tensor
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.cut import Finished, cut, finished, scaled
+from merge_engine.engine.cut import Finished, cut, scaled
 from merge_engine.engine.plan import Factors, ModulePlan, Plan
 from merge_engine.engine.prepare import Preparation, Work, merge_groups
 from merge_engine.errors import about
@@ -92,7 +92,7 @@ def _plan_by_plan(
 
 
 def _cut(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
-    return work.module, finished(cut(plan, backend, work))
+    return work.module, cut(plan, backend, work)
 
 
 def _module_by_module(
@@ -203,8 +203,7 @@ def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOr
     (_, plan, module, _), state = job
     if not isinstance(state, Work):
         return job, state
-    known = partial(pool.stack, plan, module), partial(pool.space, plan, module)
-    made = _attempt(lambda: finished(cut(plan, backend, state, *known)))
+    made = _attempt(lambda: cut(plan, backend, state, pool.decomposed(plan, module)))
     if pool.keeps_results and not isinstance(made, Exception):
         pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors))
     return job, made
@@ -213,14 +212,17 @@ def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOr
 def _own(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
     """The plan's result, in memory of its own."""
     with threads(1):  # more would still wait for work when the next module is cut
-        factors, squared_norm = scaled(result, plan.recipe.scale, module.name)
-        B = factors.B.clone() if factors.B is result.factors.B else factors.B
-        return Finished(LowRank(factors.A.clone(), B, factors.energy), squared_norm)
+        made = scaled(result, plan.recipe, module.name)
+        A, B, energy = made.factors
+        return made._replace(factors=LowRank(A.clone(), B.clone() if B is result.factors.B else B, energy))
 
 
 def _way(plan: Plan) -> Hashable:
     """All that a plan says of how its modules are merged and cut, but for the scale."""
-    return plan.rule, plan.recipe.space, plan.stacks, plan.recipe.energy, seed_of(plan)
+    recipe = plan.recipe
+    of_cores = recipe.method if plan.on_cores else None
+    automatic = recipe.scale == "auto"  # which needs the norms of the deltas
+    return plan.rule, recipe.space, plan.stacks, of_cores, recipe.ridge, automatic, recipe.energy, seed_of(plan)
 
 
 def _result_key(member: Member) -> Hashable:

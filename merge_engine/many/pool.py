@@ -3,21 +3,23 @@
 A pool binds recipes to plans, each for all of its adapters or some, and shares out a memory budget.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from merge_engine.engine.backend import Backend, Known
+from merge_engine.engine.cut import Decomposed
 from merge_engine.engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.engine.prepare import Preparation, prepare
 from merge_engine.errors import RecipeError
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
-from merge_engine.lowrank.krylov import first_space
+from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.stack import Stack
 from merge_engine.many.budget import Room, room
 from merge_engine.many.cache import Cache
@@ -91,22 +93,35 @@ class Pool:
             found.append(self.cache.get(key, dict, lambda _: 1024))
         return found
 
-    def stack(self, plan: Plan, module: ModulePlan, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Stack:
-        """The stacked factors of a module, decomposed."""
-        key = ("stack", tuple(plan.adapters[number] for number in module.adapters), module.name)
-        return self.cache.get(key, lambda: Stack(As, Bs), lambda stack: stack.nbytes)
-
-    def space(self, plan: Plan, module: ModulePlan, start: Tensor, shape: tuple[int, int], k: int) -> Tensor:
-        """What the iteration for a module's merged delta begins with."""
-        adapters = tuple(plan.adapters[number] for number in module.adapters)
-        key = ("space", adapters, module.name, module.rank, k)
-        return self.cache.get(key, lambda: first_space(start, shape, k), lambda rows: rows.nbytes)
+    def decomposed(self, plan: Plan, module: ModulePlan) -> Decomposed:
+        """What a cut of the module needs of its factors, kept."""
+        return _KeptDecomposed(self.cache, tuple(plan.adapters[number] for number in module.adapters), module)
 
     def begin(self, plans: Sequence[Plan], backend: Backend, *, in_memory: bool) -> Room:
         """A pass begins: how the budget is shared out (see `budget.room`), of which the cache takes its share."""
         found = room(plans, backend, self.memory, in_memory=in_memory)
         self.cache.begin(found.cache)
         return found
+
+
+class _KeptDecomposed(Decomposed):
+    """What a cut needs of one module's factors, from a cache."""
+
+    def __init__(self, cache: Cache, adapters: Hashable, module: ModulePlan) -> None:
+        self.cache, self.adapters, self.module = cache, adapters, module
+
+    def stack(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Stack:
+        make = partial(super().stack, As, Bs)
+        return self.cache.get(("stack", self.adapters, self.module.name), make, lambda stack: stack.nbytes)
+
+    def cores(self, stack: Stack, scalings: Sequence[float]) -> Cores:
+        make = partial(super().cores, stack, scalings)
+        return self.cache.get(("cores", self.adapters, self.module.name), make, lambda cores: cores.nbytes)
+
+    def start(self, rows: Tensor, shape: tuple[int, int], k: int) -> Tensor:
+        make = partial(super().start, rows, shape, k)
+        key = ("space", self.adapters, self.module.name, self.module.rank, k)
+        return self.cache.get(key, make, lambda found: found.nbytes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,12 +3,14 @@
 from merge_engine.rules.conventions import CONVENTIONS
 from merge_engine.rules.methods import METHODS
 
-SPACES = ("delta", "factors")
+SPACES = ("delta", "factors", "core", "knots")
+BALANCES = ("pico",)
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "triton", "torch")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "space": SPACES,
+    "balance": BALANCES,
     "election": ("total", "frequency"),
     "scope": ("tensor", "model"),
     "trim_ties": ("exact", "keep"),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["elementwise", "stacked"]
+Kind = Literal["elementwise", "stacked", "core"]
 Keep = Literal["all", "magnitude", "bernoulli"]
 Combine = Literal["sum", "mean"]
 Election = Literal["total", "frequency"]
@@ -23,7 +23,7 @@ class Method:
     """One row of the table.
 
     kind: "elementwise" is keep x elect x combine on every element of the task tensors; "stacked" puts the factors side
-        by side.
+        by side; "core" is a function of the modules' small cores, the row of that name in `lowrank.spectral`.
     keep: all elements, the k largest magnitudes, or a random share. elects: whether a sign is elected.
     combine: of what is kept, and agrees with the elected sign: the weighted sum, or the weighted mean.
     """
@@ -33,6 +33,7 @@ class Method:
     keep: Keep = "all"
     elects: bool = False
     combine: Combine = "sum"
+    options: tuple[str, ...] = ()  # fields of the recipe that only methods which name them know
 
 
 METHODS: dict[str, Method] = {
@@ -42,6 +43,12 @@ METHODS: dict[str, Method] = {
     "ties": Method("trim, elect a sign, average what agrees", keep="magnitude", elects=True, combine="mean"),
     "dare_linear": Method("drop at random, rescale, add up", keep="bernoulli"),
     "dare_ties": Method("drop at random, elect, average what agrees", keep="bernoulli", elects=True, combine="mean"),
+    "tsv": Method("add the deltas after making their directions orthogonal", kind="core"),
+    "iso_c": Method("the sum of the deltas with all its directions equally strong", kind="core"),
+    "tsv_iso": Method("tsv with all its directions equally strong", kind="core"),
+    "actmat": Method("least squares over directions that tasks use (experimental)", kind="core", options=("ridge",)),
+    "multislerp": Method("the mean direction of the deltas, of their summed norm", kind="core"),
+    "karcher": Method("the Karcher mean of the deltas' directions, of their mean norm", kind="core"),
 }
 
 # Which methods look at a field of the recipe. Fields that are not here are looked at by all methods.
@@ -56,7 +63,11 @@ _LOOKS: dict[str, Callable[[Method], bool]] = {
     "election": lambda row: row.elects,
     "normalize": lambda row: row.combine == "mean",
     "space": lambda row: row.kind != "stacked",
+    "balance": lambda row: row.kind != "stacked",
+    "ridge": lambda row: "ridge" in row.options,
 }
+# Fields that are refused where a method does not look at them; other fields have no effect there.
+STRICT = frozenset({"balance", "ridge"})
 
 
 def looks_at(method: str, field: str) -> bool:

@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeGuard
 import torch
 
 from merge_engine.errors import RecipeError
+from merge_engine.rules.choices import BALANCES, SPACES
 from merge_engine.rules.choices import DTYPES as DTYPE_NAMES
-from merge_engine.rules.choices import SPACES
 from merge_engine.rules.conventions import CONVENTIONS
-from merge_engine.rules.methods import METHODS, looks_at, methods_with
+from merge_engine.rules.methods import METHODS, STRICT, looks_at, methods_with
 from merge_engine.rules.rule import Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
@@ -29,14 +29,20 @@ class Recipe:
     density: the share that a trim or a drop keeps: one number, one an adapter, or a table {module pattern: either},
         where a pattern matches as in PEFT's rank_pattern, ``(.*\\.)?(pattern)$``, and the first match counts.
         0.2 if None; methods that keep everything do not look at it.
-    space: "delta" merges the deltas B @ A; "factors" merges all A and all B apart, as PEFT's types without _svd do.
-    election: sign of the sum ("total"), or of the sum of signs ("frequency"). scale: lambda, multiplies the result.
+    space: "delta" merges the deltas B @ A; "factors" merges all A and all B apart, as PEFT's types without _svd do;
+        "knots" merges the deltas' coordinates U^T delta [K, N] in the common column space U of all of them, and "core"
+        U^T delta V [K, K'] in both common spaces: small matrices, and a result that is an exact adapter.
+    scale: lambda, multiplies the result: a number, or "auto": for each module gain * mean norm of the deltas / norm of
+        the merged delta before it is cut. gain: 1.0, only with scale="auto".
+    election: sign of the sum ("total"), or of the sum of signs ("frequency").
     convention: "peft", "mergekit" or "paper" (see `rule.Convention`); scope and trim_ties override what it says.
     seed: of the random drops, 0 <= seed < 2**64.
     rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: the smallest rank up to
         that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is.
     dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.
     normalize: whether the mean of methods that elect is divided at all; None: as the convention says.
+    ridge: of actmat: how much of the mean eigenvalue is added to the covariances, 1.0 by default.
+    balance: "pico": directions that many adapters share are damped before the merge; None: they are not.
     rescale: what random drops are made up for by: "density" (1/density), "l1" (the norm before the drop), or None: as
         the convention says.
     module_weights, module_densities: tables {module: one number an adapter} by the exact name of every module; these
@@ -48,8 +54,9 @@ class Recipe:
     method: str = "ties"
     weights: tuple[float, ...] | None = None
     density: Density | None = None
-    space: Literal["delta", "factors"] = "delta"
-    scale: float = 1.0
+    space: Literal["delta", "factors", "core", "knots"] = "delta"
+    scale: float | Literal["auto"] = 1.0
+    gain: float = 1.0
     election: str = "total"
     scope: str | None = None
     trim_ties: str | None = None
@@ -60,11 +67,13 @@ class Recipe:
     dtype: str | None = None
     normalize: bool | None = None
     rescale: Literal["density", "l1"] | None = None
+    ridge: float = 1.0
+    balance: Literal["pico"] | None = None
     module_weights: Mapping[str, Sequence[float]] | None = None
     module_densities: Mapping[str, Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weights", "density", "scale", "seed", "rank", "energy"):
+        for name in ("weights", "density", "scale", "gain", "ridge", "seed", "rank", "energy"):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         rule = self.rule()
         if self.space not in SPACES:
@@ -73,7 +82,8 @@ class Recipe:
             object.__setattr__(
                 self, "weights", tuple(_finite("weights", w) for w in _sequence("weights", self.weights))
             )
-        object.__setattr__(self, "scale", _finite("scale", self.scale))
+        self._check_scale()
+        self._check_known()
         for module, weights in (self.module_weights or {}).items():
             for weight in _sequence(f"module_weights: {module}", weights):
                 _finite(f"module_weights: {module}", weight)
@@ -96,6 +106,34 @@ class Recipe:
             raise RecipeError(
                 f"rank: {self.method} stacks the factors, its rank is the sum of theirs; for a smaller one use linear"
             )
+
+    def _check_scale(self) -> None:
+        if self.scale != "auto":
+            if isinstance(self.scale, str) and "auto" in self.scale.lower():
+                raise RecipeError(f"scale: wanted a number or 'auto', got {self.scale!r}")
+            object.__setattr__(self, "scale", _finite("scale", self.scale))
+        for name in ("gain", "ridge"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        if self.gain != 1 and self.scale != "auto":
+            raise RecipeError(f"gain: multiplies scale='auto', wanted that with it, got scale {self.scale!r}")
+        if self.ridge < 0:
+            raise RecipeError(f"ridge: wanted a number of at least 0, got {self.ridge!r}")
+        if self.balance is not None and self.balance not in BALANCES:
+            raise RecipeError(f"balance: wanted {' or '.join(BALANCES)}, got {self.balance!r}")
+
+    def _check_known(self) -> None:
+        """Refuse fields that the method does not know, by name."""
+        of_cores = METHODS[self.method].kind == "core"
+        for each in fields(self):
+            if looks_at(self.method, each.name) or getattr(self, each.name) == each.default:
+                continue
+            if of_cores or each.name in STRICT:
+                known = ", ".join(methods_with(each.name))
+                raise RecipeError(f"{each.name}: {self.method} does not know it; it belongs to {known}")
+        if of_cores and self.space not in ("delta", "core"):
+            raise RecipeError(f"space: {self.method} merges the cores of the deltas; wanted delta, got {self.space!r}")
+        if self.balance is not None and self.space == "factors":
+            raise RecipeError("balance: acts on deltas; wanted a space other than factors")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Recipe":
