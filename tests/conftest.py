@@ -26,7 +26,7 @@ if not HAS_GPU:
     # Read when a kernel is decorated, and triton's own helpers are when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import bench.static_cost  # noqa: E402
+import bench  # noqa: E402
 import merge_engine  # noqa: E402, F401
 
 # Tests import the modules of tests/helpers by their bare names.

@@ -176,3 +176,15 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_of_a_fork_can_merge():
     subprocess.run([sys.executable, "-c", FORK], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "sources, weights",
+    [
+        ([Dense(torch.ones(3, 4)), Dense(torch.ones(3, 4))], [1.0]),
+        ([Dense(torch.ones(3, 4)), Dense(torch.ones(2, 4))], [1.0, 1.0]),
+    ],
+)
+def test_sources_and_weights_have_to_agree(sources, weights):
+    with pytest.raises(ValueError, match="wanted one shape, and 2 weights"):
+        merge_deltas(sources, weights, [None] * 2, make_rule("linear"))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_tensors import whole
 
+from merge_engine.cpu import select as cpu_select
 from merge_engine.cpu import tile as cpu_tile
 from merge_engine.cpu.merge import merge_deltas
 from merge_engine.cpu.select import locate, trims, trims_of_each
@@ -74,3 +75,23 @@ def test_thresholds_without_loops_are_exact_on_several_threads(monkeypatch):
             ((trim,),) = trims_of_each([source], [[k]], "exact")
             kept = merge_deltas([source], [1.0], [trim], make_rule("linear"))
             assert int(kept.count_nonzero()) == k
+
+
+def test_a_delta_of_zeros_is_not_collected(monkeypatch):
+    """Its sample says nothing, and all of it lies inside any bracket."""
+    collected, inside = [], cpu_select._kth_inside
+
+    def counted(*arguments):
+        collected.append(sum(len(found) for _, found in arguments[-1]))
+        return inside(*arguments)
+
+    monkeypatch.setattr(cpu_select, "_kth_inside", counted)
+    B = torch.zeros(600, 8)
+    B[:30] = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
+    source = Product(torch.randn(8, 700, generator=torch.Generator().manual_seed(2)), B, 1.0)
+    for k in (1000, 210_000):
+        (trim,) = trims([source], k, "exact")
+        kept = merge_deltas([source], [1.0], [trim], make_rule("linear"))
+        want = np.sort(whole(source).abs().flatten().numpy())[::-1][:k]
+        assert np.array_equal(np.sort(kept.abs().flatten().numpy())[::-1][:k], want)
+    assert len(collected) == 2 and max(collected) < 600 * 700 / 10

@@ -17,3 +17,11 @@ def test_products_are_exact_to_rounding(rank, dtype):
     exact = 0.7 * (B.double() @ A.double())
     bound = (rank + 2) * U * 0.7 * (B.double().abs() @ A.double().abs())
     assert ((got - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("A, B", [((8, 5), (4, 16)), ((8,), (4, 8))])
+def test_factors_have_to_fit(A, B):
+    with pytest.raises(ValueError, match="wanted \\[r, N\\] and \\[M, r\\] on the CPU"):
+        Product(torch.ones(A), torch.ones(B), 1.0)
+    with pytest.raises(ValueError, match="on the CPU"):
+        Product(torch.ones(8, 5, device="meta"), torch.ones(4, 8, device="meta"), 1.0)
