@@ -10,13 +10,14 @@ from merge_engine.cli.options import (
     add_command,
     asked_for,
     merge_options,
+    methods_text,
     parse_rank,
     recipe_file,
     sweep_options,
     take_output,
 )
 from merge_engine.errors import RecipeError
-from merge_engine.rules.choices import CHOICES
+from merge_engine.rules.choices import CHOICES, KINDS
 
 MERGE_EXAMPLES = """\
 examples:
@@ -48,11 +49,17 @@ A recipe of mergekit's, which has a merge_method, is read as mergekit reads it, 
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "merge", run, MERGE_EXAMPLES, "merge adapters into one, or into a base model")
+    parser = add_command(
+        commands, "merge", run, MERGE_EXAMPLES + methods_text(KINDS), "merge adapters into one, or into a base model"
+    )
     parser.add_argument("adapters", nargs="+", help="adapter folders or hub ids (user/repo), or one recipe.yaml")
     parser.add_argument("--into", metavar="BASE", help="write a full model: this one with the adapters merged into it")
     merge_options(parser)
-    parser.add_argument("--space", choices=CHOICES["space"], help="merge B @ A, or A and B apart; default: delta")
+    parser.add_argument(
+        "--space",
+        choices=CHOICES["space"],
+        help="what is merged: the deltas B @ A, A and B apart, or small matrices in common spaces; default: delta",
+    )
     parser.add_argument(
         "--rank", type=parse_rank, help="of the result: a number, or auto (sum of the ranks); default: auto"
     )

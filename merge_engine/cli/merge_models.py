@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from merge_engine.cli.options import add_command, asked_for, merge_options, take_output
+from merge_engine.cli.options import add_command, asked_for, merge_options, methods_text, take_output
 
 MODELS_EXAMPLES = """\
 examples:
@@ -17,7 +17,9 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "merge-models", run, MODELS_EXAMPLES, "merge full models of one base")
+    parser = add_command(
+        commands, "merge-models", run, MODELS_EXAMPLES + methods_text(["elementwise"]), "merge full models of one base"
+    )
     parser.add_argument("models", nargs="+", help="folders or hub ids of full models, and of adapters on the same base")
     parser.add_argument("--base", required=True, help="the full model that they were trained from")
     merge_options(parser)

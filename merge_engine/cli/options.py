@@ -1,22 +1,30 @@
 """Options that several commands share, and what they say together with a recipe file."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import CHOICES
+from merge_engine.rules.methods import METHODS
 
 # Of the keys of a recipe file that are not the recipe's own.
 _KINDS = {"output": str, "into": str, "evaluate": str, "backend": str, "vocab": str, "overwrite": bool, "dry_run": bool}
+
+
+def methods_text(kinds: Collection[str]) -> str:
+    """The methods of some kinds, a line each, for the end of a help text."""
+    rows = {name: row for name, row in METHODS.items() if row.kind in kinds}
+    width = max(map(len, rows))
+    return "\n".join(["", "methods:", *(f"  {name:{width}}  {row.summary}" for name, row in rows.items()), ""])
 
 
 def merge_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", type=Path, help="folder to write")
     add("--overwrite", action="store_true", default=None, help="replace an existing output")
-    add("--method", choices=CHOICES["method"], help="default: ties")
+    add("--method", choices=CHOICES["method"], metavar="METHOD", help="one of those listed below; default: ties")
     add("--weights", nargs="+", type=float, metavar="W", help="one an input; default: 1 each")
     add(
         "--density",
@@ -24,7 +32,16 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="share kept by a trim or a drop: one number, one an input, or PATTERN=NUMBER by module; default: 0.2",
     )
-    add("--scale", type=float, help="multiplies the result (lambda); default: 1")
+    add(
+        "--scale",
+        type=parse_scale,
+        metavar="LAMBDA",
+        help="multiplies the result: a number, or auto (each merged layer as large as the adapters' are on average); "
+        "default: 1",
+    )
+    add("--gain", type=float, help="multiplies --scale auto; default: 1")
+    add("--ridge", type=float, help="of actmat: what is added to the covariances; default: 1")
+    add("--balance", choices=CHOICES["balance"], help="damp directions that many adapters share, before the merge")
     add("--election", choices=CHOICES["election"], help="how signs are elected; default: total")
     add("--scope", choices=CHOICES["scope"], help="one trim threshold a tensor, or one a model")
     add("--trim-ties", choices=CHOICES["trim_ties"], help="equal magnitudes at the threshold")
@@ -123,6 +140,15 @@ def density(texts: Sequence[str]) -> Any:
     if any(equals for _, equals, _ in pairs):
         raise RecipeError(f"density: wanted numbers or PATTERN=NUMBER, not both, got {' '.join(texts)}")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_scale(text: str) -> float | str:
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wanted auto or a number, got {text!r}") from None
 
 
 def parse_rank(text: str) -> int | str:

@@ -7,6 +7,7 @@ SPACES = ("delta", "factors", "core", "knots")
 BALANCES = ("pico",)
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "triton", "torch")
+KINDS = ("elementwise", "stacked", "core")
 CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "space": SPACES,

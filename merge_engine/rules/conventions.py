@@ -13,7 +13,7 @@ class Convention:
     vote_weighted: the election sees ``w t`` instead of ``t``.
     divisor: what a mean divides by, for trimmed and for randomly dropped tensors: the number of agreeing adapters,
         the sum of their weights (1 where that is 0), or 1.
-    scope: one threshold a tensor, or one for the whole model.
+    scope: of a trim, one threshold a tensor, or one for the whole model; a band has those of the tensor.
     trim_ties: "exact" keeps exactly k elements, equal magnitudes by lowest flat index; "keep" keeps every element
         that equals the k-th.
     min_k, extra_k: ``k = max(int(density n), min_k) + extra_k``, at most n.
@@ -31,11 +31,10 @@ class Convention:
     l1_rescale: bool
 
 
-_COUNT: dict[Keep, Divisor] = {"all": "count", "magnitude": "count", "bernoulli": "count"}
+_COUNT: dict[Keep, Divisor] = {"all": "count", "magnitude": "count", "band": "count", "bernoulli": "count"}
+_WEIGHT: dict[Keep, Divisor] = {"all": "weight", "magnitude": "weight", "band": "weight", "bernoulli": "one"}
 CONVENTIONS: dict[str, Convention] = {
     "peft": Convention(False, _COUNT, "tensor", "exact", 0, 0, "plus", False),
-    "mergekit": Convention(
-        True, {"all": "weight", "magnitude": "weight", "bernoulli": "one"}, "tensor", "exact", 1, 0, "plus", True
-    ),
+    "mergekit": Convention(True, _WEIGHT, "tensor", "exact", 1, 0, "plus", True),
     "paper": Convention(False, _COUNT, "model", "keep", 0, 1, "majority", False),
 }

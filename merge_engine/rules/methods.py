@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["elementwise", "stacked", "core"]
-Keep = Literal["all", "magnitude", "bernoulli"]
-Combine = Literal["sum", "mean"]
+Keep = Literal["all", "magnitude", "band", "bernoulli"]
+Combine = Literal["sum", "mean", "max", "consensus"]
 Election = Literal["total", "frequency"]
 Scope = Literal["tensor", "model"]
 TrimTies = Literal["exact", "keep"]
 Divisor = Literal["count", "weight", "one"]
+GAMMA, MASK, MIN_TASKS = 0.01, 0.4, 2  # what a recipe has by default
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,17 @@ class Method:
 
     kind: "elementwise" is keep x elect x combine on every element of the task tensors; "stacked" puts the factors side
         by side; "core" is a function of the modules' small cores, the row of that name in `lowrank.spectral`.
-    keep: all elements, the k largest magnitudes, or a random share. elects: whether a sign is elected.
-    combine: of what is kept, and agrees with the elected sign: the weighted sum, or the weighted mean.
+    keep: all elements, the k largest magnitudes, the k largest but for a share gamma of all at the top ("band"), or a
+        random share. elects: whether a sign is elected. weighs_vote: the election sees ``w t`` in every convention.
+    combine: of what is kept, and agrees with the elected sign: the weighted sum, the weighted mean, the largest
+        ``|w t|`` with the elected sign, or the sum where enough adapters account for it ("consensus").
     """
 
     summary: str
     kind: Kind = "elementwise"
     keep: Keep = "all"
     elects: bool = False
+    weighs_vote: bool = False
     combine: Combine = "sum"
     options: tuple[str, ...] = ()  # fields of the recipe that only methods which name them know
 
@@ -43,6 +47,14 @@ METHODS: dict[str, Method] = {
     "ties": Method("trim, elect a sign, average what agrees", keep="magnitude", elects=True, combine="mean"),
     "dare_linear": Method("drop at random, rescale, add up", keep="bernoulli"),
     "dare_ties": Method("drop at random, elect, average what agrees", keep="bernoulli", elects=True, combine="mean"),
+    "breadcrumbs": Method("drop the largest elements, add up the next ones", keep="band"),
+    "breadcrumbs_ties": Method(
+        "drop the largest elements, elect a sign, add up what agrees", keep="band", elects=True, weighs_vote=True
+    ),
+    "elect_max": Method(
+        "elect a sign, take the largest element that agrees", elects=True, weighs_vote=True, combine="max"
+    ),
+    "consensus": Method("the weighted sum where several adapters matter", combine="consensus"),
     "tsv": Method("add the deltas after making their directions orthogonal", kind="core"),
     "iso_c": Method("the sum of the deltas with all its directions equally strong", kind="core"),
     "tsv_iso": Method("tsv with all its directions equally strong", kind="core"),
@@ -55,19 +67,22 @@ METHODS: dict[str, Method] = {
 _LOOKS: dict[str, Callable[[Method], bool]] = {
     "density": lambda row: row.keep != "all",
     "module_densities": lambda row: row.keep != "all",
-    "convention": lambda row: row.keep != "all",
+    "convention": lambda row: row.keep != "all" or row.elects,
     "scope": lambda row: row.keep == "magnitude",
-    "trim_ties": lambda row: row.keep == "magnitude",
+    "trim_ties": lambda row: row.keep in ("magnitude", "band"),
+    "gamma": lambda row: row.keep == "band",
     "seed": lambda row: row.keep == "bernoulli",
     "rescale": lambda row: row.keep == "bernoulli",
     "election": lambda row: row.elects,
     "normalize": lambda row: row.combine == "mean",
+    "mask": lambda row: row.combine == "consensus",
+    "min_tasks": lambda row: row.combine == "consensus",
     "space": lambda row: row.kind != "stacked",
     "balance": lambda row: row.kind != "stacked",
     "ridge": lambda row: "ridge" in row.options,
 }
 # Fields that are refused where a method does not look at them; other fields have no effect there.
-STRICT = frozenset({"balance", "ridge"})
+STRICT = frozenset({"balance", "gamma", "mask", "min_tasks", "ridge"})
 
 
 def looks_at(method: str, field: str) -> bool:

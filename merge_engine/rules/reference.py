@@ -34,6 +34,11 @@ def trim(tensor: Tensor, k: int, ties: str) -> Tensor:
     return torch.where(mask.view_as(tensor), tensor, torch.zeros_like(tensor))
 
 
+def band(tensor: Tensor, top: int, k: int, ties: str) -> Tensor:
+    """tensor where |tensor| is among the top + k largest and not among the top largest, else 0; ties as in `trim`."""
+    return trim(tensor, top + k, ties) - trim(tensor, top, ties)
+
+
 def drop_and_rescale(tensor: Tensor, mask: Tensor, density: float, l1: bool) -> Tensor:
     """tensor * mask / density; l1: tensor * mask * |tensor|_1 / |tensor * mask|_1 (no rescale below 1e-7)."""
     kept = torch.where(mask, tensor, torch.zeros_like(tensor))
@@ -53,12 +58,50 @@ def vote(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule) -> Ten
     return total
 
 
+def elected_signs(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, tied: int) -> Tensor:
+    """The sign of the vote, and `tied` where that is 0."""
+    signs = vote(tensors, weights, rule).sign()
+    return torch.where(signs == 0, tied, signs)
+
+
 def combine(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, tied: int = 1) -> Tensor:
+    """What the rule makes of what is kept: `weighted_sum`, `largest` or `consensus`."""
+    require(rule, "the reference", combine=("sum", "max", "consensus"))
+    if rule.combine == "max":
+        return largest(tensors, weights, rule, tied)
+    return consensus(tensors, weights, rule) if rule.combine == "consensus" else weighted_sum(tensors, weights, rule, tied)
+
+
+def largest(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, tied: int) -> Tensor:
+    """elected * max_i |w_i t_i| over those with sign(w_i t_i) = elected, 0 where there is none."""
+    require(rule, "the reference, for the largest,", vote_weighted=(True,), divisor=("one",))
+    elected = elected_signs(tensors, weights, rule, tied)
+    size = torch.zeros_like(tensors[0])
+    for tensor, weight in zip(tensors, weights, strict=True):
+        size = torch.maximum(size, elected * (weight * tensor))  # what disagrees is negative here
+    return elected * size
+
+
+def consensus(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule) -> Tensor:
+    """S = sum_i w_i t_i where at least min_tasks of the i have |w_i t_i| > mask |S - w_i t_i|, else 0.
+
+    An adapter that passes accounts for much of S. Passing adapters are only counted, and the whole sum stays, as in
+    the authors' code: there min_tasks = 0 removes nothing, and one above the number of adapters everything.
+    """
+    require(rule, "the reference, for a consensus,", elect=("none",), divisor=("one",))
+    total = torch.zeros_like(tensors[0])
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total += weight * tensor
+    count = torch.zeros_like(total)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        count += (weight * tensor).abs() > (total - weight * tensor).abs() * rule.mask
+    return torch.where(count >= rule.min_tasks, total, torch.zeros_like(total))
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, tied: int) -> Tensor:
     """sum_i w_i t_i [sign(t_i) = elected] / divisor; the divisor is the agreeing count, their weights' sum, or 1."""
-    require(rule, "the reference", combine=("sum",), divisor=("count", "weight", "one"))
-    elected = vote(tensors, weights, rule).sign() if rule.elect != "none" else None
-    if elected is not None:
-        elected[elected == 0] = tied
+    require(rule, "the reference", divisor=("count", "weight", "one"))
+    elected = elected_signs(tensors, weights, rule, tied) if rule.elect != "none" else None
     total = torch.zeros_like(tensors[0])
     divisor = torch.zeros_like(tensors[0])
     for tensor, weight in zip(tensors, weights, strict=True):
@@ -86,7 +129,7 @@ def merge_model(
     densities: per module, one number an adapter. masks: for random drops, {module: {adapter: bool tensor}}.
     Model scope: one threshold an adapter over all its modules in name order, with the density of its first module.
     """
-    require(rule, "the reference", keep=("all", "magnitude", "bernoulli"), scope=("tensor", "model"))
+    require(rule, "the reference", keep=("all", "magnitude", "band", "bernoulli"), scope=("tensor", "model"))
     names = sorted(tasks)
     kept: dict[str, dict[int, Tensor]] = {name: dict(tasks[name]) for name in names}
     for adapter in range(len(weights)):
@@ -100,6 +143,10 @@ def merge_model(
                 for name, piece in zip(group, pieces, strict=True):
                     kept[name][adapter] = piece.view_as(tasks[name][adapter])
         for name in mine:
+            if rule.keep == "band":
+                tensor, density = tasks[name][adapter], densities[name][adapter]
+                top, k = rule.topped(density, tensor.numel()), rule.kept(density, tensor.numel())
+                kept[name][adapter] = band(tensor, top, k, rule.trim_ties)
             if rule.keep == "bernoulli" and masks is not None:
                 tensor, mask = tasks[name][adapter], masks[name][adapter]
                 kept[name][adapter] = drop_and_rescale(tensor, mask, densities[name][adapter], rule.l1_rescale)
