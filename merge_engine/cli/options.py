@@ -40,6 +40,9 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         "default: 1",
     )
     add("--gain", type=float, help="multiplies --scale auto; default: 1")
+    add("--gamma", type=float, help="of breadcrumbs: share of the largest elements, which is dropped; default: 0.01")
+    add("--mask", type=float, help="of consensus: how much of the other inputs' sum one has to exceed; default: 0.4")
+    add("--min-tasks", type=int, metavar="K", help="of consensus: how many inputs have to; default: 2")
     add("--ridge", type=float, help="of actmat: what is added to the covariances; default: 1")
     add("--balance", choices=CHOICES["balance"], help="damp directions that many adapters share, before the merge")
     add("--election", choices=CHOICES["election"], help="how signs are elected; default: total")

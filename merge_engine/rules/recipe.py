@@ -12,7 +12,7 @@ from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import BALANCES, SPACES
 from merge_engine.rules.choices import DTYPES as DTYPE_NAMES
 from merge_engine.rules.conventions import CONVENTIONS
-from merge_engine.rules.methods import METHODS, STRICT, looks_at, methods_with
+from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, STRICT, looks_at, methods_with
 from merge_engine.rules.rule import Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
@@ -41,6 +41,10 @@ class Recipe:
         that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is.
     dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.
     normalize: whether the mean of methods that elect is divided at all; None: as the convention says.
+    gamma: of breadcrumbs: the largest elements, this share of all, are dropped before density keeps the next ones; 0.01
+        by default. Fewer are dropped where gamma + density is above 1.
+    mask, min_tasks: of consensus: the sum S of all ``w t`` stays where at least min_tasks adapters have
+        ``|w t| > mask |S - w t|``, and is 0 elsewhere; 0.4 and 2 by default. min_tasks = 0 is linear.
     ridge: of actmat: how much of the mean eigenvalue is added to the covariances, 1.0 by default.
     balance: "pico": directions that many adapters share are damped before the merge; None: they are not.
     rescale: what random drops are made up for by: "density" (1/density), "l1" (the norm before the drop), or None: as
@@ -67,13 +71,28 @@ class Recipe:
     dtype: str | None = None
     normalize: bool | None = None
     rescale: Literal["density", "l1"] | None = None
+    gamma: float = GAMMA
+    mask: float = MASK
+    min_tasks: int = MIN_TASKS
     ridge: float = 1.0
     balance: Literal["pico"] | None = None
     module_weights: Mapping[str, Sequence[float]] | None = None
     module_densities: Mapping[str, Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("weights", "density", "scale", "gain", "ridge", "seed", "rank", "energy"):
+        for name in (
+            "weights",
+            "density",
+            "scale",
+            "gain",
+            "gamma",
+            "mask",
+            "min_tasks",
+            "ridge",
+            "seed",
+            "rank",
+            "energy",
+        ):
             object.__setattr__(self, name, _plain(getattr(self, name)))
         rule = self.rule()
         if self.space not in SPACES:
@@ -84,6 +103,7 @@ class Recipe:
             )
         self._check_scale()
         self._check_known()
+        self._check_combine()
         for module, weights in (self.module_weights or {}).items():
             for weight in _sequence(f"module_weights: {module}", weights):
                 _finite(f"module_weights: {module}", weight)
@@ -135,6 +155,16 @@ class Recipe:
         if self.balance is not None and self.space == "factors":
             raise RecipeError("balance: acts on deltas; wanted a space other than factors")
 
+    def _check_combine(self) -> None:
+        for name in ("gamma", "mask"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        if not 0 <= self.gamma < 1:
+            raise RecipeError(f"gamma: wanted a number from 0 up to, but not, 1, got {self.gamma!r}")
+        if self.mask <= 0:
+            raise RecipeError(f"mask: wanted a number above 0, got {self.mask!r}")
+        if not isinstance(self.min_tasks, int) or isinstance(self.min_tasks, bool) or self.min_tasks < 0:
+            raise RecipeError(f"min_tasks: wanted a whole number of at least 0, got {self.min_tasks!r}")
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Recipe":
         """A recipe from keys as in a YAML file. Raises RecipeError for an unknown key, listing the known ones."""
@@ -160,6 +190,9 @@ class Recipe:
             convention=self.convention,
             scope=self.scope,
             trim_ties=self.trim_ties,
+            gamma=self.gamma,
+            mask=self.mask,
+            min_tasks=self.min_tasks,
         )
         if self.normalize is not None:
             if not isinstance(self.normalize, bool) or not looks_at(self.method, "normalize"):

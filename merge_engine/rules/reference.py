@@ -69,7 +69,9 @@ def combine(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, tie
     require(rule, "the reference", combine=("sum", "max", "consensus"))
     if rule.combine == "max":
         return largest(tensors, weights, rule, tied)
-    return consensus(tensors, weights, rule) if rule.combine == "consensus" else weighted_sum(tensors, weights, rule, tied)
+    if rule.combine == "consensus":
+        return consensus(tensors, weights, rule)
+    return weighted_sum(tensors, weights, rule, tied)
 
 
 def largest(tensors: Sequence[Tensor], weights: Sequence[float], rule: Rule, tied: int) -> Tensor:

@@ -99,12 +99,12 @@ def make_rule(
     )
 
 
-def require(rule: Rule, who: str, **known: Sequence[str]) -> None:
+def require(rule: Rule, who: str, **known: Sequence[object]) -> None:
     """Raise ValueError unless every named field of the rule has one of the values that ``who`` can compute."""
     for field, values in known.items():
         value = getattr(rule, field)
         if value not in values:
-            raise ValueError(f"{who} has no {field} {value!r}, only {', '.join(values)}")
+            raise ValueError(f"{who} has no {field} {value!r}, only {', '.join(map(str, values))}")
 
 
 def _look_up(what: str, name: str, table: Mapping[str, T]) -> T:
