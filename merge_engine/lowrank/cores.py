@@ -1,5 +1,6 @@
 """The cores of a module's adapters, and what merges need of them whatever their weights are: computed once, kept."""
 
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -95,6 +96,14 @@ class Cores:
         """L [p, r_t] and F [q, r_t] with C_t = L F^T."""
         start = sum(self.ranks[:t])
         return self.left[:, start : start + self.ranks[t]], self.right[:, start : start + self.ranks[t]]
+
+    def with_left(self, left: Tensor) -> "Cores":
+        """The cores left[:, t] R_A[:, t]^T: of deltas that are linear images of these, no longer than them."""
+        if left.shape != self.left.shape:
+            raise ValueError(f"left is {list(left.shape)}, wanted {list(self.left.shape)}")
+        other = copy.copy(self)
+        other.left, other._known, other._lock = left, {}, threading.RLock()
+        return other
 
     def combined(self, coefficients: Sequence[float] | Tensor) -> Tensor:
         """sum_t c_t C_t [p, q]."""

@@ -102,6 +102,11 @@ class Stack:
         return rounded(completed(A, k), torch.nn.functional.pad(B, (0, 0, 0, k - found)).T, core)
 
     @property
+    def width(self) -> int:
+        """N."""
+        return self._right.shape[1]
+
+    @property
     def triangles(self) -> tuple[Tensor, Tensor]:
         """R_B [p, R] and R_A [q, R] in float64, p = min(M, R), q = min(N, R), R = sum r_i; trapezoids where R is more.
 
