@@ -1,10 +1,10 @@
 """What is kept of a task tensor, as its tiles see it; and the specification of one merge.
 
-A new keep is a class here with `apply`; `in_loops` says whether the compiled loops can do it themselves.
+A new keep is a class here with `apply`; one that the compiled loops can do themselves has `describe` too.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,19 +20,19 @@ EVERY_ROW = 1 << 62  # a position that no row reaches
 
 
 class Keep(Protocol):
-    """What stays of a task tensor t: keep(t).
-
-    in_loops: whether the compiled loops can do it themselves; else they are given tiles of keep(t).
-    """
-
-    in_loops: ClassVar[bool]
+    """What stays of a task tensor t: keep(t)."""
 
     def apply(self, values: Tensor, tile: Tile) -> Tensor:
         """A tile of t -> that of keep(t), in place."""
         ...
 
+
+@runtime_checkable
+class LoopKeep(Keep, Protocol):
+    """A keep that the compiled loops can do themselves; of others they are given tiles of keep(t)."""
+
     def describe(self, term: Any) -> None:
-        """Tell the compiled loops, in a TERM, where they can do it."""
+        """Tell them what stays, in a TERM."""
         ...
 
 
@@ -43,7 +43,6 @@ class Trim:
     value: float
     row: int
     column: int
-    in_loops: ClassVar[bool] = True
 
     def apply(self, values: Tensor, tile: Tile) -> Tensor:
         below, above = self._limits()
@@ -72,6 +71,18 @@ class Trim:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Keep what `wide` keeps and `top` does not: of the largest magnitudes all, and of these the very largest."""
+
+    wide: Trim
+    top: Trim
+
+    def apply(self, values: Tensor, tile: Tile) -> Tensor:
+        top = self.top.apply(scratch("top", values.shape).copy_(values), tile)
+        return self.wide.apply(values, tile).sub_(top)
+
+
+@dataclass(frozen=True)
 class Drop:
     """Keep at random with probability density, then multiply by `factor`, or divide by density where it is None."""
 
@@ -80,7 +91,6 @@ class Drop:
     stream: int
     adapter: int
     factor: float | None = None
-    in_loops: ClassVar[bool] = True
 
     def apply(self, values: Tensor, tile: Tile) -> Tensor:
         dropped(values, self, tile)

@@ -46,14 +46,20 @@ def merge_several(sources: Sequence[Source], specs: Sequence[MergeSpec]) -> list
     ]
 
     def merge(tile: Tile) -> None:
-        for each in merges:
-            each(tile)
+        # The bits of a product by operators depend on its tile, and those by loops do not.
+        for part in parts_of(tile, HELD // len(sources)) if door.loops() else [tile]:
+            products = _filled(sources, part)
+            for each in merges:
+                each(products, part)
 
     for_each_tile(sources[0], merge)
     return outs
 
 
-def _by_loops(sources: Sequence[Source], specs: Sequence[MergeSpec], outs: Sequence[Tensor]) -> Callable[[Tile], None]:
+Merge = Callable[[Tensor, Tile], None]  # of what all sources have in a tile [n, rows, columns], which stays as it is
+
+
+def _by_loops(sources: Sequence[Source], specs: Sequence[MergeSpec], outs: Sequence[Tensor]) -> Merge:
     """Merges a tile into the result of every spec."""
     alike: dict[MergeSpec, list[int]] = {}  # by an spec without its weights, unless they count in the vote
     for i, spec in enumerate(specs):
@@ -64,22 +70,18 @@ def _by_loops(sources: Sequence[Source], specs: Sequence[MergeSpec], outs: Seque
         for numbers in alike.values()
     ]
 
-    def merge(tile: Tile) -> None:
-        for part in parts_of(tile, HELD // len(sources)):
-            products = _filled(sources, part)
-            for one, numbers in merges:
-                one.of_held(products, [_of(outs[i], part) for i in numbers], part, 1.0)
+    def merge(products: Tensor, tile: Tile) -> None:
+        for one, numbers in merges:
+            one.of_held(products, [_of(outs[i], tile) for i in numbers], tile, 1.0)
 
     return merge
 
 
-def _by_operators(
-    sources: Sequence[Source], specs: Sequence[MergeSpec], outs: Sequence[Tensor]
-) -> Callable[[Tile], None]:
-    """The same, by whole tiles: the bits of a product depend on them."""
+def _by_operators(sources: Sequence[Source], specs: Sequence[MergeSpec], outs: Sequence[Tensor]) -> Merge:
+    """The same."""
 
-    def merge(tile: Tile) -> None:
-        held = [_Held(source, values) for source, values in zip(sources, _filled(sources, tile), strict=True)]
+    def merge(products: Tensor, tile: Tile) -> None:
+        held = [_Held(source, values) for source, values in zip(sources, products, strict=True)]
         for spec, out in zip(specs, outs, strict=True):
             _of(out, tile).copy_(merge_tile(held, spec, tile, 1.0))
 

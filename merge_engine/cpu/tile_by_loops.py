@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from merge_engine.cpu.keep import EVERY_ROW, KeepTile, MergeSpec
+from merge_engine.cpu.keep import EVERY_ROW, KeepTile, LoopKeep, MergeSpec
 from merge_engine.cpu.source import Product, Source
 from merge_engine.cpu.tile import Tile, parts_of
 from merge_engine.loops import door
@@ -27,7 +27,7 @@ def terms(sources: Sequence[Source], keeps: Sequence[KeepTile] = (None,)) -> np.
     for term, source, keep in zip(found, sources, keeps, strict=True):
         if isinstance(source, Product):
             source.describe(term)
-        if keep is not None and keep.in_loops:
+        if isinstance(keep, LoopKeep):
             keep.describe(term)
     return found
 
@@ -51,7 +51,7 @@ class TileMerge:
         require(rule, "the loops", divisor=("count", "weight", "one"))
         self._sources, self._keeps = sources, spec.keeps
         self._terms = terms(sources, spec.keeps)
-        self._known = [keep is None or keep.in_loops for keep in spec.keeps]
+        self._known = [keep is None or isinstance(keep, LoopKeep) for keep in spec.keeps]
         self._weights = np.array(weights, np.float32)
         elects = rule.elect != "none"
         if elects and rule.vote_weighted:

@@ -33,7 +33,37 @@ def _sum(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -
     return (_sum_tile if spec.rule.elect == "none" else _elect_tile)(sources, spec, tile, scale)
 
 
-_COMBINES = {"sum": _sum}
+def _largest(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -> Tensor:
+    """scale * the element of largest magnitude of the elected side, 0 where that is empty."""
+    rule, shape = spec.rule, tile.shape
+    require(rule, "a tile, for the largest,", vote_weighted=(True,), divisor=("one",), elect=("total", "frequency"))
+    votes, part = scratch("votes", shape).zero_(), scratch("part", shape)
+    sides = scratch("sums", (2, *shape)).zero_()
+    for source, weight, keep in zip(sources, spec.weights, spec.keeps, strict=True):
+        values = times(kept(source, keep, tile), weight)
+        votes.add_(torch.sign(values, out=part) if rule.elect == "frequency" else values)
+        torch.maximum(sides[0], values, out=sides[0])
+        torch.minimum(sides[1], values, out=sides[1])
+    return times(_elected(votes, sides, scratch("shares", (2, 0, 0)), spec.tied, part), scale)
+
+
+def _consensus(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -> Tensor:
+    """scale * S, S = sum_i w_i keep(t_i), where enough of the i have |w_i keep(t_i)| > mask |S - w_i keep(t_i)|.
+
+    S comes first, so that every task tensor is looked at twice.
+    """
+    rule, shape = spec.rule, tile.shape
+    require(rule, "a tile, for a consensus,", elect=("none",), divisor=("one",))
+    total, count = _sum_tile(sources, spec, tile, 1.0), scratch("passes", shape, torch.int32).zero_()
+    rest, mask = scratch("part", shape), scratch("mask", shape, torch.bool)
+    for source, weight, keep in zip(sources, spec.weights, spec.keeps, strict=True):
+        values = times(kept(source, keep, tile), weight)
+        torch.sub(total, values, out=rest).abs_().mul_(rule.mask)
+        count.add_(torch.gt(values.abs_(), rest, out=mask))
+    return times(total.masked_fill_(torch.lt(count, rule.min_tasks, out=mask), 0.0), scale)
+
+
+_COMBINES = {"sum": _sum, "max": _largest, "consensus": _consensus}
 
 
 def _sum_tile(sources: Sequence[Source], spec: MergeSpec, tile: Tile, scale: float) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from merge_engine.cpu.keep import Drop, KeepTile, Trim
+from merge_engine.cpu.keep import Band, Drop, KeepTile, Trim
 from merge_engine.cpu.merge import l1_factor
 from merge_engine.cpu.select import trims_of_each
 from merge_engine.cpu.source import Source
@@ -19,13 +19,20 @@ class Threshold(NamedTuple):
     ties: str
 
 
+class Between(NamedTuple):
+    """A band before its thresholds are known: what `wide` keeps and `top` does not."""
+
+    wide: Threshold
+    top: Threshold
+
+
 class Rescaled(NamedTuple):
     """A drop before its factor is known: the L1 norm before it over that after it."""
 
     drop: Drop
 
 
-Wanted = Threshold | Rescaled | KeepTile
+Wanted = Threshold | Between | Rescaled | KeepTile
 
 
 def find_keeps(groups: Sequence[Group], known: Sequence[Known]) -> list[tuple[KeepTile, ...]]:
@@ -38,7 +45,7 @@ def find_keeps(groups: Sequence[Group], known: Sequence[Known]) -> list[tuple[Ke
     wanted = [[_wanted(group, place) for place in range(len(sources))] for group in groups]
     for ties in ("exact", "keep"):
         new = [
-            list(dict.fromkeys(each for each in column if _is_new(each, ties, found)))
+            list(dict.fromkeys(one for each in column for one in _thresholds(each, ties) if one not in found))
             for column, found in zip(zip(*wanted, strict=True), known, strict=True)
         ]
         trims = trims_of_each(sources, [[each.k for each in column] for column in new], ties)
@@ -70,6 +77,15 @@ def _magnitude(group: Group, place: int) -> Wanted:
     return Threshold(plan.rule.kept(density, source.rows * source.columns), plan.rule.trim_ties)
 
 
+def _band(group: Group, place: int) -> Wanted:
+    (module,), rule, source = group.modules, group.plan.rule, group.packed[place]
+    density, numel = module.densities[place], source.rows * source.columns
+    top = rule.topped(density, numel)
+    if top == 0:
+        return _magnitude(group, place)
+    return Between(Threshold(top + rule.kept(density, numel), rule.trim_ties), Threshold(top, rule.trim_ties))
+
+
 def _bernoulli(group: Group, place: int) -> Wanted:
     (module,), plan = group.modules, group.plan
     density = module.densities[place]
@@ -79,15 +95,24 @@ def _bernoulli(group: Group, place: int) -> Wanted:
     return Rescaled(drop) if plan.rule.l1_rescale else drop
 
 
-_KEEPS: dict[str, Callable[[Group, int], Wanted]] = {"all": _all, "magnitude": _magnitude, "bernoulli": _bernoulli}
+_KEEPS: dict[str, Callable[[Group, int], Wanted]] = {
+    "all": _all,
+    "magnitude": _magnitude,
+    "band": _band,
+    "bernoulli": _bernoulli,
+}
 
 
-def _is_new(wanted: Wanted, ties: str, known: Known) -> bool:
-    return isinstance(wanted, Threshold) and wanted.ties == ties and wanted not in known
+def _thresholds(wanted: Wanted, ties: str) -> list[Threshold]:
+    """What a sweep has to find for it, with equal magnitudes taken so."""
+    own = wanted if isinstance(wanted, Between) else [wanted]
+    return [each for each in own if isinstance(each, Threshold) and each.ties == ties]
 
 
 def _found(wanted: Wanted, source: Source, known: Known) -> KeepTile:
     if isinstance(wanted, Rescaled) and wanted not in known:
         known[wanted] = replace(wanted.drop, factor=l1_factor(source, wanted.drop))
+    if isinstance(wanted, Between):
+        return Band(known[wanted.wide], known[wanted.top])
     keep: KeepTile = known[wanted] if isinstance(wanted, Threshold | Rescaled) else wanted
     return keep
