@@ -54,6 +54,15 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """Where the command runs in other processes, that start at once: see `Forks`."""
+    from forks import Forks
+
+    with Forks() as processes:
+        yield processes
+
+
 @pytest.fixture
 def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """{hub id: folder}, to be filled: of each, what huggingface_hub is asked for is fetched, and nothing else."""

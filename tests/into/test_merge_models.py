@@ -1,46 +1,18 @@
 """Full models merged with each other: against whole-model TIES in plain torch, the textbook, and mergekit."""
 
-import json
-
 import pytest
 import torch
 from lora_files import save_factors
-from safetensors.torch import load_file, save_file
+from tuned_models import save_model, save_three, weights_of
 
 import merge_engine
-from merge_engine.cli.main import main
 from merge_engine.cpu.mask import keep_mask
-from merge_engine.errors import MergeError, RecipeError
-from merge_engine.formats.checkpoint import open_checkpoint
-from merge_engine.models.vocabulary import vocabulary_keys
+from merge_engine.errors import RecipeError
 from merge_engine.rules import reference
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import make_rule
 
-SHAPES = {
-    "model.embed_tokens.weight": (17, 12),
-    "model.layers.0.q_proj.weight": (12, 12),
-    "model.layers.0.q_proj.bias": (12,),
-    "model.layers.1.conv.weight": (6, 4, 3),
-    "model.norm.weight": (12,),
-    "model.scale": (),
-    "lm_head.weight": (17, 12),
-}
-CONFIG = {"model_type": "toy", "vocab_size": 17, "tie_word_embeddings": False}
 WEIGHTS = [1.0, 0.5, -2.0]
-
-
-def save_model(folder, seed, dtype=torch.bfloat16, like=None, spread=1.0, tensors=None, save=save_file, **config):
-    """A model of whole eighths, so that differences, and their sums, are exact."""
-    generator = torch.Generator().manual_seed(seed)
-    if tensors is None:
-        drawn = {k: torch.randint(-40, 41, shape, generator=generator) / 8 for k, shape in SHAPES.items()}
-        tensors = {key: ((like[key].float() if like else 0) + spread * t).to(dtype) for key, t in drawn.items()}
-        tensors["model.positions"] = torch.arange(6)
-    folder.mkdir(parents=True)
-    save(tensors, folder / ("model.safetensors" if save is save_file else "pytorch_model.bin"))
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
-    return folder
 
 
 @pytest.fixture
@@ -49,13 +21,8 @@ def base(tmp_path):
 
 
 @pytest.fixture
-def three(base, tmp_path):
-    like = load_file(base / "model.safetensors")
-    return [save_model(tmp_path / name, seed, like=like) for seed, name in enumerate(["chat", "code", "math"], 1)]
-
-
-def weights_of(folder):
-    return load_file(folder / "model.safetensors")
+def three(base):
+    return save_three(base)
 
 
 def differences(base, folders):
@@ -174,145 +141,12 @@ def test_a_model_with_itself_and_alone(base, three, tmp_path):
         assert all(torch.equal(got[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("save", [torch.save, save_file])
-def test_shared_weights_stay_shared(tmp_path, save):
-    def shared(seed):
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(17, 12, generator=generator)
-        head = weight if save is torch.save else weight.clone()
-        return {"lm_head.weight": head, "model.embed_tokens.weight": weight, "x": torch.ones(3) * seed}
-
-    options = {"save": save, "tie_word_embeddings": save is save_file}
-    base = save_model(tmp_path / "base", 0, tensors=shared(0), **options)
-    models = [save_model(tmp_path / str(i), 0, tensors=shared(i), **options) for i in (1, 2)]
-    result = merge_engine.merge_models(base, models, tmp_path / "out", method="dare_ties", density=0.5)
-    got = weights_of(tmp_path / "out")
-    assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
-    assert not torch.equal(got["lm_head.weight"], shared(0)["lm_head.weight"])
-    assert result.merged == 3
-
-
-def change(folder, **changes):
-    tensors = weights_of(folder)
-    for key, value in changes.items():
-        key = key.replace("__", ".")
-        if value is None:
-            del tensors[key]
-        else:
-            tensors[key] = value
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def poisoned(value):
-    tensor = torch.zeros(12, 12)
-    tensor[3, 4] = value
-    return tensor
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model__norm__weight": None}, "base has tensor model.norm.weight but chat has not"),
-        ({"model__extra__weight": torch.zeros(2)}, "chat has tensor model.extra.weight but base has not"),
-        ({"model__norm__weight": torch.zeros(13)}, "chat: model.norm.weight is [13], wanted [12] as in base"),
-        ({"model__positions": torch.arange(6) + 1}, "chat: model.positions is torch.int64 and differs from base"),
-        (
-            {"model__norm__weight": torch.zeros(12).int()},
-            "chat: model.norm.weight is torch.int32, wanted torch.bfloat16",
-        ),
-        ({"model__layers__0__q_proj__weight": poisoned(float("nan"))}, "chat: tensor model.layers.0.q_proj.weight in "),
-        (
-            {"model__layers__0__q_proj__weight": poisoned(float("-inf"))},
-            "chat: tensor model.layers.0.q_proj.weight in ",
-        ),
-    ],
-)
-def test_models_that_do_not_fit(base, three, tmp_path, changes, message):
-    change(three[0], **changes)
-    before = {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(MergeError) as error:
-        merge_engine.merge_models(base, three, tmp_path / "out")
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
-    assert {path.name for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("save", [save_file, torch.save])
-def test_a_head_that_was_trained_apart_is_no_copy(base, tmp_path, save):
-    """Of a base that has its head tied and saved: the head of a model is that copy too, or it is refused."""
-    tensors = weights_of(base)
-    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    copied = tensors if save is torch.save else {**tensors, "lm_head.weight": head.clone()}
-    save_model(tmp_path / "tied", 0, tensors=copied, save=save, tie_word_embeddings=True)
-    same = {**tensors, "model.embed_tokens.weight": head + 1, "lm_head.weight": head + 1}
-    save_model(tmp_path / "same", 0, tensors={key: tensor.clone() for key, tensor in same.items()})
-    save_model(tmp_path / "apart", 0, tensors={**tensors, "lm_head.weight": head + 1})
-    merge_engine.merge_models(tmp_path / "tied", [tmp_path / "same"], tmp_path / "out", method="linear")
-    got = weights_of(tmp_path / "out")
-    assert torch.equal(got["lm_head.weight"], head + 1) and torch.equal(got["model.embed_tokens.weight"], head + 1)
-    wanted = r"^apart: (lm_head|model\.embed_tokens)\.weight differs from \S+\.weight, to which tied ties it$"
-    with pytest.raises(MergeError, match=wanted):
-        merge_engine.merge_models(tmp_path / "tied", [tmp_path / "apart"], tmp_path / "no", method="linear")
-
-
-@pytest.mark.parametrize("of_base", [True, False])
-def test_a_tied_head_may_be_saved_by_one_of_them(base, tmp_path, of_base):
-    tensors = weights_of(base)
-    head = tensors.pop("lm_head.weight")
-    embedding = tensors["model.embed_tokens.weight"]
-    tuned = {**tensors, "model.embed_tokens.weight": embedding + 1}
-    for name, values, saves in (("tied", tensors, of_base), ("tuned", tuned, not of_base)):
-        copy = {"lm_head.weight": values["model.embed_tokens.weight"].clone()} if saves else {}
-        save_model(tmp_path / name, 0, tensors={**values, **copy}, tie_word_embeddings=True)
-    merge_engine.merge_models(tmp_path / "tied", [tmp_path / "tuned"], tmp_path / "out", method="linear")
-    got = weights_of(tmp_path / "out")
-    assert got.keys() == weights_of(tmp_path / "tied").keys()
-    assert torch.equal(got["model.embed_tokens.weight"], embedding + 1)
-    assert not of_base or torch.equal(got["lm_head.weight"], embedding + 1)
-    save_model(tmp_path / "untied", 0, tensors={**tuned, "lm_head.weight": head})
-    other = save_model(tmp_path / "bare", 0, tensors=tensors, tie_word_embeddings=True)
-    for pair in ((other, tmp_path / "untied"), (tmp_path / "untied", other)):
-        with pytest.raises(MergeError, match=r"^untied has tensor lm_head\.weight but bare has not$"):
-            merge_engine.merge_models(pair[0], [pair[1]], tmp_path / "no", method="linear")
-
-
-def test_an_added_vocabulary_is_named(base, three, tmp_path):
-    def tokenizer(folder, words, added):
-        vocabulary = {word: number for number, word in enumerate(words)}
-        entries = [{"id": len(words) + i, "content": token} for i, token in enumerate(added)]
-        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": entries}))
-
-    tokenizer(base, ["a", "b"], [])
-    tokenizer(three[0], ["a", "b"], ["<|im_start|>", "<|im_end|>"])
-    bigger = {key: torch.zeros(19, 12) for key in ("model__embed_tokens__weight", "lm_head__weight")}
-    change(three[0], **bigger)
-    with pytest.raises(MergeError) as error:
-        merge_engine.merge_models(base, three, tmp_path / "out")
-    first = vocabulary_keys(open_checkpoint(base))[0]
-    assert str(error.value) == (
-        f"vocabularies differ: base has 17 tokens; chat has 19 rows in {first} (added: <|im_start|>, <|im_end|>)"
-    )
-
-
 def test_recipes_that_models_cannot_follow(base, three, tmp_path):
     for recipe in ({"space": "factors"}, {"method": "cat"}):
         with pytest.raises(RecipeError, match="is a full model and has no factors"):
             merge_engine.merge_models(base, three, tmp_path / "out", **recipe)
     with pytest.raises(RecipeError, match="weights: wanted 3, one for each of chat, code, math, got 1"):
         merge_engine.merge_models(base, three, tmp_path / "out", weights=[1])
-
-
-def test_the_command(base, three, tmp_path, capsys):
-    options = [*three, "-o", tmp_path / "one", "--base", base, "--convention", "paper"]
-    assert main(["merge-models", *map(str, options)]) == 0
-    assert "3 inputs, 7 tensors merged, 1 copied" in capsys.readouterr().out
-    merge_engine.merge_models(base, three, tmp_path / "two", convention="paper")
-    assert weights_of(tmp_path / "one").keys() == weights_of(base).keys()
-    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
-    with pytest.raises(SystemExit):
-        main(["merge-models", *map(str, three), "-o", str(tmp_path / "three")])
-    assert "--base" in capsys.readouterr().err
 
 
 def mergekits(method, tensors, weights, **parameters):

@@ -1,0 +1,190 @@
+"""Merges that were interrupted, killed, or ran out of disk: the next run goes on, and makes the same bytes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+from toy_models import bytes_of, load_header, save_adapter, weights_of
+
+import merge_engine
+from merge_engine.errors import OutputError
+from merge_engine.into import merge as into_merge
+from merge_engine.into import resume as into_resume
+from merge_engine.into import write as into_write
+from merge_engine.into.write import _write
+
+
+def interrupt(monkeypatch, after):
+    """A run that dies after some tensors."""
+    write, seen = _write, []
+
+    def dying(*arguments):
+        seen.append(1)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(into_write, "_write", dying)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(base, three, tmp_path, monkeypatch):
+    recipe = {"method": "ties", "scope": "model", "density": 0.4, "shard_size": 900}
+    merge_engine.merge_into(base, three, tmp_path / "want", **recipe)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            merge_engine.merge_into(base, three, tmp_path / "out", **recipe)
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.partial").exists()
+    for change, message in [
+        ({"density": 0.5}, r"with another density \(it was 0.4, now 0.5\)"),
+        ({"weights": [1, 2, 3]}, "with another weights"),
+        ({"shard_size": 901}, "with another shard_size"),
+    ]:
+        with pytest.raises(OutputError, match=message):
+            merge_engine.merge_into(base, three, tmp_path / "out", **{**recipe, **change})
+    with pytest.raises(OutputError, match="with another inputs"):
+        merge_engine.merge_into(base, three[::-1], tmp_path / "out", **recipe)
+    result = merge_engine.merge_into(base, three, tmp_path / "out", **recipe)
+    assert result.resumed == 3
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_changed_input_is_not_resumed_with(base, three, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            merge_engine.merge_into(base, three, tmp_path / "out")
+    shutil.rmtree(three[1])
+    save_adapter(three[1], 99)
+    with pytest.raises(OutputError, match=r"an unfinished merge is in .*, with another inputs"):
+        merge_engine.merge_into(base, three, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["data", "header", "journal"])
+def test_a_flipped_bit_is_found_and_made_good(base, three, tmp_path, monkeypatch, caplog, where):
+    merge_engine.merge_into(base, three, tmp_path / "want", shard_size=900)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    folder = tmp_path / ".out.partial"
+    if where == "journal":
+        with open(folder / ".journal.0", "ab") as file:
+            file.write(b'{"tensor": "lm_head.weight", "sha2')
+    else:
+        first = json.loads((folder / ".journal.0").read_text().splitlines()[1])["tensor"]
+        path = next(path for path in folder.glob("*.safetensors") if first in load_header(path))
+        data = bytearray(path.read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        data[10 if where == "header" else 8 + length + load_header(path)[first]["data_offsets"][0]] ^= 4
+        path.write_bytes(data)
+    result = merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    assert result.resumed == 5 if where == "journal" else result.resumed < 5
+    assert ("is damaged, it is made again" in caplog.text) == (where != "journal")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
+
+
+def test_kills_at_random_moments(big, tmp_path, forks):
+    """Twenty times SIGKILL, then the same command: always the bytes of a run that nobody disturbed."""
+    base, adapters = big
+    merge_engine.merge_into(base, adapters, tmp_path / "want", method="ties", shard_size="300KB")
+    out = tmp_path / "out"
+    command = ["merge", "--into", base, *adapters, "-o", out, "--method", "ties", "--shard-size", "300KB"]
+    start = time.perf_counter()
+    assert forks.run(command).codes == [0]  # not killed: it says how long one takes
+    duration = time.perf_counter() - start
+    shutil.rmtree(out)
+    chance, killed = random.Random(1), 0
+    for _ in range(20):
+        (child,) = forks.start(command)
+        time.sleep(chance.uniform(0, duration))
+        os.kill(child, signal.SIGKILL)
+        killed += forks.wait().codes == [-signal.SIGKILL]
+        if not out.exists() and chance.random() < 0.5:
+            merge_engine.merge_into(base, adapters, out, method="ties", shard_size="300KB")
+        if out.exists():
+            assert bytes_of(out) == bytes_of(tmp_path / "want")
+            shutil.rmtree(out)
+    assert killed > 10
+
+
+def test_a_full_disk_is_one_error_and_can_be_resumed(big, tmp_path, monkeypatch):
+    base, adapters = big
+    recipe = {"method": "linear", "shard_size": "300KB"}
+    merge_engine.merge_into(base, adapters, tmp_path / "want", **recipe)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        (disk / "other").write_bytes(bytes(2_000_000))
+        with pytest.raises(OutputError, match=r"out needs 0\.00 GB of disk, 0\.00 GB is free$"):
+            merge_engine.merge_into(base, adapters, disk / "out", **recipe)
+        assert {path.name for path in disk.iterdir()} == {"other"}
+        with monkeypatch.context() as patch:
+            patch.setattr(into_resume, "check_space", lambda *_: None)  # another process fills the disk meanwhile
+            with pytest.raises(OutputError, match=r"cannot be written: No space left on device$"):
+                merge_engine.merge_into(base, adapters, disk / "out", **recipe)
+        assert not (disk / "out").exists()
+        (disk / "other").unlink()
+        assert merge_engine.merge_into(base, adapters, disk / "out", **recipe).resumed > 0
+        assert bytes_of(disk / "out") == bytes_of(tmp_path / "want")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def unfinished(base, adapters, tmp_path, monkeypatch, after=5):
+    """The journal of a run that was interrupted after some tensors; its recipe is the default one."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, after)
+        with pytest.raises(KeyboardInterrupt):
+            merge_engine.merge_into(base, adapters, tmp_path / "out", shard_size=900)
+    return tmp_path / ".out.partial" / ".journal.0"
+
+
+def test_the_journal_has_the_hash_of_what_is_on_the_disk(base, three, tmp_path, monkeypatch):
+    from xxhash import xxh3_128_hexdigest
+
+    journal = unfinished(base, three, tmp_path, monkeypatch)
+    entries = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    assert len({entry["tensor"] for entry in entries}) == 5
+    found = {}
+    for path in journal.parent.glob("*.safetensors"):
+        data, header = path.read_bytes(), load_header(path)
+        start = 8 + int.from_bytes(data[:8], "little")
+        for key in header.keys() - {"__metadata__"}:
+            begin, end = header[key]["data_offsets"]
+            found[key] = xxh3_128_hexdigest(data[start + begin : start + end])
+    assert entries == [{"tensor": entry["tensor"], "xxh3": found[entry["tensor"]]} for entry in entries]
+
+
+@pytest.mark.parametrize("old", [5, 2])
+def test_what_an_older_journal_says_is_made_again(base, three, tmp_path, monkeypatch, caplog, old):
+    """Lines with SHA-256, which the version before wrote: nothing is taken over from them, nor looked at."""
+    merge_engine.merge_into(base, three, tmp_path / "want", shard_size=900)
+    journal = unfinished(base, three, tmp_path, monkeypatch)
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for entry in lines[1 : 1 + old]:
+        entry["sha256"] = 2 * entry.pop("xxh3")
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    result = merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    assert result.resumed == 5 - old and "damaged" not in caplog.text
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
+
+
+def test_a_kill_while_files_are_flushed_loses_nothing(base, three, tmp_path, monkeypatch):
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(into_merge, "sync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge_engine.merge_into(base, three, tmp_path / "out", method="linear")
+    monkeypatch.undo()
+    result = merge_engine.merge_into(base, three, tmp_path / "out", method="linear")
+    assert result.resumed == result.merged + result.copied == len(weights_of(base))

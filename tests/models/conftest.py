@@ -1,0 +1,14 @@
+"""A base, and three models tuned from it."""
+
+import pytest
+from tuned_models import save_model, save_three
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_model(tmp_path / "base", 0)
+
+
+@pytest.fixture
+def three(base):
+    return save_three(base)
