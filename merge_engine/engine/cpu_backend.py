@@ -101,7 +101,8 @@ class _AdapterSources(Sequence[Source]):
     def __getitem__(self, index: Any) -> Any:
         module = self.modules[index]
         task = self.plan.task(module, self.number)
-        return _source(task, module.scalings[module.adapters.index(self.number)], self.side)
+        merged = self.plan.as_merged(module, self.plan.joined(module))
+        return _source(task, merged.scalings[module.adapters.index(self.number)], self.side)
 
 
 def _onto(base: Tensor, dtype: torch.dtype, *, in_place: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from merge_engine.engine.backend import Backend
 from merge_engine.engine.plan import ModulePlan, Plan
 from merge_engine.engine.prepare import Work
 from merge_engine.errors import RecipeError, about
+from merge_engine.lowrank.balance import auto_scale
 from merge_engine.lowrank.core import LowRank, product_norm
 from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.krylov import first_space, from_matrix
@@ -28,13 +29,13 @@ WIDEST_START = 256  # rows that an iteration starts from, unless the rank asked 
 class Finished(NamedTuple):
     """One module of the result: its factors, on the CPU, and what |B A|_F^2 is before they are scaled.
 
-    mean_norm: mean_t |tau_t|_F, where the scale is "auto". figures: what the report says of the module beside its rank
-    and energy, by name.
+    norms: |tau_t|_F of the adapters, where the scale is "auto". figures: what the report says of the module beside its
+    rank and energy, by name.
     """
 
     factors: LowRank
     squared_norm: float
-    mean_norm: float | None = None
+    norms: tuple[float, ...] = ()
     figures: Mapping[str, float] = MappingProxyType({})
 
 
@@ -66,8 +67,8 @@ def cut(plan: Plan, backend: Backend, work: Work, known: Decomposed | None = Non
     """
     with about(work.module.name):
         (A, B, energy), figures = _factors(plan, backend, work, known or Decomposed())
-        mean_norm = plan.mean_norm(work.module, work.factors) if plan.recipe.scale == "auto" else None
-        return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, mean_norm, figures)
+        norms = work.norms() if plan.recipe.scale == "auto" else ()
+        return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures)
 
 
 def _factors(plan: Plan, backend: Backend, work: Work, known: Decomposed) -> tuple[LowRank, dict[str, float]]:
@@ -87,6 +88,9 @@ def _factors(plan: Plan, backend: Backend, work: Work, known: Decomposed) -> tup
         if merged.smallest is not None:
             figures["smallest_singular_value"] = merged.smallest
         return stack.unfold(merged.core, module.rank, recipe.energy, merged.noise), figures
+    space = None if work.joined is None else work.joined.space
+    if space is not None:
+        return space.lift(work.merged["delta"], module.rank, recipe.energy), {}
     if "delta" in work.merged:
         start = _start(As, module.rank)
         return from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {}
@@ -106,7 +110,7 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     A, B, energy = result.factors
     if not (finite(A) and finite(B)):
         raise RecipeError(f"{name}: its merge leaves float32; wanted smaller weights")
-    scale = scale_of(recipe, result.mean_norm, result.squared_norm / energy if energy > 0 else 0.0)
+    scale = scale_of(recipe, result.norms, result.squared_norm / energy if energy > 0 else 0.0)
     if recipe.scale == "auto":
         result = result._replace(figures={**result.figures, "scale": scale})
     if scale == 1:
@@ -117,16 +121,12 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     return result._replace(factors=LowRank(A, scaled_B, energy))
 
 
-def scale_of(recipe: Recipe, mean_norm: float | None, squared_norm: float) -> float:
-    """The recipe's scale, or for "auto" gain * mean_t |tau_t| / |merged|: as large as the adapters are on average.
+def scale_of(recipe: Recipe, norms: Sequence[float], squared_norm: float) -> float:
+    """The recipe's scale; for "auto", that of `balance.auto_scale`.
 
-    mean_norm: mean_t |tau_t|_F, needed for "auto" only. squared_norm: |merged|_F^2 before the cut to a rank; 1 is
-    returned where it is 0.
+    norms: |tau_t|_F, for "auto" only. squared_norm: |merged|_F^2 before the cut to a rank.
     """
-    if recipe.scale != "auto":
-        return recipe.scale
-    assert mean_norm is not None
-    return recipe.gain * mean_norm / math.sqrt(squared_norm) if squared_norm > 0 else 1.0
+    return auto_scale(norms, math.sqrt(squared_norm), recipe.gain) if recipe.scale == "auto" else recipe.scale
 
 
 def _start(As: Sequence[Tensor], rank: int) -> Tensor:
@@ -154,6 +154,8 @@ def factor_bytes(plan: Plan, module: ModulePlan) -> int:
 
 def matrix_bytes(plan: Plan, module: ModulePlan) -> int:
     """What is merged of one module: a matrix, or factors."""
+    if plan.lifts:
+        return 4 * min(_sum_of_ranks(plan, module), module.rows) * module.columns
     if plan.recipe.space == "delta" and not plan.by_factors:
         return 4 * module.rows * module.columns
     return 4 * module.rank * (module.rows + module.columns)
@@ -162,7 +164,7 @@ def matrix_bytes(plan: Plan, module: ModulePlan) -> int:
 def cutting_bytes(plan: Plan, module: ModulePlan) -> int:
     """What `cut` takes beside that, about: see `lowrank.from_matrix` and `stacked`."""
     ranks, width, least = _sum_of_ranks(plan, module), module.rows + module.columns, min(module.rows, module.columns)
-    if plan.recipe.space == "factors" or plan.by_factors:
+    if plan.recipe.space != "delta" or plan.by_factors:
         return 8 * (3 * ranks * width + 6 * ranks * ranks)
     if module.rank * 12 > least:  # by the Gram matrix
         return 8 * (4 * least * least + 3 * module.rank * width)

@@ -2,16 +2,16 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from merge_engine.engine.joint import Joined, Joint, Keeper, LastFew
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.adapter import Adapter, shared_extras
 from merge_engine.lowrank.core import product_norm
@@ -56,6 +56,7 @@ class ModulePlan:
 class Plan:
     """A recipe bound to its adapters (or full models in their place); modules in name order.
 
+    joint: where task tensors depend on all adapters of a module: `balance`, and the spaces that they share.
     ranks, share: the processes that work on it together, and the names of the modules that are this one's; None: all.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     rule: Rule
     modules: tuple[ModulePlan, ...]
     dtype: torch.dtype
+    joint: Joint | None = None
     ranks: Ranks = ALONE
     share: frozenset[str] | None = None
 
@@ -119,38 +121,63 @@ class Plan:
 
     def task(self, module: ModulePlan, number: int, base: Tensor | None = None) -> Task:
         """The factors of one adapter, or one full model's difference from `base` [M, N], which is read if not given."""
+        if self.joint is not None:
+            return self.joint.module(module.name).factors[module.adapters.index(number)]
         source = self.adapters[number]
         return source.difference(module.name, base) if isinstance(source, Finetuned) else source.factors(module.name)
 
-    def mean_norm(self, module: ModulePlan, tasks: Sequence[Task]) -> float:
-        """The mean of |tau_t|_F over the adapters that have the module, whatever their weights."""
-        return fmean(norm_of(task, scaling) for task, scaling in zip(tasks, module.scalings, strict=True))
+    def joined(self, module: ModulePlan) -> Joined | None:
+        """The module's task tensors, where they depend on all of its adapters."""
+        return None if self.joint is None else self.joint.module(module.name)
+
+    def as_merged(self, module: ModulePlan, joined: Joined | None) -> ModulePlan:
+        """The module in the shape in which it is merged: in a space that its adapters share it is smaller."""
+        if joined is None or joined.space is None:
+            return module
+        A, B = joined.factors[0]
+        ones = (1.0,) * len(module.scalings)
+        return replace(module, rows=len(B), columns=A.shape[1], scalings=ones)
+
+    @property
+    def view(self) -> Hashable:
+        """In what way task tensors are not the adapters' own."""
+        return self.recipe.balance, self.recipe.space if self.lifts else None
 
     def kept_of_model(self, adapter: int, side: str) -> int:
         """How many elements of this adapter a trim over the whole model keeps, from the headers."""
         modules = self.having(adapter)
+        density = modules[0].densities[modules[0].adapters.index(adapter)]
+        if self.lifts:
+            small = [self.as_merged(module, self.joined(module)) for module in modules]
+            return self.rule.kept(density, sum(module.rows * module.columns for module in small))
         parts = [self.adapters[adapter].modules[module.name] for module in modules]
         if side == "delta":
             numel = sum(part.rows * part.columns for part in parts)
         else:
             numel = sum(part.rank * (part.columns if side == "A" else part.rows) for part in parts)
-        return self.rule.kept(modules[0].densities[modules[0].adapters.index(adapter)], numel)
+        return self.rule.kept(density, numel)
 
 
-def norm_of(task: Task, scaling: float) -> float:
-    """|tau|_F in float64, of s B A, or of finetuned - base."""
+def norms_of_tasks(module: ModulePlan, tasks: Sequence[Task]) -> tuple[float, ...]:
+    """|tau_t|_F of each input in float64: of s B A, or of finetuned - base."""
+    return tuple(_norm(task, scaling) for task, scaling in zip(tasks, module.scalings, strict=True))
+
+
+def _norm(task: Task, scaling: float) -> float:
     if isinstance(task, Difference):
         difference = task.x.float() - task.base.float()
         return float(torch.linalg.vector_norm(difference, dtype=torch.float64))
     return abs(scaling) * product_norm(*task)
 
 
-def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
+def make_plan(
+    adapters: Sequence[Adapter | Finetuned], recipe: Recipe, joint: Callable[[Plan], Joint | None] | None = None
+) -> Plan:
     """Check that the adapters can be merged by the recipe, and say module by module how.
 
     Reads the adapters' headers, and their values once, to refuse NaN and Inf; those of full models are checked when
-    they are merged, since reading them takes as long as merging them. Raises RecipeError or AdapterError with subject,
-    wanted and got; warns (UserWarning) where adapters name different base models.
+    they are merged, since reading them takes as long as merging them. joint: as `make_joint`. Raises RecipeError or
+    AdapterError with subject, wanted and got; warns (UserWarning) where adapters name different base models.
     """
     if not adapters:
         raise RecipeError("adapters: wanted at least one, got none")
@@ -169,7 +196,21 @@ def make_plan(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> Plan:
     for adapter in only_adapters:
         adapter.check_finite()
     dtype = DTYPES[recipe.dtype] if recipe.dtype else _common_dtype(adapters)
-    return Plan(tuple(adapters), recipe, rule, modules, dtype)
+    plan = Plan(tuple(adapters), recipe, rule, modules, dtype)
+    return replace(plan, joint=(joint or make_joint)(plan))
+
+
+def make_joint(plan: Plan, keep: Keeper | None = None) -> Joint | None:
+    """The joint task tensors of a plan, if it has any; keep: where they are kept.
+
+    With a threshold or a majority over the whole model all modules are kept: each is looked at several times.
+    """
+    if plan.view == (None, None):
+        return None
+    adapters = [adapter for adapter in plan.adapters if isinstance(adapter, Adapter)]
+    again = plan.spans_model or plan.rule.majority
+    space = plan.recipe.space if plan.lifts else None
+    return Joint(adapters, plan.recipe.balance, space, keep or (LastFew(None) if again else None))
 
 
 def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> ModulePlan:

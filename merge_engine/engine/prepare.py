@@ -7,7 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from merge_engine.engine.backend import Backend, Group
-from merge_engine.engine.plan import Factors, ModulePlan, Plan
+from merge_engine.engine.joint import Joined
+from merge_engine.engine.plan import Factors, ModulePlan, Plan, norms_of_tasks
 from merge_engine.errors import about
 from merge_engine.runtime.threads import ahead
 
@@ -27,15 +28,15 @@ class Loaded(NamedTuple):
     """A group of modules that has been read.
 
     group: the modules of the plan; modules: as they are merged, which differs where they are merged in their common
-    spaces. factors: the tasks of each. packed: task tensors by side, none where the factors alone do. spaces: of each
-    module, what lifts its result.
+    spaces. factors: the tasks of each. packed: task tensors by side, none where the factors alone do. joined: of each
+    module, where its task tensors depend on all adapters.
     """
 
     group: Sequence[ModulePlan]
     modules: Sequence[ModulePlan]
     factors: list[Factors]
     packed: dict[str, Any]
-    spaces: Sequence[Any]
+    joined: Sequence[Joined | None]
 
 
 class Work(NamedTuple):
@@ -44,7 +45,11 @@ class Work(NamedTuple):
     module: ModulePlan
     factors: Factors
     merged: dict[str, Tensor]  # by side
-    space: Any = None
+    joined: Joined | None = None
+
+    def norms(self) -> tuple[float, ...]:
+        """|tau_t|_F of the adapters as they are."""
+        return norms_of_tasks(self.module, self.factors) if self.joined is None else self.joined.norms
 
 
 def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Preparation:
@@ -83,9 +88,10 @@ def merge_loaded(plan: Plan, backend: Backend, loaded: Loaded, ready: Preparatio
     merged = {
         side: backend.merge(ready.group(plan, loaded.modules, side, packed)) for side, packed in loaded.packed.items()
     }
+    parts = zip(loaded.group, loaded.factors, loaded.joined, strict=True)
     return [
-        Work(module, factors, {side: tensors[i] for side, tensors in merged.items()}, space)
-        for i, (module, factors, space) in enumerate(zip(loaded.group, loaded.factors, loaded.spaces, strict=True))
+        Work(module, factors, {side: tensors[i] for side, tensors in merged.items()}, joined)
+        for i, (module, factors, joined) in enumerate(parts)
     ]
 
 
@@ -102,8 +108,10 @@ def load_group(
     factors = [plan.read(module, base) for module, base in zip(group, bases, strict=True)]
     by_factors = plan.by_factors and (bases[0] is None or plan.on_cores)  # a base is added in the pass over elements
     sides = () if by_factors else plan.sides
-    packed = {side: backend.pack(plan, group, factors, side) for side in sides}
-    return Loaded(group, group, factors, packed, [None] * len(group))
+    joined = [plan.joined(module) for module in group]
+    modules = [plan.as_merged(module, own) for module, own in zip(group, joined, strict=True)]
+    packed = {side: backend.pack(plan, modules, factors, side) for side in sides}
+    return Loaded(group, modules, factors, packed, joined)
 
 
 def work_of(plan: Plan) -> int:

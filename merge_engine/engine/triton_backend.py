@@ -52,6 +52,8 @@ class TritonBackend:
 
         What is packed for a module, and the kernel that it takes, depend on no other: a group may be cut anywhere.
         """
+        if plan.lifts:  # each has a size of its own, which is known when it is read
+            return [[module] for module in plan.mine]
         alike: dict[Any, list[ModulePlan]] = {}
         for module in plan.mine:
             parts = [plan.adapters[number].modules[module.name] for number in module.adapters]
@@ -92,7 +94,15 @@ class TritonBackend:
             return torch.from_numpy(plan.ranks.sum(counts.cpu().numpy())).to(counts.device)
 
         try:
-            packed = [self.pack(plan, group, [plan.read(module) for module in group], side) for group in groups]
+            packed = [
+                self.pack(
+                    plan,
+                    [plan.as_merged(module, plan.joined(module)) for module in group],
+                    [plan.read(module) for module in group],
+                    side,
+                )
+                for group in groups
+            ]
             found = select.model_trims(
                 [self._on_device(each) for each in packed],
                 kept,

@@ -102,7 +102,7 @@ def _merge(job: IntoJob, backend: Backend, bases: Sequence[Tensor], loaded: Load
     for work, base in zip(merge_loaded(plan, backend, loaded, ready), bases, strict=True):
         if "delta" in work.merged and not plan.lifts:
             delta = work.merged["delta"]
-            scale = scale_of(recipe, plan.mean_norm(work.module, work.factors), squared_norm(delta))
+            scale = scale_of(recipe, work.norms(), squared_norm(delta))
             merged.append(delta.mul_(scale).add_(base.to(delta.device)).to(dtype))
         else:
             A, B, _ = scaled(cut(plan, backend, work), recipe, work.module.name).factors

@@ -1,7 +1,7 @@
 """Sums of products B_i A_i: stacked factors, decomposed once, cut to a rank for any weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -160,15 +160,24 @@ def _times_q(stacked: Tensor, triangle: Tensor, block: Tensor) -> Tensor:
     triangle, block = triangle.cpu(), block.cpu()
     lengths = torch.linalg.vector_norm(triangle, dim=0)
     lengths = torch.where(lengths > 0, lengths, 1.0)
-    unit = triangle / lengths
-    # Of the least norm, by a QR with pivots: equal columns share, and those of zeros get nothing.
-    solution = torch.linalg.lstsq(unit, block, rcond=rounding(len(stacked)), driver="gelsy").solution
-    wanted = torch.linalg.vector_norm(block, dim=0)
-    cancelled = (_CANCELLED * solution.abs().sum(0) > wanted).any()
-    missed = (torch.linalg.vector_norm(unit @ solution - block, dim=0) > _MISSED * wanted).any()
-    if cancelled or missed:
-        return q_times(torch.geqrf(stacked.T), block.to(stacked.device)).T
-    return (solution.T / lengths).to(stacked.device) @ stacked
+    unit, wanted = triangle / lengths, torch.linalg.vector_norm(block, dim=0)
+    for solution in _solutions(unit, block):
+        sums = _CANCELLED * solution.abs().sum(0) <= wanted
+        missed = torch.linalg.vector_norm(unit @ solution - block, dim=0)
+        if (sums & (missed <= _MISSED * wanted)).all():
+            return (solution.T / lengths).to(stacked.device) @ stacked
+    return q_times(torch.geqrf(stacked.T), block.to(stacked.device)).T
+
+
+def _solutions(unit: Tensor, block: Tensor) -> Iterator[Tensor]:
+    """C with unit @ C = block, where there is one: by substitution, which is soonest; then the one of the least norm.
+
+    With the latter, columns that depend on each other share, and those of zeros get nothing.
+    """
+    if unit.shape[0] == unit.shape[1]:
+        yield torch.linalg.solve_triangular(unit, block, upper=True)  # Inf or NaN where it is singular
+    # LAPACK's gelsy is faster, but torch hands it pivots that nobody has set.
+    yield torch.linalg.lstsq(unit, block, rcond=rounding(unit.shape[1]), driver="gelsd").solution
 
 
 def _stacked(blocks: Sequence[Tensor]) -> Tensor:

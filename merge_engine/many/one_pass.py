@@ -14,8 +14,8 @@ from torch import Tensor
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import Finished, cut, scaled
-from merge_engine.engine.plan import Factors, ModulePlan, Plan
-from merge_engine.engine.prepare import Preparation, Work, merge_groups
+from merge_engine.engine.plan import ModulePlan, Plan
+from merge_engine.engine.prepare import Loaded, Preparation, Work, load_group, merge_groups
 from merge_engine.errors import about
 from merge_engine.lowrank.core import LowRank
 from merge_engine.many.budget import Room
@@ -36,11 +36,10 @@ class Member(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Members that merge one module of the same adapters, in one space, with what these adapters bring."""
+    """Members that merge one module of the same adapters, seen in the same way, with what these adapters bring."""
 
     members: list[Member]
-    factors: Factors
-    packed: dict[str, Any]  # by side
+    loaded: Loaded
 
 
 class Step(NamedTuple):
@@ -118,7 +117,7 @@ def _module_by_module(
             if result is not None:
                 loaded.append(Step(member, result))
             else:
-                alike.setdefault((_adapters(member), member.plan.recipe.space), []).append(member)
+                alike.setdefault((_adapters(member), member.plan.sides, member.plan.view), []).append(member)
         for family in alike.values():
             try:
                 loaded.append(_read(family, backend))
@@ -152,21 +151,22 @@ def _as_one(members: Sequence[Member]) -> list[Member]:
 
 def _read(members: list[Member], backend: Backend) -> Family:
     """Factors are read, and packed if any member merges more than the factors say."""
-    _, plan, module, _ = members[0]
-    factors = plan.read(module)
-    merges = [member for member in members if not member.plan.by_factors]
-    packed = {side: backend.pack(plan, [module], [factors], side) for side in (plan.sides if merges else ())}
-    return Family(members, factors, packed)
+    merging = [member for member in members if not member.plan.by_factors]
+    _, plan, module, _ = (merging or members)[0]
+    return Family(members, load_group(plan, backend, [module]))
 
 
 def _merge(family: Family, backend: Backend, pool: Pool, together: int) -> Iterator[Step]:
     """Every member merged, so many matrices at once; members that differ in what they are cut to share theirs."""
+    loaded = family.loaded
     for member in family.members:
         if member.plan.by_factors:
-            yield Step(member, Work(member.module, family.factors, {}))
+            yield Step(member, _work(member, loaded, {}))
     merging = [member for member in family.members if not member.plan.by_factors]
+    if not merging:
+        return
     specs: dict[tuple[Hashable, ...], list[Member]] = {}
-    sides = [_specs(merging, family, side, backend, pool) for side in family.packed]
+    sides = [_specs(merging, loaded, side, backend, pool) for side in loaded.packed]
     for member, *own in zip(merging, *sides, strict=True):
         specs.setdefault(tuple(own), []).append(member)
     waiting = list(specs.items())
@@ -175,19 +175,23 @@ def _merge(family: Family, backend: Backend, pool: Pool, together: int) -> Itera
         with about(part[0][1][0].module.name):
             merged = {
                 side: backend.merge_several(packed, [own[i] for own, _ in part])
-                for i, (side, packed) in enumerate(family.packed.items())
+                for i, (side, packed) in enumerate(loaded.packed.items())
             }
         for i, (_, members) in enumerate(part):
             tensors = {side: _taken(results, i) for side, results in merged.items()}
             for member in members:
-                yield Step(member, Work(member.module, family.factors, tensors))
+                yield Step(member, _work(member, loaded, tensors))
 
 
-def _specs(members: Sequence[Member], family: Family, side: str, backend: Backend, pool: Pool) -> Sequence[Hashable]:
+def _work(member: Member, loaded: Loaded, merged: dict[str, Tensor]) -> Work:
+    return Work(member.module, loaded.factors[0], merged, loaded.joined[0])
+
+
+def _specs(members: Sequence[Member], loaded: Loaded, side: str, backend: Backend, pool: Pool) -> Sequence[Hashable]:
     """What is to be merged of one side, for every member."""
-    if not members:
-        return []
-    groups = [ready.group(plan, [module], side, family.packed[side]) for _, plan, module, ready in members]
+    groups = []
+    for _, plan, module, ready in members:
+        groups.append(ready.group(plan, [plan.as_merged(module, loaded.joined[0])], side, loaded.packed[side]))
     first = members[0]
     with about(first.module.name):
         return backend.specs(groups, pool.known_keeps(first.plan, first.module, side))
@@ -222,7 +226,8 @@ def _way(plan: Plan) -> Hashable:
     recipe = plan.recipe
     of_cores = recipe.method if plan.on_cores else None
     automatic = recipe.scale == "auto"  # which needs the norms of the deltas
-    return plan.rule, recipe.space, plan.stacks, of_cores, recipe.ridge, automatic, recipe.energy, seed_of(plan)
+    asked = recipe.space, recipe.balance, recipe.ridge, recipe.energy, seed_of(plan)
+    return plan.rule, plan.stacks, of_cores, automatic, asked
 
 
 def _result_key(member: Member) -> Hashable:

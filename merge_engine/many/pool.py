@@ -3,7 +3,7 @@
 A pool binds recipes to plans, each for all of its adapters or some, and shares out a memory budget.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from merge_engine.engine.backend import Backend, Known
 from merge_engine.engine.cut import Decomposed
-from merge_engine.engine.plan import ModulePlan, Plan, make_plan
+from merge_engine.engine.joint import Joined, Joint
+from merge_engine.engine.plan import ModulePlan, Plan, make_joint, make_plan
 from merge_engine.engine.prepare import Preparation, prepare
 from merge_engine.errors import RecipeError
 from merge_engine.files.weights import StoredTensor
@@ -52,14 +53,23 @@ class Pool:
     def bind(self, request: RecipeLike) -> Plan:
         """The plan of a recipe: its fields, and optionally adapters: which, by number or name, in that order."""
         if isinstance(request, Recipe):
-            return make_plan(self.adapters, request)
+            return make_plan(self.adapters, request, self._joint)
         values = dict(request)
         chosen = values.pop("adapters", None)
         if chosen is None:
             chosen = range(len(self.adapters))
         elif isinstance(chosen, str) or not isinstance(chosen, Sequence):
             raise RecipeError(f"adapters: wanted a list of numbers or names, got {chosen!r}")
-        return make_plan([self._find(adapter) for adapter in chosen], Recipe.from_mapping(values))
+        return make_plan([self._find(adapter) for adapter in chosen], Recipe.from_mapping(values), self._joint)
+
+    def _joint(self, plan: Plan) -> Joint | None:
+        """Joined modules are kept in the cache, by what they depend on."""
+
+        def keep(key: Hashable, make: Callable[[], Joined]) -> Joined:
+            having = tuple(adapter for adapter in plan.adapters if key in adapter.modules)
+            return self.cache.get(("joined", having, plan.view, key), make, lambda joined: joined.nbytes)
+
+        return make_joint(plan, keep)
 
     def _find(self, wanted: Any) -> Adapter:
         if isinstance(wanted, int) and not isinstance(wanted, bool) and 0 <= wanted < len(self.adapters):
@@ -81,7 +91,7 @@ class Pool:
             (module.name, module.adapters, module.densities, module.weights if plan.rule.majority else ())
             for module in plan.modules
         )
-        key = ("preparation", backend.name, plan.adapters, plan.rule, plan.sides, seed_of(plan), asked)
+        key = ("preparation", backend.name, plan.adapters, plan.view, plan.rule, plan.sides, seed_of(plan), asked)
         size = 256 * sum(len(module.adapters) for module in plan.modules)
         return self.cache.get(key, lambda: prepare(plan, backend, _ignore), lambda _: size)
 
@@ -89,13 +99,20 @@ class Pool:
         """For each adapter that has the module, what earlier merges found that its task tensor keeps."""
         found: list[Known] = []
         for number in module.adapters:
-            key = ("keeps", plan.adapters[number], module.name, side)
+            key = ("keeps", self._seen(plan, module, number), module.name, side)
             found.append(self.cache.get(key, dict, lambda _: 1024))
         return found
 
+    def _seen(self, plan: Plan, module: ModulePlan, number: int) -> Hashable:
+        """What a task tensor of an adapter depends on: that adapter, or all that have the module and their view."""
+        if plan.joint is None:
+            return plan.adapters[number]
+        return number, tuple(plan.adapters[each] for each in module.adapters), plan.view
+
     def decomposed(self, plan: Plan, module: ModulePlan) -> Decomposed:
         """What a cut of the module needs of its factors, kept."""
-        return _KeptDecomposed(self.cache, tuple(plan.adapters[number] for number in module.adapters), module)
+        having = tuple(plan.adapters[number] for number in module.adapters)
+        return _KeptDecomposed(self.cache, (having, plan.recipe.balance), module)
 
     def begin(self, plans: Sequence[Plan], backend: Backend, *, in_memory: bool) -> Room:
         """A pass begins: how the budget is shared out (see `budget.room`), of which the cache takes its share."""

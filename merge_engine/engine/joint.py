@@ -1,0 +1,103 @@
+"""Task tensors that depend on all adapters of a module: balanced deltas, and deltas in the spaces that all share."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from threading import RLock
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from merge_engine.formats.adapter import Adapter
+from merge_engine.lowrank.balance import pico
+from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, lift_knots
+from merge_engine.lowrank.core import LowRank
+from merge_engine.lowrank.cores import Cores, norms_of
+from merge_engine.lowrank.stack import Stack
+
+_FEW = 4  # modules that are kept where each is read once
+
+
+class Space(NamedTuple):
+    """The common spaces of a module's deltas: what is merged there is lifted back to [M, N]."""
+
+    kind: str  # "knots" or "core"
+    stack: Stack
+    cores: Cores
+
+    def lift(self, merged: Tensor, rank: int, energy: float | None) -> LowRank:
+        """U P, or U P V^T: see `lowrank.bases`."""
+        return (lift_knots if self.kind == "knots" else lift_core)(self.stack, self.cores, merged, rank, energy)
+
+
+class Joined(NamedTuple):
+    """One module as it is merged. In a space the scalings are folded into B; else they are the adapters' own.
+
+    factors: (A, B) of each adapter that has the module, in order. norms: |tau_t|_F as the adapters have them.
+    """
+
+    factors: list[tuple[Tensor, Tensor]]
+    norms: tuple[float, ...]
+    space: Space | None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = sum(A.nbytes + B.nbytes for A, B in self.factors)
+        return tensors + (0 if self.space is None else self.space.stack.nbytes + self.space.cores.nbytes)
+
+
+class Keeper(Protocol):
+    """Makes the value of a key, or knows it."""
+
+    def __call__(self, key: Hashable, make: Callable[[], Joined]) -> Joined: ...
+
+
+class Joint:
+    """The modules of some adapters, each joined when it is asked for. Safe from threads.
+
+    balance: None or "pico". space: None, "knots" or "core". keep: where joined modules are kept; by default the last
+    few are.
+    """
+
+    def __init__(
+        self, adapters: Sequence[Adapter], balance: str | None, space: str | None, keep: Keeper | None = None
+    ) -> None:
+        self.adapters, self.balance, self.space = adapters, balance, space
+        self._keep = keep or LastFew(_FEW)
+
+    def module(self, name: str) -> Joined:
+        """One module, from the factors of all adapters that have it."""
+        return self._keep(name, lambda: self._joined(name))
+
+    def _joined(self, name: str) -> Joined:
+        having = [adapter for adapter in self.adapters if name in adapter.modules]
+        pairs = [adapter.factors(name) for adapter in having]
+        scalings = [adapter.modules[name].scaling for adapter in having]
+        As, Bs = [A.float() for A, _ in pairs], [B.float() for _, B in pairs]
+        norms = tuple(norms_of(As, Bs, scalings))
+        stack = Stack(As, Bs)
+        if self.balance is not None:
+            Bs = pico(stack, Cores(stack, scalings), Bs)
+            stack = Stack(As, Bs)
+        if self.space is None:
+            return Joined(list(zip(As, Bs, strict=True)), norms, None)
+        cores = Cores(stack, scalings)
+        projected = knots_factors(cores, As) if self.space == "knots" else core_factors(cores)
+        return Joined(list(zip(projected.As, projected.Bs, strict=True)), norms, Space(self.space, stack, cores))
+
+
+class LastFew:
+    """Keeps the modules that were asked for last; all of them if `most` is None."""
+
+    def __init__(self, most: int | None) -> None:
+        self.most = most
+        self._known: OrderedDict[Hashable, Joined] = OrderedDict()
+        self._lock = RLock()
+
+    def __call__(self, key: Hashable, make: Callable[[], Joined]) -> Joined:
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = make()
+            self._known.move_to_end(key)
+            while self.most is not None and len(self._known) > self.most:
+                self._known.popitem(last=False)
+            return self._known[key]
