@@ -13,6 +13,7 @@ from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, l
 from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.cores import Cores, norms_of
 from merge_engine.lowrank.stack import Stack
+from merge_engine.runtime.threads import threads
 
 _FEW = 4  # modules that are kept where each is read once
 
@@ -66,7 +67,8 @@ class Joint:
 
     def module(self, name: str) -> Joined:
         """One module, from the factors of all adapters that have it."""
-        return self._keep(name, lambda: self._joined(name))
+        with threads(1):  # a BLAS gives other last bits on several
+            return self._keep(name, lambda: self._joined(name))
 
     def _joined(self, name: str) -> Joined:
         having = [adapter for adapter in self.adapters if name in adapter.modules]
