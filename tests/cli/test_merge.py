@@ -1,11 +1,83 @@
 """merge-engine merge."""
 
+import json
+
 import pytest
+from command_line import run_cli
+from plain_adapters import assert_same, factors_of
+from safetensors.torch import save_file
 from toy_models import bytes_of, save_adapter, save_base
 
 import merge_engine
 from merge_engine.cli.main import main
 from merge_engine.errors import OutputError
+
+
+def test_merge_command_equals_the_api(three, tmp_path, capsys):
+    options = ["--method", "ties", "--density", "0.3", "--weights", "2", "1", "-0.5", "--rank", "3", "--scale", "0.5"]
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "one", *options)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'one'}: 3 adapters, 2 modules, rank up to 3, kept energy 0.")
+    recipe = {"method": "ties", "density": 0.3, "weights": [2, 1, -0.5], "rank": 3, "scale": 0.5}
+    merge_engine.merge(three, tmp_path / "two", **recipe)
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_every_option_reaches_the_recipe(three, tmp_path, capsys):
+    options = {
+        "method": "dare_ties",
+        "space": "delta",
+        "election": "frequency",
+        "scope": "model",
+        "trim_ties": "keep",
+        "convention": "mergekit",
+        "dtype": "bfloat16",
+        "seed": "7",
+        "energy": "0.9",
+        "scale": "2",
+        "density": "0.5",
+    }
+    flags = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value)]
+    code, _, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", *flags)
+    assert (code, err) == (0, "")
+    recipe = json.loads((tmp_path / "out" / "merge_report.json").read_text())["recipe"]
+    assert {key: str(recipe[key]) for key in options} == {**options, "scale": "2.0"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(three, tmp_path, capsys, value):
+    tensors = factors_of(three[1])
+    key = "base_model.model.layers.1.q_proj.lora_B.weight"
+    tensors[key][3, 2] = value
+    save_file(tensors, three[1] / "adapter_model.safetensors")
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out")
+    assert (code, out) == (2, "")
+    kind = "NaN" if value != value else "Inf"
+    file = three[1] / "adapter_model.safetensors"
+    assert err == f"merge-engine: error: chat: tensor {key} in {file} holds {kind}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ads", "chat", "sql"]
+
+
+def test_an_existing_output_is_kept_unless_overwritten(three, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_cli(capsys, "merge", *three, "-o", out, "--method", "linear")[0] == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, err = run_cli(capsys, "merge", *three, "-o", out)
+    assert code == 2
+    assert err == f"merge-engine: error: {out} already exists; pass overwrite to replace it\n"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run_cli(capsys, "merge", *three, "-o", out, "--overwrite")[0] == 0
+    assert json.loads((out / "merge_report.json").read_text())["recipe"]["method"] == "ties"
+
+
+def test_the_rank_that_is_told_is_that_of_the_result(three, tmp_path, capsys):
+    code, out, _ = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", "--energy", "0.3")
+    rank = json.loads((tmp_path / "out" / "merge_report.json").read_text())["modules"]
+    highest = max(module["rank"] for module in rank.values())
+    assert code == 0 and highest < 12 and f"rank up to {highest}, " in out
+    with pytest.raises(SystemExit):
+        main(["merge", *map(str, three), "-o", "o", "--rank", "2.5"])
+    assert "wanted auto or a whole number, got '2.5'" in capsys.readouterr().err
 
 
 def test_a_merge_into_a_base_equals_the_api_and_a_dry_run_writes_nothing(tmp_path, capsys):

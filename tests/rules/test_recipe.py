@@ -1,0 +1,78 @@
+"""Recipes: what is wrong in one is said by field, wanted and got."""
+
+import numpy as np
+import pytest
+import torch
+from plain_adapters import save_three
+
+import merge_engine
+from merge_engine.errors import RecipeError
+
+
+@pytest.fixture
+def three(tmp_path):
+    return save_three(tmp_path)
+
+
+def bad(**kwargs):
+    """A mistake in the recipe, and the one line that names it."""
+    message = kwargs.pop("message")
+    return pytest.param(kwargs, message, id=message[:40])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        bad(method="tiez", message="method: wanted one of linear, cat, magnitude_prune, ties, dare_linear, dare_ties"),
+        bad(weights=[1, 2], message="weights: wanted 3, one for each of sql, chat, ads, got 2"),
+        bad(weights=[1, 2, float("nan")], message="weights: wanted a finite number, got nan"),
+        bad(weights="1 2 3", message="weights: wanted a list of numbers, got '1 2 3'"),
+        bad(density=1.5, message="density: wanted a number from 0 to 1, got 1.5"),
+        bad(density=-0.1, message="density: wanted a number from 0 to 1, got -0.1"),
+        bad(density="half", message="density: wanted a number from 0 to 1, got 'half'"),
+        bad(density={"(": 0.5}, message=r"density: pattern '\(' is no regular expression: "),
+        bad(density={"q": 2}, message="density: wanted a number from 0 to 1, got 2"),
+        bad(density={"k_proj": 0.2}, message=r"density: no pattern of k_proj matches layers.0.q_proj; '\.\*' matches"),
+        bad(density=[0.1, 0.2], message="density: wanted one number or 3, got 2"),
+        bad(
+            method="dare_ties",
+            density=0.0,
+            message="density: dare_ties divides by it, wanted a number above 0, got 0.0",
+        ),
+        bad(
+            scope="model",
+            density={"layers.0.*": 0.1, ".*": 0.2},
+            message="density: scope='model' has one threshold for all of sql, wanted one density, got 0.1, 0.2",
+        ),
+        bad(space="deltas", message="space: wanted delta or factors or core or knots, got 'deltas'"),
+        bad(convention="peff", message="convention: wanted one of peft, mergekit, paper, got 'peff'"),
+        bad(scale=float("inf"), message="scale: wanted a finite number, got inf"),
+        bad(scale=1e39, message=r"scale: wanted a number that float32 holds, got 1e\+39"),
+        bad(weights=[1, 2, -1e300], message=r"weights: wanted a number that float32 holds, got -1e\+300"),
+        bad(seed=True, message="seed: wanted a whole number from 0 to"),
+        bad(method=["ties"], message=r"method: wanted one of .*, got \['ties'\]"),
+        bad(dtype=torch.float16, message="dtype: wanted one of float32, float16, bfloat16, got torch.float16"),
+        bad(seed=-1, message=r"seed: wanted a whole number from 0 to 2\*\*64 - 1, got -1"),
+        bad(rank=0, message="rank: wanted auto or a whole number of at least 1, got 0"),
+        bad(rank="8", message="rank: wanted auto or a whole number of at least 1, got '8'"),
+        bad(energy=0.0, message="energy: wanted a number above 0 and up to 1, got 0.0"),
+        bad(dtype="int8", message="dtype: wanted one of float32, float16, bfloat16, got 'int8'"),
+        bad(method="cat", rank=4, message="rank: cat stacks the factors"),
+        bad(lambda_=1, message="recipe: wanted one of method, .*, got 'lambda_'"),
+    ],
+)
+def test_mistakes_in_the_recipe(three, tmp_path, recipe, message):
+    with pytest.raises(RecipeError, match=f"^{message}"):
+        merge_engine.merge(three, tmp_path / "out", **recipe)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ads", "chat", "sql"]
+
+
+def test_arrays_and_tensors_are_numbers(three):
+    """What a search over weights holds."""
+    plain = merge_engine.merge(three, method="ties", weights=[2.0, 1.0, -0.5], density=[0.25, 0.5, 0.75], scale=0.5)
+    given = {"weights": [np.float32(2), np.array(1), -0.5], "density": torch.tensor([0.25, 0.5, 0.75])}
+    merged = merge_engine.merge(three, method="ties", scale=np.float32(0.5), seed=np.int64(3), **given)
+    assert merged.plan.recipe.weights == (2.0, 1.0, -0.5) and merged.plan.recipe.density == [0.25, 0.5, 0.75]
+    for name, module in plain.modules.items():
+        assert torch.equal(merged.modules[name].A, module.A) and torch.equal(merged.modules[name].B, module.B)
+    assert len(repr(merged)) < 200
