@@ -157,6 +157,8 @@ class Stack:
 
 def _times_q(stacked: Tensor, triangle: Tensor, block: Tensor) -> Tensor:
     """(Q @ block)^T, stacked^T = Q @ triangle: see `Stack.columns`."""
+    if block.shape[1] == 0:  # which LAPACK refuses
+        return stacked.new_zeros(0, stacked.shape[1])
     triangle, block = triangle.cpu(), block.cpu()
     lengths = torch.linalg.vector_norm(triangle, dim=0)
     lengths = torch.where(lengths > 0, lengths, 1.0)
