@@ -1,8 +1,11 @@
 """merge-engine info."""
 
 import pytest
+import torch
 from command_line import run_cli
 
+from merge_engine.cli.main import main
+from merge_engine.engine.choose import VARIABLE
 from merge_engine.formats.open import open_adapter
 
 
@@ -16,3 +19,13 @@ def test_info_shows_what_an_adapter_is(three, capsys):
         assert line.split()[1:-1] == ["linear", "24", "x", "40", "4", "2"]
         assert float(line.split()[-1]) == pytest.approx(2 * (B.double() @ A.double()).norm().item(), rel=1e-3)
     assert "base model  base" in out and "modules     2, rank 4" in out and "size        0.00 MB" in out
+
+
+def test_info_system_says_which_and_why(capsys, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert main(["info", "--system"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch    {torch.__version__}, {torch.get_num_threads()} threads" in out
+    assert "backend  torch on cpu (MERGE_ENGINE_BACKEND=torch)" in out
+    assert "triton " in out
+    assert main(["info"]) == 2

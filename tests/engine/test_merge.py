@@ -1,6 +1,5 @@
 """Whole merges of adapters that PEFT saved: against PEFT itself, against the textbook, and against algebra."""
 
-import json
 import logging
 import math
 import warnings
@@ -8,103 +7,17 @@ from collections import deque
 
 import pytest
 import torch
-from lora_files import save_factors
-from safetensors.torch import load_file, save_file
+from peft_adapters import WEIGHTS, deltas_of, in_peft, lora_layers, peft_deltas, relative, rewrite
+from safetensors.torch import load_file
 
 import merge_engine
 from merge_engine.cpu.mask import keep_mask
-from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.open import open_adapter
 from merge_engine.rules import reference
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import make_rule
 
-U = 2**-24  # unit roundoff of float32
 SEED = 11
-WEIGHTS = [0.9, -0.4, 1.3]
-TARGETS = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
-
-
-def tiny_llama():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    shape = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2))
-
-
-def save_adapter(folder, seed, **config):
-    """An adapter of the tiny Llama with random factors, made and saved by PEFT."""
-    from peft import LoraConfig, get_peft_model
-
-    config = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": False, **config}
-    model = get_peft_model(tiny_llama(), LoraConfig(**config))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    for active in model.peft_config.values():
-        active.base_model_name_or_path = "tiny"
-    model.save_pretrained(folder, save_embedding_layers=False)  # "auto" looks for the base model on the hub
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("adapters")
-    return [save_adapter(root / name, seed) for seed, name in enumerate(["sql", "chat", "ads"])]
-
-
-@pytest.fixture
-def uneven(tmp_path):
-    """Three adapters of different ranks, scalings and modules."""
-    return [
-        save_adapter(tmp_path / "a", 1, r=2, rank_pattern={"up_proj": 5}, alpha_pattern={"k_proj": 1}),
-        save_adapter(tmp_path / "b", 2, r=7, use_rslora=True),
-        save_adapter(tmp_path / "c", 3, r=4, target_modules=["q_proj", "up_proj"]),
-    ]
-
-
-def in_peft(folders):
-    """A PEFT model with all of them loaded, by number."""
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(tiny_llama(), folders[0], adapter_name="0")
-    for number, folder in enumerate(folders[1:], 1):
-        model.load_adapter(folder, adapter_name=str(number))
-    return model
-
-
-def lora_layers(model):
-    prefix = "base_model.model."
-    return {n.removeprefix(prefix): m for n, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-
-
-def peft_deltas(model, adapter):
-    return {
-        name: layer.get_delta_weight(adapter).detach()
-        for name, layer in lora_layers(model).items()
-        if adapter in layer.scaling
-    }
-
-
-def deltas_of(merged):
-    return {name: result.B @ result.A for name, result in merged.modules.items()}
-
-
-def written_deltas(folder):
-    """scaling * B @ A in float64, straight from the files."""
-    adapter = open_adapter(folder)
-    found = {}
-    for name, module in adapter.modules.items():
-        A, B = adapter.factors(name)
-        found[name] = module.scaling * (B.double() @ A.double())
-    return found
-
-
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 def inject_masks(monkeypatch, model, density, sides):
@@ -256,19 +169,6 @@ def test_the_order_of_the_adapters_does_not_matter(folders, method, space):
         assert relative(other[name], one[name]) < 3e-6
 
 
-def rewrite(folder, target, change, **config):
-    """A copy of an adapter with every (A, B) changed."""
-    target.mkdir()
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for key in [key for key in tensors if "lora_A" in key]:
-        pair = change(tensors[key], tensors[key.replace("lora_A", "lora_B")])
-        tensors[key], tensors[key.replace("lora_A", "lora_B")] = (t.contiguous() for t in pair)
-    save_file(tensors, target / "adapter_model.safetensors")
-    values = json.loads((folder / "adapter_config.json").read_text())
-    (target / "adapter_config.json").write_text(json.dumps({**values, **config}))
-    return target
-
-
 def test_another_basis_of_the_factors_changes_factor_space_only(folders, tmp_path):
     G = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0)))[0] * 2
     turned = [rewrite(folders[0], tmp_path / "turned", lambda A, B: (torch.linalg.inv(G) @ A, B @ G)), *folders[1:]]
@@ -331,36 +231,6 @@ def test_the_order_of_the_modules_changes_no_bit(folders, tmp_path):
         assert torch.equal(one[name].A, other[name].A) and torch.equal(one[name].B, other[name].B)
 
 
-@pytest.mark.parametrize("rank", ["auto", 3, 40])
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_what_is_written_is_what_peft_loads(uneven, tmp_path, rank, dtype):
-    recipe = {"method": "ties", "density": 0.5, "weights": WEIGHTS, "rank": rank}
-    want = deltas_of(merge_engine.merge(uneven, **recipe))
-    result = merge_engine.merge(uneven, tmp_path / "out", dtype=dtype, **recipe)
-    assert result.path == tmp_path / "out" and not result.modules
-    loaded = peft_deltas(in_peft([tmp_path / "out"]), "0")
-    assert loaded.keys() == want.keys()
-    for name in want:
-        assert relative(loaded[name], want[name]) < (1e-6 if dtype is None else 2 * 2**-8), name
-    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert report["energy"] == result.total_energy
-    assert {name: module["energy"] for name, module in report["modules"].items()} == result.energy
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "out"}
-
-
-def test_energy_picks_the_smallest_rank(folders):
-    merged = merge_engine.merge(folders, method="linear", energy=0.8, weights=WEIGHTS)
-    full = deltas_of(merge_engine.merge(folders, method="linear", weights=WEIGHTS))
-    for name, result in merged.modules.items():
-        spectrum = torch.linalg.svdvals(full[name].double()).square()
-        share = spectrum.cumsum(0) / spectrum.sum()
-        assert len(result.A) == int((share < 0.8).sum()) + 1
-        assert result.energy == pytest.approx(share[len(result.A) - 1].item(), abs=1e-6)
-    kept = sum((r.B.double() @ r.A.double()).square().sum().item() for r in merged.modules.values())
-    total = sum(delta.double().square().sum().item() for delta in full.values())
-    assert merged.total_energy == pytest.approx(kept / total, abs=1e-6)
-
-
 def test_densities_by_module_and_by_adapter(folders):
     table = {"q_proj": 0.1, ".*": [0.5, 0.2, 0.9]}
     merged = merge_engine.merge(folders, method="magnitude_prune", density=table, weights=[1, 0, 0], rank=32)
@@ -370,12 +240,6 @@ def test_densities_by_module_and_by_adapter(folders):
         assert (delta.abs() > 1e-5).sum().item() >= 0.95 * wanted
 
 
-def test_different_bases_are_warned_of(folders, tmp_path):
-    other = rewrite(folders[0], tmp_path / "other", lambda A, B: (A, B), base_model_name_or_path="another/base")
-    with pytest.warns(UserWarning, match=r"^other was trained on another/base, chat on tiny: "):
-        merge_engine.merge([folders[1], other], method="cat")
-
-
 def test_nothing_is_logged_or_shown_without_a_terminal(folders, tmp_path, capfd, caplog):
     caplog.set_level(logging.INFO)
     with warnings.catch_warnings():
@@ -383,35 +247,3 @@ def test_nothing_is_logged_or_shown_without_a_terminal(folders, tmp_path, capfd,
         merge_engine.merge(folders, tmp_path / "out", method="ties")
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        {"method": "ties", "weights": [1, 1e38], "election": "frequency"},
-        {"method": "linear", "weights": [1e38, 3e38], "scale": 3.0},
-        {"method": "cat", "weights": [3e38, 1]},
-        {"method": "magnitude_prune", "density": 0.3, "weights": [-3e38, 1]},
-    ],
-)
-def test_what_leaves_float32_is_one_error_that_names_the_module(folders, tmp_path, recipe):
-    with pytest.raises(RecipeError, match=r"model\.layers\.0\.mlp\.down_proj"):
-        merge_engine.merge(folders[:2], tmp_path / "out", **recipe)
-    assert list(tmp_path.iterdir()) == []
-    with merge_engine.Session(folders[:2]) as session, pytest.raises(RecipeError, match="down_proj"):
-        session.merge(**recipe)
-    (failed,) = merge_engine.merge_many(folders[:2], [recipe])
-    assert isinstance(failed.error, RecipeError) and "down_proj" in str(failed.error)
-
-
-def test_factors_whose_product_leaves_float32(tmp_path):
-    save_factors(tmp_path / "a", {"q": (torch.full((2, 9), 1e30), torch.tensor([[1e30, -1e30]] * 8))})
-    for method, density in (("ties", 0.2), ("ties", 1), ("magnitude_prune", 0.5)):
-        with pytest.raises(AdapterError, match=r"^a: the delta of q reaches up to 4\.0e\+60, wanted one of float32"):
-            merge_engine.merge([tmp_path / "a"] * 2, tmp_path / "out", method=method, density=density, rank=2)
-    with pytest.raises(AdapterError, match="the delta of q reaches"):
-        merge_engine.Session([tmp_path / "a"])
-    factors = torch.full((2, 9), 3e38), torch.full((8, 2), 1e-3)
-    save_factors(tmp_path / "b", {"q": factors}, lora_alpha=1)
-    with pytest.raises(RecipeError, match=r"^q: its merge leaves float32; wanted smaller weights"):
-        merge_engine.merge([tmp_path / "b"] * 2, tmp_path / "out", method="linear", space="factors", weights=[4, 4])

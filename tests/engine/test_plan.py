@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lora_files import save_factors
+from peft_adapters import rewrite
 from plain_adapters import factors_of, save_plain, save_three
 
 import merge_engine
@@ -58,3 +59,9 @@ def test_8_bit_adapters_are_written_as_what_holds_them(tmp_path):
         assert {tensor.dtype for tensor in factors_of(tmp_path / method).values()} == {written}
     got = merge_engine.merge(folders[:2], method="linear").modules["q"]
     torch.testing.assert_close(got.B.double() @ got.A.double(), 4 * B @ A, rtol=1e-5, atol=1e-3)
+
+
+def test_different_bases_are_warned_of(folders, tmp_path):
+    other = rewrite(folders[0], tmp_path / "other", lambda A, B: (A, B), base_model_name_or_path="another/base")
+    with pytest.warns(UserWarning, match=r"^other was trained on another/base, chat on tiny: "):
+        merge_engine.merge([folders[1], other], method="cat")
