@@ -21,9 +21,17 @@ Figures = dict[str, float]  # by task, in percent
 
 MERGES: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
+    "linear, auto": {"method": "linear", "scale": "auto"},
+    "tsv": {"method": "tsv"},
+    "tsv, auto": {"method": "tsv", "scale": "auto"},
+    "tsv, auto, rank 8": {"method": "tsv", "scale": "auto", "rank": 8},
+    "iso_c": {"method": "iso_c"},
+    "actmat": {"method": "actmat"},
+    "actmat, ridge .3": {"method": "actmat", "ridge": 0.3},
     "magnitude_prune d=.2": {"method": "magnitude_prune", "density": 0.2},
     "ties d=.2": {"method": "ties", "density": 0.2},
     "ties d=.2, rank 8": {"method": "ties", "density": 0.2, "rank": 8},
+    "ties d=.5, knots": {"method": "ties", "density": 0.5, "space": "knots"},
     "dare_linear d=.2": {"method": "dare_linear", "density": 0.2},
     "dare_ties d=.5": {"method": "dare_ties", "density": 0.5},
     "linear, factors": {"method": "linear", "space": "factors"},
@@ -42,6 +50,8 @@ Each result is written to disk, loaded with transformers and PEFT, and tried on 
 """
 LEGEND = """
 d        share of the entries that a method keeps (dare: keeps at random)
+auto     scale="auto": each merged layer is as large as the adapters' are on average; the last columns multiply it
+knots    the products' coordinates in the column space that all adapters share are merged
 factors  A and B are merged apart, as PEFT's linear and ties do; the other rows merge the products B @ A
 rank 8   the result is cut to rank 8; it has up to 48, the sum of the adapters' ranks, in the other rows
 scale    multiplies the merged adapter; all is at scale 1 but the last column, at the best scale of
