@@ -39,7 +39,7 @@ class Finished(NamedTuple):
     figures: Mapping[str, float] = MappingProxyType({})
 
 
-class Decomposed:
+class Decompositions:
     """What a cut needs of a module's factors whatever the weights; here it is made anew, a `Session` keeps it."""
 
     def stack(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Stack:
@@ -60,18 +60,18 @@ def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Fi
     return work.module, scaled(cut(plan, backend, work), plan.recipe, work.module.name)
 
 
-def cut(plan: Plan, backend: Backend, work: Work, known: Decomposed | None = None) -> Finished:
+def cut(plan: Plan, backend: Backend, work: Work, known: Decompositions | None = None) -> Finished:
     """One module's result before `scaled`: what merges that differ in their scale have in common.
 
     Raises RecipeError, naming the module, where numbers leave float32.
     """
     with about(work.module.name):
-        (A, B, energy), figures = _factors(plan, backend, work, known or Decomposed())
+        (A, B, energy), figures = _factors(plan, backend, work, known or Decompositions())
         norms = work.norms() if plan.recipe.scale == "auto" else ()
         return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures)
 
 
-def _factors(plan: Plan, backend: Backend, work: Work, known: Decomposed) -> tuple[LowRank, dict[str, float]]:
+def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) -> tuple[LowRank, dict[str, float]]:
     """Stacked, made from a merged core, cut by QR, or cut by subspace iteration; and what there is to report."""
     recipe, module, scalings = plan.recipe, work.module, work.module.scalings
     As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))

@@ -17,7 +17,7 @@ from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.gram import karcher, multislerp
 
 
-class Merged(NamedTuple):
+class MergedCore(NamedTuple):
     """A merged module as its ``core`` [p, q]: Q_B core Q_A^T = B A, for `Stack.unfold`, with |B A|_F = `norm`.
 
     ``rank``: its numerical rank; fewer rows of an adapter lose something. Of a flat spectrum, which iso_c and tsv_iso
@@ -42,10 +42,10 @@ class Merged(NamedTuple):
 class CoreMethod:
     """One method: what computes it, and the options it knows with their defaults."""
 
-    function: Callable[..., Merged]
+    function: Callable[..., MergedCore]
     options: Mapping[str, float] = field(default_factory=dict)
 
-    def __call__(self, cores: Cores, weights: Sequence[float], **options: float) -> Merged:
+    def __call__(self, cores: Cores, weights: Sequence[float], **options: float) -> MergedCore:
         """The merge of the cores; raises ValueError for weights or options that do not fit."""
         if len(weights) != len(cores):
             raise ValueError(f"got {len(weights)} weights, wanted {len(cores)}")
@@ -56,7 +56,7 @@ class CoreMethod:
         return self.function(cores, torch.tensor(weights, dtype=torch.float64), **options)
 
 
-def tsv(cores: Cores, weights: Tensor) -> Merged:
+def tsv(cores: Cores, weights: Tensor) -> MergedCore:
     """polar([U_1 ... U_T]) diag(w_1 S_1, ..., w_T S_T) polar([V_1 ... V_T])^T, tau_t = U_t diag(S_t) V_t^T.
 
     Adds the adapters after making their directions orthogonal, the two sides apart. Rank <= sum r_t.
@@ -72,7 +72,7 @@ def tsv(cores: Cores, weights: Tensor) -> Merged:
     return _result(cores, core, smallest, cores.noise(weights) / min(smallest, 1.0))
 
 
-def iso_c(cores: Cores, weights: Tensor) -> Merged:
+def iso_c(cores: Cores, weights: Tensor) -> MergedCore:
     """mean(S) U V^T of sum_t w_t tau_t = U diag(S) V^T, over its numerical rank: all its directions equally strong.
 
     Rank <= sum r_t. Source: Marczak et al., "No task left behind: isotropic model merging with common and task-specific
@@ -81,7 +81,7 @@ def iso_c(cores: Cores, weights: Tensor) -> Merged:
     return _isotropic(cores, cores.combined(weights), None, cores.noise(weights))
 
 
-def tsv_iso(cores: Cores, weights: Tensor) -> Merged:
+def tsv_iso(cores: Cores, weights: Tensor) -> MergedCore:
     """`iso_c` of the result of `tsv`: mean(S) U V^T of tsv = U diag(S) V^T.
 
     Source: the isotropic variant of TSV in Panariello et al., "Accurate and efficient low-rank model merging in core
@@ -91,7 +91,7 @@ def tsv_iso(cores: Cores, weights: Tensor) -> Merged:
     return _isotropic(cores, merged.core, merged.smallest, merged.noise)
 
 
-def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> Merged:
+def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> MergedCore:
     """(sum_t w_t tau_t G_t) (sum_t |w_t| G_t + mu I)^+ with G_t = tau_t^T tau_t / |tau_t|_F^2.
 
     G_t stands in for the covariance of the inputs of task t. mu = ``ridge`` * trace(sum_t |w_t| G_t) / K', ridge times
@@ -120,8 +120,8 @@ def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> Merged:
     return _result(cores, core, smallest, cores.noise(weights.sign()) * max(grown, 1.0))
 
 
-def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> Callable[[Cores, Tensor], Merged]:
-    def merged(cores: Cores, weights: Tensor) -> Merged:
+def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> Callable[[Cores, Tensor], MergedCore]:
+    def merged(cores: Cores, weights: Tensor) -> MergedCore:
         found = coefficients(cores.gram, weights.tolist())
         return _result(cores, cores.combined(found), None, cores.noise(found))
 
@@ -129,18 +129,18 @@ def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> 
     return merged
 
 
-def _isotropic(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> Merged:
+def _isotropic(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> MergedCore:
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
     k = cores.counted(s, noise)
     mean = float(s[:k].mean()) if k else 0.0
     if smallest is None:
         smallest = float(s[k - 1] / s[0]) if k else 1.0
-    return Merged(mean * (u[:, :k] @ vh[:k]), k, smallest, noise)
+    return MergedCore(mean * (u[:, :k] @ vh[:k]), k, smallest, noise)
 
 
-def _result(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> Merged:
+def _result(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> MergedCore:
     k = cores.counted(torch.linalg.svdvals(core), noise)
-    return Merged(core if k else torch.zeros_like(core), k, smallest, noise)
+    return MergedCore(core if k else torch.zeros_like(core), k, smallest, noise)
 
 
 CORE_METHODS: dict[str, CoreMethod] = {

@@ -207,7 +207,7 @@ def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOr
     (_, plan, module, _), state = job
     if not isinstance(state, Work):
         return job, state
-    made = _attempt(lambda: cut(plan, backend, state, pool.decomposed(plan, module)))
+    made = _attempt(lambda: cut(plan, backend, state, pool.decompositions(plan, module)))
     if pool.keeps_results and not isinstance(made, Exception):
         pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors))
     return job, made

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_engine.engine.backend import Backend, Known
-from merge_engine.engine.cut import Decomposed
+from merge_engine.engine.cut import Decompositions
 from merge_engine.engine.joint import Joined, Joint
 from merge_engine.engine.plan import ModulePlan, Plan, make_joint, make_plan
 from merge_engine.engine.prepare import Preparation, prepare
@@ -109,10 +109,10 @@ class Pool:
             return plan.adapters[number]
         return number, tuple(plan.adapters[each] for each in module.adapters), plan.view
 
-    def decomposed(self, plan: Plan, module: ModulePlan) -> Decomposed:
+    def decompositions(self, plan: Plan, module: ModulePlan) -> Decompositions:
         """What a cut of the module needs of its factors, kept."""
         having = tuple(plan.adapters[number] for number in module.adapters)
-        return _KeptDecomposed(self.cache, (having, plan.recipe.balance), module)
+        return _KeptDecompositions(self.cache, (having, plan.recipe.balance), module)
 
     def begin(self, plans: Sequence[Plan], backend: Backend, *, in_memory: bool) -> Room:
         """A pass begins: how the budget is shared out (see `budget.room`), of which the cache takes its share."""
@@ -121,7 +121,7 @@ class Pool:
         return found
 
 
-class _KeptDecomposed(Decomposed):
+class _KeptDecompositions(Decompositions):
     """What a cut needs of one module's factors, from a cache."""
 
     def __init__(self, cache: Cache, adapters: Hashable, module: ModulePlan) -> None:

@@ -5,7 +5,7 @@ from merge_engine.rules.methods import METHODS
 
 SPACES = ("delta", "factors", "core", "knots")
 BALANCES = ("pico",)
-DTYPES = ("float32", "float16", "bfloat16")
+WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "triton", "torch")
 KINDS = ("elementwise", "stacked", "core")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -16,6 +16,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("tensor", "model"),
     "trim_ties": ("exact", "keep"),
     "convention": tuple(CONVENTIONS),
-    "dtype": DTYPES,
+    "dtype": WRITTEN_DTYPES,
     "backend": BACKENDS,
 }

@@ -9,16 +9,14 @@ from typing import Any, Literal, TypeGuard
 import torch
 
 from merge_engine.errors import RecipeError
-from merge_engine.rules.choices import BALANCES, SPACES
-from merge_engine.rules.choices import DTYPES as DTYPE_NAMES
-from merge_engine.rules.conventions import CONVENTIONS
+from merge_engine.rules.choices import BALANCES, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, STRICT, looks_at, methods_with
 from merge_engine.rules.rule import Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 LARGEST = torch.finfo(torch.float32).max
 DEFAULT_DENSITY = 0.2  # the top 20 % of the TIES paper
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WRITTEN_DTYPES}
 
 
 @dataclass(frozen=True)
