@@ -8,7 +8,6 @@ from typing import Any
 
 from merge_engine.cli.options import add_command, asked_for
 from merge_engine.errors import OutputError, RecipeError
-from merge_engine.files.text import write_text
 
 COMPARE_EXAMPLES = """\
 examples:
@@ -34,6 +33,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from merge_engine.compare.interference import interference
+    from merge_engine.files.text import write_text
 
     asked = asked_for(options)
     files = {kind: asked.pop(kind) for kind in ("json", "html") if kind in asked}

@@ -1,13 +1,11 @@
 """Where PEFT, mergekit and the TIES paper's code differ, as rows of a table."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from merge_engine.rules.methods import Divisor, Keep, Scope, TrimTies
 
 
-@dataclass(frozen=True)
-class Convention:
+class Convention(NamedTuple):
     """Where PEFT, mergekit and the TIES paper's code differ on the same method.
 
     vote_weighted: the election sees ``w t`` instead of ``t``.

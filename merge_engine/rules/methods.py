@@ -6,8 +6,7 @@ Everything else (the command line, YAML, sweeps, refusals, the parametrised test
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Kind = Literal["elementwise", "stacked", "core"]
 Keep = Literal["all", "magnitude", "band", "bernoulli"]
@@ -19,8 +18,7 @@ Divisor = Literal["count", "weight", "one"]
 GAMMA, MASK, MIN_TASKS = 0.01, 0.4, 2  # what a recipe has by default
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One row of the table.
 
     kind: "elementwise" is keep x elect x combine on every element of the task tensors; "stacked" puts the factors side

@@ -10,6 +10,7 @@ import torch
 
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import BALANCES, SPACES, WRITTEN_DTYPES
+from merge_engine.rules.conventions import CONVENTIONS
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, STRICT, looks_at, methods_with
 from merge_engine.rules.rule import Rule, make_rule
 
