@@ -1,5 +1,7 @@
 """Recipes: what is wrong in one is said by field, wanted and got."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from plain_adapters import save_three
 
 import merge_engine
 from merge_engine.errors import RecipeError
+from merge_engine.rules.recipe import Recipe
 
 
 @pytest.fixture
@@ -76,3 +79,21 @@ def test_arrays_and_tensors_are_numbers(three):
     for name, module in plain.modules.items():
         assert torch.equal(merged.modules[name].A, module.A) and torch.equal(merged.modules[name].B, module.B)
     assert len(repr(merged)) < 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"normalize": True, "method": "linear"}, "normalize: wanted true or false, of ties or dare_ties, got True"),
+        ({"normalize": 1}, "normalize: wanted true or false, of ties or dare_ties, got 1"),
+        ({"rescale": "l1"}, "rescale: wanted density or l1, of random drops, got 'l1'"),
+        ({"rescale": "l2", "method": "dare_ties"}, "rescale: wanted density or l1, of random drops, got 'l2'"),
+        ({"module_weights": {"a": 1.0}}, "module_weights: a: wanted a list of numbers, got 1.0"),
+        ({"module_weights": {"a": [float("inf")]}}, "module_weights: a: wanted a finite number, got inf"),
+        ({"module_densities": {"a": [2.0]}}, "density: wanted a number from 0 to 1, got 2.0"),
+        ({"module_densities": {}, "density": 0.5}, "density: wanted density or module_densities, got both"),
+    ],
+)
+def test_mistakes_in_the_fields_behind_it(fields, message):
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
+        Recipe(**fields)

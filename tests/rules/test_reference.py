@@ -1,5 +1,7 @@
 """The textbook against tensors worked out by hand, and against PEFT's own functions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -159,3 +161,10 @@ def test_equals_pefts_own_functions(seed, count, density, election, method):
 def test_unknown_names_list_the_known_ones(field, value):
     with pytest.raises(RecipeError, match=rf"^{field}: wanted one of .*, got '{value}'$"):
         make_rule(**{"method": "ties", field: value})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_papers_rule_is_pefts_but_for_thresholds_and_tied_votes(method):
+    peft, paper = (make_rule(method, convention=convention) for convention in ("peft", "paper"))
+    differs = {name: getattr(peft, name) for name in ("scope", "trim_ties", "extra_k", "majority")}
+    assert replace(paper, **differs) == peft
