@@ -1,0 +1,88 @@
+"""merge-engine merge with --sweep, or with the merges of a recipe file."""
+
+import pytest
+import yaml
+from command_line import run_cli
+from sweeps import assert_same
+
+from merge_engine.sweep import run as sweep_run
+
+
+def test_the_command_sweeps_and_goes_on(three, tmp_path, capsys):
+    output = tmp_path / "my out"
+    script = "sh -c 'case \"$1\" in *scale=2*) exit 4;; *=0.5) echo 0.8;; *) echo half 50%;; esac' name {path}"
+    options = ["--method", "linear", "--sweep", "scale=0.5,1,2", "density=0.1,0.2", "--evaluate", script]
+    code, out, err = run_cli(capsys, "merge", *three, "-o", output, *options)
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines()] == ["scale", "0.5", "1", "2"]
+    assert out.splitlines()[1].endswith("0.8") and out.splitlines()[2].endswith("50  <- best")
+    assert err == "merge-engine: 1 of 3 failed; run again to try them:\n  scale=2: evaluate: exit status 4\n"
+    assert_same(output / "scale=0.5", three, method="linear", scale=0.5)
+    options[-1] = script.replace("exit 4", "echo 99")
+    code, out, err = run_cli(capsys, "merge", *three, "-o", output, *options)
+    assert (code, err) == (0, "") and out.splitlines()[3].endswith("99  <- best")
+
+
+def test_a_recipe_file_with_a_sweep(three, tmp_path, capsys):
+    recipe = {
+        "adapters": list(map(str, three)),
+        "output": str(tmp_path / "out"),
+        "density": 0.3,
+        "sweep": {"weights": [[2, 1, 1], [1, 1, 1]], "scale": [1, 2]},
+        "evaluate": "sh -c 'echo 1' {path}",
+        "best": "lowest",
+        "timeout": 60,
+        "memory": "3GB",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    assert run_cli(capsys, "merge", tmp_path / "recipe.yaml")[0] == 0
+    assert_same(tmp_path / "out" / "weights=2_1_1,scale=2", three, density=0.3, weights=[2, 1, 1], scale=2)
+    # the command line comes before the file, also where it sweeps what the file fixes
+    options = ["-o", tmp_path / "two", "--sweep", "density=0.5,0.6"]
+    assert run_cli(capsys, "merge", tmp_path / "recipe.yaml", *options)[0] == 0
+    assert {path.name for path in (tmp_path / "two").glob("d*")} == {"density=0.5", "density=0.6"}
+
+
+def test_a_recipe_file_with_merges(three, tmp_path, capsys):
+    recipe = {
+        "adapters": {"s": str(three[0]), "c": str(three[1]), "a": str(three[2])},
+        "output": str(tmp_path / "out"),
+        "density": 0.3,
+        "merges": [
+            {"name": "both", "adapters": ["a", "s"], "weights": [2, 1]},
+            {"name": "all", "method": "linear"},
+        ],
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    code, out, err = run_cli(capsys, "merge", tmp_path / "recipe.yml", "--seed", "3")
+    assert (code, err) == (0, "")
+    assert "a+s" in out and "s+c+a" in out
+    assert_same(tmp_path / "out" / "both", [three[2], three[0]], density=0.3, weights=[2, 1], seed=3)
+    assert_same(tmp_path / "out" / "all", three, method="linear", density=0.3, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--evaluate", "cat {path}"], "evaluate: is of several merges into adapters; wanted --sweep with it"),
+        (["--memory", "1GB"], "memory: is of several merges into adapters"),
+        (["--sweep", "scale=1", "--into", "base"], "sweep: is of several merges into adapters"),
+        (["--sweep", "scale=1", "--timeout", "3"], "timeout: is of an evaluation; wanted --evaluate with it"),
+        (["--sweep", "scale=1", "--scale", "3"], "scale: wanted one value of it, or several in the sweep, got both"),
+        (["--sweep", "scale=1", "--evaluate", "cat"], "evaluate: wanted a command with {path} in it"),
+        (["--sweep", "scale=1", "--memory", "lots"], "memory: wanted a size such as 5GB"),
+    ],
+)
+def test_mistakes_on_the_command_line(three, tmp_path, capsys, options, message):
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", *options)
+    assert (code, out) == (2, "") and err.startswith(f"merge-engine: error: {message}") and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_is_one_line(three, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep_run, "merge_many", interrupted)
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", "--sweep", "scale=1,2")
+    assert (code, out) == (130, "") and err.startswith("merge-engine: interrupted; ") and err.count("\n") == 1
