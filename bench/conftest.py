@@ -1,4 +1,4 @@
-"""`pytest bench`: every contestant of every workload by pytest-benchmark, once the results of a workload agree."""
+"""`pytest bench`: times every contestant of a workload by pytest-benchmark, after their results were found to agree."""
 
 import os
 from collections.abc import Callable
@@ -8,31 +8,31 @@ from typing import Any
 import pytest
 import torch
 
-from bench.contestants import KINDS, taking_part
-from bench.measure import LEAST, Contestant
-from bench.suite import Key, agreed
-from bench.workloads import WORKLOADS, Workload
+from bench.harness.measure import LEAST, Contestant
+from bench.harness.suite import Key, agreed
+from bench.harness.workloads import WORKLOADS, Workload
+from bench.kinds.table import KINDS
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shrink", type=int, default=1, help="1/N of the rows, columns and layers")
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.addoption("--longest", type=float, default=12.0, help="seconds that one run of a contestant may take")
+    parser.addoption("--longest", type=float, default=12.0, help="leave out contestants whose run takes more seconds")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("device") == "cpu":
-        os.environ["MERGE_ENGINE_BACKEND"] = "torch"  # on a machine with a GPU too
+        os.environ["MERGE_ENGINE_BACKEND"] = "torch"  # even if there is a GPU
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module's KIND says whose workloads its `case` goes through."""
+    """One `case` for each contestant of each workload."""
     if "case" not in metafunc.fixturenames:
         return
     option, cases = metafunc.config.getoption, []
-    for work in (work for work in WORKLOADS if work.kind in metafunc.module.KINDS):
+    for work in WORKLOADS:
         for size in (work.shrunk(option("shrink")) if option("shrink") > 1 else work).sizes():
-            entries = taking_part(size, option("device"))
+            entries = KINDS[size.kind].taking_part(size, option("device"))
             names = tuple(name for name in entries if entries[name].expected(size) <= option("longest"))
             cases += [(replace(size, only=names), name) for name in names]
     metafunc.parametrize("case", cases, ids=[f"{work.kind} {work.name} {name}" for work, name in cases], indirect=True)
@@ -40,14 +40,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One contestant whose results agree with the others'."""
+    """One contestant, whose result agrees with those of the others."""
 
     key: Key
     contestant: Contestant
     device: str
 
     def time(self, benchmark: Any) -> None:
-        """By the wall, a run of a process of its own included."""
+        """Time it by the wall clock; for a contestant that starts a process, the whole process."""
         work, name = self.key
         benchmark.group = f"{work.kind}: {work.name}"
         benchmark.extra_info |= {"contestant": name, "flops": work.flops, "bytes": work.nbytes}
@@ -64,13 +64,13 @@ class Case:
 
 @pytest.fixture(scope="session")
 def checked() -> Callable[[Workload, str], dict[Key, Contestant]]:
-    """The contestants of a workload, compared; of one workload at a time."""
+    """(workload, device) -> its contestants, compared once; those of the latest workload are kept."""
     last: dict[Workload, dict[Key, Contestant]] = {}
 
     def contestants(work: Workload, device: str) -> dict[Key, Contestant]:
         if work not in last:
             last.clear()
-            last[work] = agreed(work, device)[0]
+            last[work] = agreed(work, KINDS[work.kind], device)[0]
         return last[work]
 
     return contestants

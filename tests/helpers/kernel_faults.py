@@ -1,10 +1,10 @@
-"""Planted bugs that ttsem has to find, to show that its silence about the kernels means something.
+"""Kernels with known bugs, which ttsem must find: only then does it mean something that it finds none in ours.
 
     pip install --no-deps --ignore-requires-python ttsem==0.1.0
-    python -m ttsem.sanitize tests/helpers/kernel_faults.py        (prints what was found; fails if one was not)
-    TRITON_INTERPRET=0 python -m ttsem.sanitize pytest tests/test_kernels.py -q        (finds nothing)
+    python -m ttsem.sanitize tests/helpers/kernel_faults.py        (prints what was found; fails if one is missed)
+    TRITON_INTERPRET=0 python -m ttsem.sanitize pytest tests/kernels -q        (finds nothing)
 
-A check to run by hand, no dependency: pytest does not collect this file.
+This is run by hand, and pytest does not collect it; ttsem is no dependency.
 """
 
 import sys
@@ -44,7 +44,7 @@ def _adds_to_what_was_never_written(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 
 def found(kernel: Callable[..., None], out: Tensor) -> str | None:
-    """What ttsem says of a launch, or that a NaN shows, with which it fills torch.empty; None if neither."""
+    """What ttsem says of a launch, or that the result has a NaN, with which it fills torch.empty; None if neither."""
     x = torch.ones(1000)
     try:
         kernel[(4,)](x, out, 1000, BLOCK=256)  # type: ignore[index]

@@ -1,13 +1,13 @@
-"""Compile every kernel by the Triton that is found first, which has to be of the version given: for `.ci/run`.
+"""Compile every kernel with the oldest Triton that is supported, whose version is the argument: for `.ci/run`.
 
-The interpreter and newer compilers take programs that the oldest supported one refuses.
+The interpreter and newer compilers accept programs that the oldest compiler refuses.
 """
 
 import sys
 
 import triton
 
-from bench.static_cost import SELECTIONS, Case, compiled, launch_of
+from bench.static.kernels import SELECTIONS, Case, compiled, launch_of
 
 CASES = [
     *(Case(name) for name in SELECTIONS),

@@ -1,0 +1,1 @@
+"""The kinds of benchmark, one file each; `table` lists them."""

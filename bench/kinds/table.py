@@ -1,0 +1,25 @@
+"""The kinds of benchmark by name.
+
+A new kind is a file beside this one, a line here, and its lines in `harness.workloads.WORKLOADS`. "elements" and
+"adapters" are "deltas" of several sizes, whose times are fitted by a line.
+"""
+
+from bench.harness.kind import Kind
+from bench.kinds import base, deltas, factors, layer, many, parts, ranks, recompress, select, session, threads, whole
+
+KINDS: dict[str, Kind] = {
+    "select": select.KIND,
+    "deltas": deltas.KIND,
+    "threads": threads.KIND,
+    "parts": parts.KIND,
+    "elements": deltas.KIND,
+    "adapters": deltas.KIND,
+    "factors": factors.KIND,
+    "recompress": recompress.KIND,
+    "layer": layer.KIND,
+    "whole": whole.KIND,
+    "base": base.KIND,
+    "ranks": ranks.KIND,
+    "many": many.KIND,
+    "session": session.KIND,
+}

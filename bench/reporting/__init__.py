@@ -1,0 +1,1 @@
+"""What comes out: rows in files, tables, plots, and the comparison with an earlier run."""

@@ -1,0 +1,35 @@
+"""The GPUs that costs are estimated for, and the models that are merged."""
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A target and the published figures of a GPU that runs it (vendors' data sheets; dense, without sparsity)."""
+
+    name: str
+    target: GPUTarget
+    processors: int  # SMs or CUs
+    clock: float  # boost, Hz
+    lanes: int  # that a processor issues an instruction for in a cycle: instructions a cycle * lanes of one
+    tensor: float  # bfloat16 matrix units, flop/s
+    bandwidth: float  # HBM, byte/s
+    registers: int = 65536  # of 32 bits, in a processor
+    warps: int = 64  # that a processor holds
+
+
+GPUS = {
+    "sm_80": Gpu("A100 80GB SXM", GPUTarget("cuda", 80, 32), 108, 1.41e9, 128, 312e12, 2.04e12),
+    "sm_90": Gpu("H100 SXM", GPUTarget("cuda", 90, 32), 132, 1.83e9, 128, 989e12, 3.35e12),
+    "sm_100": Gpu("B200", GPUTarget("cuda", 100, 32), 148, 1.85e9, 128, 2250e12, 8.0e12),
+    "gfx942": Gpu("MI300X", GPUTarget("hip", "gfx942", 64), 304, 2.1e9, 64, 1307e12, 5.3e12, 131072, 32),
+}
+
+# ([(rows, columns, how many in a layer)] of the linear modules, layers)
+MODELS = {
+    "TinyLlama": ([(2048, 2048, 2), (256, 2048, 2), (5632, 2048, 2), (2048, 5632, 1)], 22),
+    "Llama-7B": ([(4096, 4096, 4), (11008, 4096, 2), (4096, 11008, 1)], 32),
+    "Llama-70B": ([(8192, 8192, 2), (1024, 8192, 2), (28672, 8192, 2), (8192, 28672, 1)], 80),
+}
