@@ -1,4 +1,4 @@
-"""Passes over a large matrix, by loops and by torch's operators, against float64."""
+"""Products and norms of a large matrix, by loops and by torch's operators, against float64."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from merge_engine.loops import door
 from merge_engine.lowrank.products import _in_float64, squared_norm, times
-from merge_engine.runtime.finite import finite
 from merge_engine.runtime.threads import threads
 
 U = 2.0**-24
@@ -127,9 +126,9 @@ def test_any_view_of_any_shape(view, shape):
 @pytest.mark.parametrize("p", [4, 64, 68])
 def test_loops_stay_within_their_tensors(shape, p):
     """NaN around what is read would show in the sums; what lies around what is written stays."""
-    loops = door.loops()
-    if loops is None:
+    if door.loops() is None:
         pytest.skip("needs Numba")
+    loops = door.loops().matrix
     (m, n), around = shape, []
 
     def guarded(values: torch.Tensor) -> torch.Tensor:
@@ -176,19 +175,6 @@ def test_values_of_extreme_size(scale):
             norm = squared_norm(matrix)
         assert bool(((got - block @ matrix.double().T).abs() <= bound(block, matrix) + subnormal).all())
         assert norm == pytest.approx(float(matrix.double().square().sum()), rel=1e-13)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_finite_sees_each_element(dtype):
-    largest = torch.finfo(dtype).max
-    tensor = torch.full((37, 41), largest, dtype=dtype)
-    tensor[::2] = -largest
-    assert finite(tensor) and finite(tensor.T) and finite(tensor[:0]) and finite(tensor[3, 5])
-    for place in ((0, 0), (36, 40), (17, 23)):
-        for value in (float("nan"), float("inf"), -float("inf")):
-            other = tensor.clone()
-            other[place] = value
-            assert not finite(other) and not finite(other.T)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
