@@ -29,7 +29,16 @@ LARGEST_NEGATIVE: tl.constexpr = tl.constexpr(-(2**31) + 1)  # the bits of -2**-
 
 
 @triton.jit
-def _enter(ledger, t, keep, weight, ELECT: tl.constexpr, WEIGH: tl.constexpr, DIVISOR: tl.constexpr):
+def _enter(
+    ledger,
+    t,
+    keep,
+    weight,
+    ELECT: tl.constexpr,
+    COMBINE: tl.constexpr,
+    WEIGH: tl.constexpr,
+    DIVISOR: tl.constexpr,
+):
     """The ledger with one adapter's tile t entered where `keep`.
 
     ledger: (vote, plus, minus, plus_share, minus_share, counts), of which only the tiles in use cost registers. counts
@@ -44,7 +53,10 @@ def _enter(ledger, t, keep, weight, ELECT: tl.constexpr, WEIGH: tl.constexpr, DI
     else:
         if ELECT == "total":
             vote = tl.where(keep, vote + t, vote)
-        if (ELECT == "total") & (WEIGH != "after"):
+        if COMBINE == "max":
+            plus = tl.where(keep, tl.maximum(t, plus), plus)
+            minus = tl.where(keep, tl.minimum(t, minus), minus)
+        elif (ELECT == "total") & (WEIGH != "after"):
             plus = tl.where(keep, plus + tl.abs(t), plus)
         else:
             factor = weight if WEIGH == "after" else 1.0
@@ -66,7 +78,15 @@ def _vote(ledger, ELECT: tl.constexpr):
 
 
 @triton.jit
-def _combined(ledger, tied, scale, ELECT: tl.constexpr, WEIGH: tl.constexpr, DIVISOR: tl.constexpr):
+def _combined(
+    ledger,
+    tied,
+    scale,
+    ELECT: tl.constexpr,
+    COMBINE: tl.constexpr,
+    WEIGH: tl.constexpr,
+    DIVISOR: tl.constexpr,
+):
     """scale * the elected side / divisor."""
     vote, plus, minus, plus_share, minus_share, counts = ledger
     if ELECT == "none":
@@ -77,7 +97,7 @@ def _combined(ledger, tied, scale, ELECT: tl.constexpr, WEIGH: tl.constexpr, DIV
             positive = _vote(ledger, ELECT) > tl.where(tied > 0, -1, 0)
         else:
             positive = vote > tl.where(tied > 0, LARGEST_NEGATIVE, 0).to(tl.float32, bitcast=True)
-        if (ELECT == "total") & (WEIGH != "after"):
+        if (COMBINE == "sum") & (ELECT == "total") & (WEIGH != "after"):
             twice = tl.abs(vote) + plus
             merged = tl.where(positive, twice, -twice) * (0.5 * scale)
         else:
@@ -102,6 +122,7 @@ def _tally(
     RECIPES: tl.constexpr,
     KEEP: tl.constexpr,
     ELECT: tl.constexpr,
+    COMBINE: tl.constexpr,
     WEIGH: tl.constexpr,
     DIVISOR: tl.constexpr,
     RANK: tl.constexpr,
@@ -127,9 +148,52 @@ def _tally(
             terms = terms_ptr + (((first + recipe) * modules + module) * adapters + adapter) * TERMS
             t, keep = kept(product, terms, place, KEEP, BLOCK_M, BLOCK_N)
             weight = float_term(terms, WEIGHT)
-            entered = entered + (_enter(ledgers[recipe], t, keep, weight, ELECT, WEIGH, DIVISOR),)  # noqa: RUF005
+            entered = entered + (_enter(ledgers[recipe], t, keep, weight, ELECT, COMBINE, WEIGH, DIVISOR),)  # noqa: RUF005
         ledgers = entered
     return ledgers
+
+
+@triton.jit
+def _passing(
+    task,
+    terms_ptr,
+    consensus_ptr,
+    first,
+    place,
+    ledgers,
+    RECIPES: tl.constexpr,
+    KEEP: tl.constexpr,
+    WEIGH: tl.constexpr,
+    RANK: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """How many adapters have |t| > mask |S - t|, S being the sum in the ledger, for each of RECIPES recipes.
+
+    The sum has to be known first: products are made a second time.
+    """
+    _, _, _, _, _, _, modules, adapters, _, _ = task
+    module, _, _ = place
+    counts = ()
+    for _ in tl.static_range(RECIPES):
+        counts = counts + (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # noqa: RUF005
+    for number in range(adapters):
+        adapter = tl.cast(number, tl.int64)
+        product = task_tile(task, place, adapter, RANK, SUBTRACT, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R)
+        counted = ()
+        for recipe in tl.static_range(RECIPES):
+            terms = terms_ptr + (((first + recipe) * modules + module) * adapters + adapter) * TERMS
+            t, keep = kept(product, terms, place, KEEP, BLOCK_M, BLOCK_N)
+            if WEIGH == "before":
+                t *= float_term(terms, WEIGHT)
+            rest = tl.abs(ledgers[recipe][0] - t) * tl.load(consensus_ptr + 2 * (first + recipe))
+            passes = keep & (tl.abs(t) > rest)
+            counted = counted + (tl.where(passes, counts[recipe] + 1.0, counts[recipe]),)  # noqa: RUF005
+        counts = counted
+    return counts
 
 
 @triton.jit
@@ -152,14 +216,16 @@ def _merge_deltas_kernel(
     terms_ptr,  # int32 [recipes, modules, adapters, TERMS], see tile.py
     scale_ptr,  # float32 [recipes]
     tied_ptr,  # int32 [recipes]: the side (+1, -1) that a vote of 0 elects
+    consensus_ptr,  # float32 [recipes, 2]: mask and min_tasks; None but for a consensus
     modules,
     adapters,
     M,
     N,
     ADD: tl.constexpr,
     RECIPES: tl.constexpr,  # how many a program carries, a divisor of their number
-    KEEP: tl.constexpr,  # "all", "magnitude", "bernoulli"
+    KEEP: tl.constexpr,  # "all", "magnitude", "band", "bernoulli"
     ELECT: tl.constexpr,  # "none", "total", "frequency"
+    COMBINE: tl.constexpr,  # "sum", "max", "consensus"
     WEIGH: tl.constexpr,  # "never", "before", "after" the vote
     DIVISOR: tl.constexpr,  # "one", "count", "weight"
     RANK: tl.constexpr,  # 0: dense
@@ -170,6 +236,7 @@ def _merge_deltas_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """out = base + scale * combine(elect(keep(t))): one program a tile of one module."""
+    tl.static_assert((COMBINE == "sum") | (COMBINE == "max") | (COMBINE == "consensus"), "no such combine")
     task = (x_ptr, stride_xm, stride_xa, stride_xr, a_ptr, minus_ptr, modules, adapters, M, N)
     first, place = _merge_place(modules, M, N, RECIPES, BLOCK_M, BLOCK_N)
     ledgers = _tally(
@@ -180,6 +247,7 @@ def _merge_deltas_kernel(
         RECIPES,
         KEEP,
         ELECT,
+        COMBINE,
         WEIGH,
         DIVISOR,
         RANK,
@@ -189,6 +257,24 @@ def _merge_deltas_kernel(
         BLOCK_N,
         BLOCK_R,
     )
+    if COMBINE == "consensus":
+        passing = _passing(
+            task,
+            terms_ptr,
+            consensus_ptr,
+            first,
+            place,
+            ledgers,
+            RECIPES,
+            KEEP,
+            WEIGH,
+            RANK,
+            SUBTRACT,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_R,
+        )
     module, row, column = place
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -197,7 +283,9 @@ def _merge_deltas_kernel(
     for recipe in tl.static_range(RECIPES):
         tied = tl.load(tied_ptr + first + recipe)
         scale = tl.load(scale_ptr + first + recipe)
-        merged = _combined(ledgers[recipe], tied, scale, ELECT, WEIGH, DIVISOR)
+        merged = _combined(ledgers[recipe], tied, scale, ELECT, COMBINE, WEIGH, DIVISOR)
+        if COMBINE == "consensus":
+            merged = tl.where(passing[recipe] >= tl.load(consensus_ptr + 2 * (first + recipe) + 1), merged, 0.0)
         if ADD:
             merged += tl.load(base_ptr + (module * M + row) * N + column + offs, mask=mask, other=0.0).to(tl.float32)
         out_ptrs = out_ptr + (((first + recipe) * modules + module) * M + row) * N + column + offs
@@ -242,6 +330,7 @@ def _vote_balance_kernel(
         RECIPES,
         KEEP,
         ELECT,
+        "sum",
         WEIGH,
         "one",
         RANK,
@@ -263,8 +352,11 @@ def merge_deltas(
     keep: Keep = None,
     *,
     elect: str = "none",
+    combine: str = "sum",
     divisor: str = "one",
     vote_weighted: bool = False,
+    mask: float | Sequence[float] = 0.0,
+    min_tasks: int | Sequence[int] = 0,
     scale: float | Sequence[float] = 1.0,
     tied: int | Sequence[int] = 1,
     base: Tensor | None = None,
@@ -277,11 +369,13 @@ def merge_deltas(
 
     source: the task tensors t_i of a group (`Lora` or `Dense`).
     weights: [recipes][adapters], on the host, since weights that are all equal take a cheaper kernel.
-    keep: None, `Trim` or `Drop`, with a row for each recipe.
+    keep: None, `Trim`, `Band` or `Drop`, with a row for each recipe.
     elect: "none", "total" (sign of the sum), "frequency" (sign of the sum of signs).
+    combine: the "sum" of the elected side; its element of largest magnitude, "max", by a weighted vote; or "consensus",
+        without a vote: the sum S where at least min_tasks of the i have |w_i t_i| > mask |S - w_i t_i|, else 0.
     divisor: "one", "count" of the agreeing, or "weight", the sum of their weights (1 where that is 0).
     vote_weighted: the election sees w t instead of t.
-    scale, tied: one for all recipes, or one each; tied is the side (+1, -1) that a vote of 0 elects.
+    scale, tied, mask, min_tasks: one for all recipes, or one each; tied is the side (+1, -1) that a vote of 0 elects.
     base: [modules, M, N] to add to, contiguous; it decides the dtype of a new out.
     out: [recipes, modules, M, N], contiguous, to write into; by default a new tensor of `dtype`.
     precision: "ieee", "tf32x3" or "tf32": how float32 factors are multiplied. Others are multiplied exactly.
@@ -293,6 +387,14 @@ def merge_deltas(
     scales = [float(each) for each in _each("scale", scale, recipes)]
     sides = _each("tied", tied, recipes)
     _one_of("divisor", divisor, "one", "count", "weight")
+    _one_of("combine", combine, "sum", "max", "consensus")
+    if combine == "max" and (elect == "none" or not vote_weighted):
+        raise ValueError(f"elect is {elect!r}, weighted: {vote_weighted}; wanted a weighted vote for the largest")
+    if combine == "consensus" and elect != "none":
+        raise ValueError(f"elect is {elect!r}, wanted 'none' for a consensus")
+    if combine != "sum" and divisor != "one":
+        raise ValueError(f"divisor is {divisor!r}, wanted 'one' with {combine!r}")
+    limits = list(zip(_each("mask", mask, recipes), _each("min_tasks", min_tasks, recipes), strict=True))
     if elect == "none" and divisor != "one":
         raise ValueError(f"divisor is {divisor!r}, wanted 'one' without an election")
     if not set(sides) <= {1, -1}:
@@ -319,7 +421,9 @@ def merge_deltas(
                 base_ptr=out if base is None else base,
                 scale_ptr=torch.tensor(scales, dtype=torch.float32).to(device),
                 tied_ptr=torch.tensor(sides, dtype=torch.int32).to(device),
+                consensus_ptr=torch.tensor(limits).float().to(device) if combine == "consensus" else None,
                 ADD=base is not None,
+                COMBINE=combine,
                 DIVISOR=divisor,
                 **arguments,
             )

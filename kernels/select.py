@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .source import Drop, Source, Trim, check_tensor, launch_of, task_arguments, terms_of, tiles_of
+from .source import Band, Drop, Source, Trim, check_tensor, launch_of, task_arguments, terms_of, tiles_of
 from .tile import TERMS, kept, task_tile, tile_place
 
 COARSE_BINS: tl.constexpr = tl.constexpr(128)
@@ -311,6 +311,25 @@ def trims(
     slots = torch.arange(modules * adapters, device=source.x.device).view(modules, adapters)
     selection = _Selection(source, recipes, precision, launch, slots, torch.zeros_like(slots))
     return _select([selection], kept.flatten(1).to(source.x.device), ties, places=1, total=_alone)[0]
+
+
+def bands(
+    source: Source,
+    kept: Tensor,
+    topped: Tensor,
+    *,
+    ties: str = "exact",
+    precision: str = "ieee",
+    launch: Launch | None = None,
+) -> Band:
+    """What drops the `topped` largest magnitudes of each task tensor and keeps the `kept` next: `trims` of both.
+
+    kept, topped: int64 [recipes, modules, adapters], together at most M * N. Both thresholds come from one sweep.
+    """
+    launch = launch or launch_of(source, recipes=len(kept))
+    both = trims(source, torch.cat([kept + topped, topped]), ties=ties, precision=precision, launch=launch)
+    fields = (both.value, both.row, both.column)
+    return Band(Trim(*(field[: len(kept)] for field in fields)), Trim(*(field[len(kept) :] for field in fields)))
 
 
 def model_trims(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, arch_of, launch_for
-from .tile import TERMS
+from .tile import TERMS, THRESHOLD, TOP
 
 SMALLEST = 2.0**-149  # the smallest positive float32
 RANK_STEP = 16  # tl.dot needs K >= 16
@@ -134,7 +134,18 @@ class Drop:
     factor: Tensor | None = None
 
 
-Keep = Trim | Drop | None
+@dataclass(frozen=True)
+class Band:
+    """Keep what `wide` keeps and `top` does not: of the largest magnitudes all, and of these the very largest.
+
+    `select.bands` makes it.
+    """
+
+    wide: Trim
+    top: Trim
+
+
+Keep = Trim | Band | Drop | None
 
 
 def pack(
@@ -219,8 +230,11 @@ def tiles_of(source: Source, launch: Launch) -> int:
 
 
 def keep_name(keep: Keep) -> str:
-    """The constexpr of a keep: "all", "magnitude" or "bernoulli"."""
-    return "all" if keep is None else "magnitude" if isinstance(keep, Trim) else "bernoulli"
+    """The constexpr of a keep: "all", "magnitude", "band" or "bernoulli"."""
+    return "all" if keep is None else _KEEP_NAMES[type(keep)]
+
+
+_KEEP_NAMES: dict[type, str] = {Trim: "magnitude", Band: "band", Drop: "bernoulli"}
 
 
 def terms_of(source: Source, keep: Keep, weights: Tensor) -> Tensor:
@@ -233,13 +247,10 @@ def terms_of(source: Source, keep: Keep, weights: Tensor) -> Tensor:
     terms = torch.zeros(*shape, TERMS.value, dtype=torch.int32, device=device)
     gain = source.scaling.expand(shape)
     if isinstance(keep, Trim):
-        check_tensor("trim value", keep.value, shape, device, (torch.float32,), contiguous=False)
-        check_tensor("trim row", keep.row, shape, device, (torch.int32,), contiguous=False)
-        check_tensor("trim column", keep.column, shape, device, (torch.int32,), contiguous=False)
-        # A threshold of 0 keeps every element that is not 0: those that are 0 add nothing and are never counted.
-        terms[..., 2] = keep.value.clamp_min(SMALLEST).view(torch.int32)
-        terms[..., 3] = torch.where(keep.value == 0, torch.iinfo(torch.int32).max, keep.row)
-        terms[..., 4] = keep.column
+        _put_trim(terms[..., THRESHOLD.value :], keep)
+    elif isinstance(keep, Band):
+        _put_trim(terms[..., THRESHOLD.value :], keep.wide)
+        _put_trim(terms[..., TOP.value :], keep.top)
     elif isinstance(keep, Drop):
         if keep.density.shape != shape or len(keep.seeds) != shape[0]:
             raise ValueError(
@@ -268,6 +279,18 @@ def terms_of(source: Source, keep: Keep, weights: Tensor) -> Tensor:
     terms[..., 0] = gain.contiguous().view(torch.int32)
     terms[..., 1] = weights.contiguous().view(torch.int32)[:, None, :]
     return terms
+
+
+def _put_trim(terms: Tensor, trim: Trim) -> None:
+    """The first three words of terms [recipes, modules, adapters, 3 or more] = threshold, cut row and cut column."""
+    shape, device = tuple(terms.shape[:3]), terms.device
+    check_tensor("trim value", trim.value, shape, device, (torch.float32,), contiguous=False)
+    check_tensor("trim row", trim.row, shape, device, (torch.int32,), contiguous=False)
+    check_tensor("trim column", trim.column, shape, device, (torch.int32,), contiguous=False)
+    # A threshold of 0 keeps every element that is not 0: those that are 0 add nothing and are never counted.
+    terms[..., 0] = trim.value.clamp_min(SMALLEST).view(torch.int32)
+    terms[..., 1] = torch.where(trim.value == 0, torch.iinfo(torch.int32).max, trim.row)
+    terms[..., 2] = trim.column
 
 
 def _words(values: Tensor) -> Tensor:

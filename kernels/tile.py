@@ -15,6 +15,8 @@ WEIGHT: tl.constexpr = tl.constexpr(1)  # float
 THRESHOLD: tl.constexpr = tl.constexpr(2)  # float
 CUT_ROW: tl.constexpr = tl.constexpr(3)
 CUT_COLUMN: tl.constexpr = tl.constexpr(4)
+# A band is the trim at THRESHOLD less the one at TOP, whose three words lie there in the same order.
+TOP: tl.constexpr = tl.constexpr(5)
 # A random drop keeps the words up to LIMIT of the Philox counter (column >> 2, row, STREAM, ADAPTER): all uint32.
 LIMIT: tl.constexpr = tl.constexpr(2)
 STREAM: tl.constexpr = tl.constexpr(3)
@@ -103,24 +105,31 @@ def kept(product, terms_ptr, place, KEEP: tl.constexpr, BLOCK_M: tl.constexpr, B
     """
     t = product * float_term(terms_ptr, GAIN)
     if KEEP == "magnitude":
-        return trim(t, terms_ptr, place, BLOCK_M, BLOCK_N)
+        return trim(t, terms_ptr + THRESHOLD, place, BLOCK_M, BLOCK_N)
+    elif KEEP == "band":
+        t, wide = trim(t, terms_ptr + THRESHOLD, place, BLOCK_M, BLOCK_N)
+        _, top = trim(t, terms_ptr + TOP, place, BLOCK_M, BLOCK_N)
+        return t, wide & (top == 0)
     elif KEEP == "bernoulli":
         return t, keep_words(terms_ptr, place, BLOCK_M, BLOCK_N) & (t != 0.0)
     else:
+        tl.static_assert(KEEP == "all", "the kernels have no such keep")
         return t, t != 0.0
 
 
 @triton.jit
-def trim(t, terms_ptr, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def trim(t, trim_ptr, place, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(t, |t| > threshold, or |t| = threshold at a place before the cut); t may lose what is dropped.
+
+    trim_ptr: (threshold, cut row, cut column), in the order of THRESHOLD, CUT_ROW and CUT_COLUMN.
 
     Only tiles that hold the cut row look at places. The others compare with a scalar: the threshold itself above the
     cut row, the next larger float below it. Thresholds are positive (`source.terms_of` sees to it).
     """
     _, row, column = place
-    threshold = float_term(terms_ptr, THRESHOLD)
-    cut_row = tl.load(terms_ptr + CUT_ROW) - row.to(tl.int32)
-    cut_column = tl.load(terms_ptr + CUT_COLUMN)
+    threshold = float_term(trim_ptr, 0)
+    cut_row = tl.load(trim_ptr + 1) - row.to(tl.int32)
+    cut_column = tl.load(trim_ptr + 2)
     if (cut_row >= 0) & (cut_row < BLOCK_M):
         offs_m = tl.arange(0, BLOCK_M)
         offs_n = column.to(tl.int32) + tl.arange(0, BLOCK_N)

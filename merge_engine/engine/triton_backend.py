@@ -197,7 +197,7 @@ class TritonBackend:
 
     def _merge(self, group: Group, **options: Any) -> list[Tensor]:
         rule = group.plan.rule
-        require(rule, "the Triton backend", combine=("sum",), elect=("none", "total", "frequency"))
+        require(rule, "the Triton backend", combine=("sum", "max", "consensus"), elect=("none", "total", "frequency"))
         require(rule, "the Triton backend", divisor=("count", "weight", "one"))
         source = self._on_device(group.packed)
         merged = kernels.merge_deltas(
@@ -205,8 +205,11 @@ class TritonBackend:
             [group.weights],
             _keep(group, source),
             elect=rule.elect,
+            combine=rule.combine,
             divisor=rule.divisor,
             vote_weighted=rule.vote_weighted,
+            mask=rule.mask,
+            min_tasks=rule.min_tasks,
             tied=group.tied,
             **options,
         )
@@ -278,9 +281,19 @@ def _magnitude(group: Group, source: Source) -> Keep:
         found = [group.trims[module.name] for module in group.modules]
         value, row, column = ([getattr(trim, name) for trim in found] for name in ("value", "row", "column"))
         return Trim(torch.cat(value, 1), torch.cat(row, 1), torch.cat(column, 1))
+    return select.trims(source, _numbers(group, source, rule.kept), ties=rule.trim_ties)
+
+
+def _band(group: Group, source: Source) -> Keep:
+    rule = group.plan.rule
+    kept, topped = _numbers(group, source, rule.kept), _numbers(group, source, rule.topped)
+    return select.bands(source, kept, topped, ties=rule.trim_ties)
+
+
+def _numbers(group: Group, source: Source, number: Callable[[float, int], int]) -> Tensor:
+    """number(density, elements) of every task tensor: int64 [1, modules, adapters]."""
     numel = source.shape[2] * source.shape[3]
-    kept = [[rule.kept(density, numel) for density in module.densities] for module in group.modules]
-    return select.trims(source, torch.tensor([kept]), ties=rule.trim_ties)
+    return torch.tensor([[[number(density, numel) for density in module.densities] for module in group.modules]])
 
 
 def _bernoulli(group: Group, source: Source) -> Keep:
@@ -294,7 +307,12 @@ def _bernoulli(group: Group, source: Source) -> Keep:
     return replace(drop, factor=select.l1_factors(source, drop)) if plan.rule.l1_rescale else drop
 
 
-_KEEPS: dict[str, Callable[[Group, Source], Keep]] = {"all": _all, "magnitude": _magnitude, "bernoulli": _bernoulli}
+_KEEPS: dict[str, Callable[[Group, Source], Keep]] = {
+    "all": _all,
+    "magnitude": _magnitude,
+    "band": _band,
+    "bernoulli": _bernoulli,
+}
 
 
 def _modules(source: T, start: int, stop: int | None) -> T:
