@@ -2,6 +2,7 @@
 
 import pytest
 from toy_models import save_adapter, save_base
+from toy_vocabularies import save_toys
 
 
 @pytest.fixture
@@ -24,3 +25,8 @@ def big(tmp_path_factory):
     base = save_base(root / "base", shapes=BIG)
     adapters = [save_adapter(root / name, seed, BIG, BIG, whole=False) for seed, name in enumerate("ab")]
     return base, adapters
+
+
+@pytest.fixture
+def toys(tmp_path):
+    return save_toys(tmp_path)

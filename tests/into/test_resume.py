@@ -10,8 +10,10 @@ import time
 
 import pytest
 from toy_models import bytes_of, load_header, save_adapter, weights_of
+from toy_vocabularies import numbered, save_toy, union_folder, write_tokenizer
 
 import merge_engine
+from merge_engine.cli.main import main
 from merge_engine.errors import OutputError
 from merge_engine.into import merge as into_merge
 from merge_engine.into import resume as into_resume
@@ -188,3 +190,43 @@ def test_a_kill_while_files_are_flushed_loses_nothing(base, three, tmp_path, mon
     monkeypatch.undo()
     result = merge_engine.merge_into(base, three, tmp_path / "out", method="linear")
     assert result.resumed == result.merged + result.copied == len(weights_of(base))
+
+
+def test_an_interrupted_union_goes_on_and_no_other_vocabulary_does(toys, monkeypatch):
+    base, models = toys
+    want = bytes_of(union_folder(toys).rename(base.parent / "want"))
+    write, seen = _write, []
+
+    def dying(*arguments):
+        seen.append(1)
+        if len(seen) > 2:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(into_write, "_write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            union_folder(toys)
+    kept = (models[1] / "tokenizer.json").read_text()
+    write_tokenizer(models[1], numbered("to", "be", "or", "<b>", "<c>"))  # the weights are what they were
+    with pytest.raises(OutputError, match=r"with another vocab \(it was union of 5 tokens \w+, now union of 6 tokens"):
+        union_folder(toys)
+    (models[1] / "tokenizer.json").write_text(kept)
+    base_rows = [save_toy(base.parent / str(i), numbered("to", "be", "or"), 4, seed=i) for i in (1, 2, 3)]
+    with pytest.raises(OutputError, match="an unfinished merge is in"):
+        merge_engine.merge_models(base, base_rows, base.parent / "out")
+    assert main(["merge-models", "--base", str(base), *map(str, models), "-o", str(base.parent / "out")]) == 2
+    out = base.parent / "out"
+    assert merge_engine.merge_models(base, models, out, vocab="union").resumed == 2
+    assert bytes_of(out) == want
+
+
+def test_base_and_union_are_not_one_run(tmp_path, monkeypatch):
+    """Models of one vocabulary, of which both could be: the journal tells them apart."""
+    base, tuned = (save_toy(tmp_path / name, numbered("to"), 1, seed=i) for i, name in enumerate(["base", "tuned"]))
+    with monkeypatch.context() as patch:
+        patch.setattr(into_write, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            merge_engine.merge_models(base, [tuned], tmp_path / "out")
+    with pytest.raises(OutputError, match=r"with another vocab \(it was base, now union of 1 tokens"):
+        merge_engine.merge_models(base, [tuned], tmp_path / "out", vocab="union")

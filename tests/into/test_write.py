@@ -12,8 +12,10 @@ from forks import ROOT
 from lora_files import save_factors
 from safetensors.torch import load_file, save_file
 from toy_models import ADAPTED, CONFIG, SHAPES, bytes_of, save_adapter, save_base, weights_of
+from toy_vocabularies import union_folder
 
 import merge_engine
+from merge_engine.cli.main import main
 from merge_engine.formats.checkpoint import open_checkpoint
 from merge_engine.formats.open import open_adapter
 from merge_engine.into.job import make_job
@@ -177,3 +179,18 @@ def test_tensors_of_several_pieces_are_copied_whole(tmp_path, dtype, form):
     got = weights_of(tmp_path / "out")
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(got[key], before[key].to(getattr(torch, dtype) if dtype else torch.float32))
+
+
+def test_several_processes_and_the_command_write_the_same_union(toys, capsys, forks):
+    base, models = toys
+    words = ["merge-models", "--base", base, *models, "--vocab", "union", "--shard-size", "60B"]
+    words = list(map(str, words))
+    assert main([*words, "-o", str(base.parent / "dry"), "--dry-run"]) == 0
+    want = union_folder(toys, shard_size=60)
+    total = sum(file.stat().st_size for file in want.glob("*.safetensors"))
+    assert f"{total / 1e9:.3g} GB" in capsys.readouterr().out and not (base.parent / "dry").exists()
+    done = forks.ranks(2, [*words, "-o", base.parent / "two"])
+    assert done.codes == [0, 0], done.err
+    assert bytes_of(base.parent / "two") == bytes_of(want)
+    assert main(["merge", str(models[0]), "-o", str(base.parent / "no"), "--vocab", "union"]) == 2
+    assert "vocab: is of merges into a full model" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from mergekit_oracle import (
     weights_of,
 )
 from safetensors.torch import save_file
+from toy_vocabularies import save_toys, union_folder
 
 import merge_engine
 from merge_engine.errors import MergeError, RecipeError
@@ -301,3 +302,14 @@ def test_mergekit_itself_gives_the_same(here, tmp_path, monkeypatch, name):
     ours, theirs = weights_of(tmp_path / "ours"), weights_of(tmp_path / "theirs")
     for key, (_, bound) in oracle(asked).items():
         assert ((ours[key] - theirs[key]).abs() <= 2 * bound).all(), key
+
+
+def test_mergekits_recipes_may_ask_for_a_union(tmp_path):
+    base, models = save_toys(tmp_path)
+    weights = [1.0, 0.5, -2.0]
+    entries = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, weights, strict=True)]
+    asked = {"merge_method": "task_arithmetic", "base_model": str(base), "models": entries, "tokenizer_source": "union"}
+    merge_recipe(asked, base.parent / "theirs")
+    out = union_folder((base, models), method="linear", convention="mergekit", weights=weights)
+    ours, theirs = weights_of(out), weights_of(base.parent / "theirs")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

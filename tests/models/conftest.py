@@ -1,6 +1,7 @@
 """A base, and three models tuned from it."""
 
 import pytest
+from toy_vocabularies import save_toys
 from tuned_models import save_model, save_three
 
 
@@ -12,3 +13,8 @@ def base(tmp_path):
 @pytest.fixture
 def three(base):
     return save_three(base)
+
+
+@pytest.fixture
+def toys(tmp_path):
+    return save_toys(tmp_path)
