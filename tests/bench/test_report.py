@@ -9,6 +9,7 @@ import pytest
 
 from bench import report
 from bench.harness import machine
+from bench.harness.processes import Peak
 from bench.harness.workloads import Workload
 from bench.reporting.files import read, read_csv
 from bench.static import rows as static
@@ -52,6 +53,7 @@ def test_a_whole_report(
     assert {path.name for path in tmp_path.glob("*.png")} >= {"elements.png", "adapters.png", "memory.png"}
     assert "| workload | contestant | median |" in capsys.readouterr().out
 
+    monkeypatch.setattr("bench.harness.suite.peak_memory", lambda *arguments: Peak(2.0, 1.0))
     faster = tmp_path / "old.json"
     found = json.loads((tmp_path / "cpu.json").read_text())
     for each in found["rows"]:
