@@ -100,9 +100,9 @@ class _AdapterSources(Sequence[Source]):
 
     def __getitem__(self, index: Any) -> Any:
         module = self.modules[index]
-        task = self.plan.task(module, self.number)
-        merged = self.plan.as_merged(module, self.plan.joined(module))
-        return _source(task, merged.scalings[module.adapters.index(self.number)], self.side)
+        joined, place = self.plan.joined(module), module.adapters.index(self.number)
+        task = self.plan.task(module, self.number) if joined is None else joined.factors[place]
+        return _source(task, self.plan.as_merged(module, joined).scalings[place], self.side)
 
 
 def _onto(base: Tensor, dtype: torch.dtype, *, in_place: bool) -> dict[str, Any]:

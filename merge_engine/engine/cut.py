@@ -1,7 +1,7 @@
 """The cut: from a module's merged task tensors to the factors of the result, and the memory that this takes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -24,6 +24,11 @@ from merge_engine.runtime.finite import finite
 
 MAX_RECOMPRESSIONS = 4  # at a time: each holds a merged delta
 WIDEST_START = 256  # rows that an iteration starts from, unless the rank asked for wants more
+# Of a cut that keeps less than LOW of the energy it is told which rank would keep ENOUGH.
+LOW, ENOUGH = 0.9, 0.99
+# Figures of a module, by their names in the report.
+SCALE, NUMERICAL_RANK, ENOUGH_RANK = "scale", "numerical_rank", "rank_that_keeps_0.99"
+SMALLEST, SMALLEST_ROW = "smallest_singular_value", "smallest_row_singular_value"
 
 
 class Finished(NamedTuple):
@@ -66,40 +71,69 @@ def cut(plan: Plan, backend: Backend, work: Work, known: Decompositions | None =
     Raises RecipeError, naming the module, where numbers leave float32.
     """
     with about(work.module.name):
-        (A, B, energy), figures = _factors(plan, backend, work, known or Decompositions())
+        (A, B, energy), figures, core = _factors(plan, backend, work, known or Decompositions())
+        if core is not None and energy < LOW:
+            figures[ENOUGH_RANK] = _rank_that_keeps(ENOUGH, core())
         norms = work.norms() if plan.recipe.scale == "auto" else ()
         return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures)
 
 
-def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) -> tuple[LowRank, dict[str, float]]:
-    """Stacked, made from a merged core, cut by QR, or cut by subspace iteration; and what there is to report."""
+class _Cut(NamedTuple):
+    """What a module was cut to, and its figures. core: makes the small matrix that has all its singular values, if
+    there is one."""
+
+    factors: LowRank
+    figures: dict[str, float]
+    core: Callable[[], Tensor] | None = None
+
+
+def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) -> _Cut:
+    """Lifted from common spaces, stacked, made from a merged core, cut by QR, or cut by subspace iteration."""
     recipe, module, scalings = plan.recipe, work.module, work.module.scalings
+    space = None if work.joined is None else work.joined.space
+    if space is not None:
+        small = work.merged["delta"].cpu()
+        return _Cut(space.lift(small, module.rank, recipe.energy), {SMALLEST_ROW: space.nearness}, lambda: small)
     As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
     strengths = [w * s for w, s in zip(module.weights, scalings, strict=True)]
     if plan.stacks:
         stacked = torch.cat([A * x for A, x in zip(As, strengths, strict=True)])
-        return LowRank(stacked, torch.cat(Bs, dim=1), 1.0), {}
+        return _Cut(LowRank(stacked, torch.cat(Bs, dim=1), 1.0), {})
     if plan.on_cores:
         stack = known.stack(As, Bs)
         method = CORE_METHODS[recipe.method]
         options = {name: getattr(recipe, name) for name in METHODS[recipe.method].options}
         merged = method(known.cores(stack, scalings), module.weights, **options)
-        figures = {"numerical_rank": float(merged.rank)}
+        figures: dict[str, float] = {NUMERICAL_RANK: merged.rank}
         if merged.smallest is not None:
-            figures["smallest_singular_value"] = merged.smallest
-        return stack.unfold(merged.core, module.rank, recipe.energy, merged.noise), figures
-    space = None if work.joined is None else work.joined.space
-    if space is not None:
-        return space.lift(work.merged["delta"], module.rank, recipe.energy), {}
+            figures[SMALLEST] = merged.smallest
+        factors = stack.unfold(merged.core, module.rank, recipe.energy, merged.noise)
+        return _Cut(factors, figures, lambda: merged.core)
     if "delta" in work.merged:
         start = _start(As, module.rank)
-        return from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {}
+        return _Cut(from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {})
     if plan.by_factors:
-        return known.stack(As, Bs).cut(strengths, module.rank, recipe.energy), {}
+        stack = known.stack(As, Bs)
+        return _Cut(stack.cut(strengths, module.rank, recipe.energy), {}, lambda: _summed(stack, strengths))
     A, B = work.merged["A"], work.merged["B"]
     if recipe.energy is None and module.rank >= len(A):
-        return LowRank(A, B, 1.0), {}
-    return from_products([A], [B], [1.0], module.rank, recipe.energy), {}
+        return _Cut(LowRank(A, B, 1.0), {})
+    return _Cut(from_products([A], [B], [1.0], module.rank, recipe.energy), {})
+
+
+def _summed(stack: Stack, strengths: Sequence[float]) -> Tensor:
+    """The core of sum_i strengths_i B_i A_i."""
+    left, right = stack.triangles
+    columns = torch.tensor(strengths, dtype=torch.float64).repeat_interleave(torch.tensor(stack.ranks))
+    return (left * columns.to(left.device)) @ right.T
+
+
+def _rank_that_keeps(share: float, core: Tensor) -> int:
+    """The smallest rank that keeps this share of the energy of a matrix."""
+    wide = core.double()
+    gram = wide @ wide.T if len(wide) <= wide.shape[1] else wide.T @ wide
+    squares = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0).cumsum(0)
+    return 1 + int((squares < share * squares[-1]).sum())
 
 
 def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
@@ -112,7 +146,7 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
         raise RecipeError(f"{name}: its merge leaves float32; wanted smaller weights")
     scale = scale_of(recipe, result.norms, result.squared_norm / energy if energy > 0 else 0.0)
     if recipe.scale == "auto":
-        result = result._replace(figures={**result.figures, "scale": scale})
+        result = result._replace(figures={**result.figures, SCALE: scale})
     if scale == 1:
         return result
     scaled_B = B * scale

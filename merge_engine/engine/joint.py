@@ -7,9 +7,10 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from merge_engine.errors import about
 from merge_engine.formats.adapter import Adapter
 from merge_engine.lowrank.balance import pico
-from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, lift_knots
+from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, lift_knots, nearness
 from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.cores import Cores, norms_of
 from merge_engine.lowrank.stack import Stack
@@ -19,14 +20,18 @@ _FEW = 4  # modules that are kept where each is read once
 
 
 class Space(NamedTuple):
-    """The common spaces of a module's deltas: what is merged there is lifted back to [M, N]."""
+    """The common spaces of a module's deltas: what is merged there is lifted back to [M, N].
+
+    nearness: the smallest singular value of the adapters' stacked unit rows, see `lowrank.bases.Nearness`.
+    """
 
     kind: str  # "knots" or "core"
     stack: Stack
     cores: Cores
+    nearness: float
 
     def lift(self, merged: Tensor, rank: int, energy: float | None) -> LowRank:
-        """U P, or U P V^T: see `lowrank.bases`."""
+        """U P, or U P V^T, on the CPU: see `lowrank.bases`."""
         return (lift_knots if self.kind == "knots" else lift_core)(self.stack, self.cores, merged, rank, energy)
 
 
@@ -39,6 +44,12 @@ class Joined(NamedTuple):
     factors: list[tuple[Tensor, Tensor]]
     norms: tuple[float, ...]
     space: Space | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[rows, columns] of the task tensors."""
+        A, B = self.factors[0]
+        return len(B), A.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -64,11 +75,18 @@ class Joint:
     ) -> None:
         self.adapters, self.balance, self.space = adapters, balance, space
         self._keep = keep or LastFew(_FEW)
+        self._shapes: dict[str, tuple[int, int]] = {}
 
     def module(self, name: str) -> Joined:
         """One module, from the factors of all adapters that have it."""
-        with threads(1):  # a BLAS gives other last bits on several
-            return self._keep(name, lambda: self._joined(name))
+        with threads(1), about(name):  # a BLAS gives other last bits on several
+            joined = self._keep(name, lambda: self._joined(name))
+        self._shapes[name] = joined.shape
+        return joined
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """[K, N] or [K, K'] of the module's task tensors; what has been joined once is not joined again for it."""
+        return self._shapes[name] if name in self._shapes else self.module(name).shape
 
     def _joined(self, name: str) -> Joined:
         having = [adapter for adapter in self.adapters if name in adapter.modules]
@@ -84,7 +102,8 @@ class Joint:
             return Joined(list(zip(As, Bs, strict=True)), norms, None)
         cores = Cores(stack, scalings)
         projected = knots_factors(cores, As) if self.space == "knots" else core_factors(cores)
-        return Joined(list(zip(projected.As, projected.Bs, strict=True)), norms, Space(self.space, stack, cores))
+        space = Space(self.space, stack, cores, nearness(cores).rows)
+        return Joined(list(zip(projected.As, projected.Bs, strict=True)), norms, space)
 
 
 class LastFew:

@@ -116,13 +116,14 @@ class Plan:
         return [module for module in self.modules if adapter in module.adapters]
 
     def read(self, module: ModulePlan, base: Tensor | None = None) -> list[Any]:
-        """The `Task` of each adapter that has the module, in the dtypes they are stored in; see `task`."""
+        """The `Task` of each adapter that has the module: joined, or in the dtypes they are stored in; see `task`."""
+        joined = self.joined(module)
+        if joined is not None:
+            return list(joined.factors)
         return [self.task(module, number, base) for number in module.adapters]
 
     def task(self, module: ModulePlan, number: int, base: Tensor | None = None) -> Task:
-        """The factors of one adapter, or one full model's difference from `base` [M, N], which is read if not given."""
-        if self.joint is not None:
-            return self.joint.module(module.name).factors[module.adapters.index(number)]
+        """One adapter's own factors, or one full model's difference from `base` [M, N], which is read if not given."""
         source = self.adapters[number]
         return source.difference(module.name, base) if isinstance(source, Finetuned) else source.factors(module.name)
 
@@ -134,9 +135,8 @@ class Plan:
         """The module in the shape in which it is merged: in a space that its adapters share it is smaller."""
         if joined is None or joined.space is None:
             return module
-        A, B = joined.factors[0]
-        ones = (1.0,) * len(module.scalings)
-        return replace(module, rows=len(B), columns=A.shape[1], scalings=ones)
+        rows, columns = joined.shape
+        return replace(module, rows=rows, columns=columns, scalings=(1.0,) * len(module.scalings))
 
     @property
     def view(self) -> Hashable:
@@ -147,9 +147,8 @@ class Plan:
         """How many elements of this adapter a trim over the whole model keeps, from the headers."""
         modules = self.having(adapter)
         density = modules[0].densities[modules[0].adapters.index(adapter)]
-        if self.lifts:
-            small = [self.as_merged(module, self.joined(module)) for module in modules]
-            return self.rule.kept(density, sum(module.rows * module.columns for module in small))
+        if self.joint is not None and self.lifts:
+            return self.rule.kept(density, sum(math.prod(self.joint.shape(module.name)) for module in modules))
         parts = [self.adapters[adapter].modules[module.name] for module in modules]
         if side == "delta":
             numel = sum(part.rows * part.columns for part in parts)

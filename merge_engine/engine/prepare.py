@@ -105,10 +105,13 @@ def load_group(
 ) -> Loaded:
     """Read the modules of a group; bases: their tensors of the base model [M, N], where the merge goes into one."""
     bases = bases or [None] * len(group)
-    factors = [plan.read(module, base) for module, base in zip(group, bases, strict=True)]
+    joined = [plan.joined(module) for module in group]
+    factors = [
+        plan.read(module, base) if own is None else own.factors
+        for module, base, own in zip(group, bases, joined, strict=True)
+    ]
     by_factors = plan.by_factors and (bases[0] is None or plan.on_cores)  # a base is added in the pass over elements
     sides = () if by_factors else plan.sides
-    joined = [plan.joined(module) for module in group]
     modules = [plan.as_merged(module, own) for module, own in zip(group, joined, strict=True)]
     packed = {side: backend.pack(plan, modules, factors, side) for side in sides}
     return Loaded(group, modules, factors, packed, joined)

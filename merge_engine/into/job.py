@@ -97,11 +97,9 @@ def make_job(
     models = [model for model in found if model is not None]
     if recipe.rank != "auto" or recipe.energy is not None:
         raise RecipeError("rank: a merge into a base model is not cut to a rank; wanted neither rank nor energy")
-    if models and (recipe.space != "delta" or METHODS[recipe.method].kind != "elementwise" or recipe.balance):
-        unfit = "cat" if METHODS[recipe.method].kind == "elementwise" and not recipe.balance else f"{recipe.method}"
-        unfit = f"balance={recipe.balance!r}" if recipe.balance else unfit
+    if models:
         what = "is a full model" if models[0] in inputs else "holds its vocabulary whole"
-        raise RecipeError(f"space: {models[0].name} {what} and has no factors; wanted space='delta', not {unfit}")
+        _check_dense(recipe, f"{models[0].name} {what}")
     if METHODS[recipe.method].kind == "stacked":  # stacked factors multiply out to the sum of the deltas
         recipe = replace(recipe, space="delta")
     targets = targets_of_models(base, models, targets_of_adapters(base, adapters))
@@ -130,3 +128,14 @@ def make_job(
         for key, stored in base.tensors.items()
     }
     return IntoJob(base, plan, targets, saved, lay_out(shapes, shard_size), shard_size, union)
+
+
+def _check_dense(recipe: Recipe, who: str) -> None:
+    """Refuse what takes factors, of a merge in which one input has none."""
+    if METHODS[recipe.method].kind != "elementwise":
+        known = ", ".join(name for name, row in METHODS.items() if row.kind == "elementwise")
+        raise RecipeError(f"method: {who} and has no factors; wanted one of {known}, got {recipe.method}")
+    if recipe.space != "delta":
+        raise RecipeError(f"space: {who} and has no factors; wanted delta, got {recipe.space}")
+    if recipe.balance is not None:
+        raise RecipeError(f"balance: {who} and has no factors; wanted none, got {recipe.balance}")

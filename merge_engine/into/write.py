@@ -1,7 +1,7 @@
 """Writes the tensors of a merged model: each is read once, merged in float32, rounded once and put to its place."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +11,19 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.cut import cut, scale_of, scaled
+from merge_engine.engine.cut import MAX_RECOMPRESSIONS, Finished, recompress, scale_of
+from merge_engine.engine.output import warn_of_one_start
 from merge_engine.engine.plan import ModulePlan
-from merge_engine.engine.prepare import Loaded, Preparation, load_group, merge_loaded, names_of, prepare, work_of
+from merge_engine.engine.prepare import (
+    Loaded,
+    Preparation,
+    Work,
+    load_group,
+    merge_loaded,
+    names_of,
+    prepare,
+    work_of,
+)
 from merge_engine.errors import ModelError, about
 from merge_engine.files.journal import Journal
 from merge_engine.files.safetensors_writer import tensor_bytes
@@ -22,9 +32,14 @@ from merge_engine.into.job import IntoJob
 from merge_engine.into.resume import finished_keys
 from merge_engine.lowrank.products import squared_norm
 from merge_engine.models.finetuned import Finetuned, read_finite
+from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.finite import finite
 from merge_engine.runtime.processes import Ranks
-from merge_engine.runtime.threads import ahead
+from merge_engine.runtime.threads import ahead, threads
+
+Figures = dict[str, Mapping[str, float]]  # by module, see `engine.cut.Finished`
+Load = tuple[list[Tensor], Loaded]  # the base tensors of a group as [M, N], and its tasks
+MergedTensors = Iterator[tuple[ModulePlan, Tensor]]
 
 
 class Item(NamedTuple):
@@ -50,64 +65,107 @@ def write_tensors(job: IntoJob, folder: Path, backend: Backend, ranks: Ranks, pr
             shown = None if progress is None and ranks.rank == 0 else not progress or ranks.rank > 0
             with tqdm(total=work_of(plan), unit="element", unit_scale=True, disable=shown) as bar:
                 ready = prepare(plan, backend, bar.update)
-                items = _items(replace(job, plan=plan), keys, done, backend, ready)
+                figures: Figures = {}
+                items = _items(replace(job, plan=plan), keys, done, backend, ready, figures)
                 for cost in ahead(lambda item: _write(job, files, journal, item), items):
                     bar.update(cost)
+                if ranks.rank == 0:
+                    warn_of_one_start(plan, figures, f"merge into {job.base.name}")
     finally:
         files.close()
     return len(done)
 
 
-def _items(job: IntoJob, keys: Sequence[str], done: set[str], backend: Backend, ready: Preparation) -> Iterator[Item]:
-    """Everything that is to be written: merged modules, and between them what is copied, as the base has them."""
+def _items(
+    job: IntoJob, keys: Sequence[str], done: set[str], backend: Backend, ready: Preparation, figures: Figures
+) -> Iterator[Item]:
+    """Everything that is to be written: merged modules, and between them what is copied, as the base has them.
+
+    figures: takes those of the modules that are cut.
+    """
     groups = [
         group
         for group in backend.groups(job.plan)
         if not all(done.issuperset(job.keys_of(module.name)) for module in group)
     ]
     copies = [key for key in keys if key not in job.module_of and key not in done]
+    count = sum(map(len, groups))
     loads = ahead(lambda group: _load(job, backend, group), groups)
-    for number, (group, bases, loaded) in enumerate(loads, 1):
-        with about(names_of(group)):
-            merged = _merge(job, backend, bases, loaded, ready)
-        for module, tensor in zip(group, merged, strict=True):
-            yield Item(job.keys_of(module.name), job.targets[module.name].tensor(tensor.cpu()), module.cost)
-        yield from (Item([key], None, 0) for key in copies[number - 1 :: len(groups)])
+    by_factors = _by_factors(job)
+    merged = _factors_onto(job, backend, loads, ready, figures) if by_factors else _onto(job, backend, loads, ready)
+    for number, (module, tensor) in enumerate(merged):
+        yield Item(job.keys_of(module.name), job.targets[module.name].tensor(tensor.cpu()), module.cost)
+        yield from (Item([key], None, 0) for key in copies[number::count])
     if not groups:
         yield from (Item([key], None, 0) for key in copies)
 
 
-def _load(
-    job: IntoJob, backend: Backend, group: Sequence[ModulePlan]
-) -> tuple[Sequence[ModulePlan], list[Tensor], Loaded]:
-    """A group with its base tensors as [M, N], and its tasks."""
+def _load(job: IntoJob, backend: Backend, group: Sequence[ModulePlan]) -> Load:
     mixed = any(isinstance(source, Finetuned) for source in job.plan.adapters)
     bases = []
     for module in group:
         target = job.targets[module.name]
         stored = target.stored
         bases.append(target.matrix(read_finite(stored, job.base.name) if mixed else stored.read()))
-    return group, bases, load_group(job.plan, backend, group, bases)
+    return bases, load_group(job.plan, backend, group, bases)
 
 
-def _merge(job: IntoJob, backend: Backend, bases: Sequence[Tensor], loaded: Loaded, ready: Preparation) -> list[Tensor]:
-    """base + merged of every module of a group, in the output's dtype, or float32 where its modules differ in that."""
-    plan, recipe = job.plan, job.plan.recipe
-    dtypes = {job.layout.slots[job.targets[module.name].stored.key].dtype for module in loaded.group}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32  # rounded by the writer then
-    if recipe.space != "factors" and not (plan.on_cores or plan.lifts) and recipe.scale != "auto":
-        group = ready.group(plan, loaded.modules, "delta", loaded.packed["delta"])
-        return backend.merge(group, scale=recipe.scale, base=bases, dtype=dtype)  # in one pass
-    merged = []
-    for work, base in zip(merge_loaded(plan, backend, loaded, ready), bases, strict=True):
-        if "delta" in work.merged and not plan.lifts:
-            delta = work.merged["delta"]
-            scale = scale_of(recipe, work.norms(), squared_norm(delta))
-            merged.append(delta.mul_(scale).add_(base.to(delta.device)).to(dtype))
-        else:
-            A, B, _ = scaled(cut(plan, backend, work), recipe, work.module.name).factors
-            merged.append(backend.add_product(A.to(backend.device), B.to(backend.device), base, dtype))
-    return merged
+def _by_factors(job: IntoJob) -> bool:
+    """Whether what is merged is made as factors, and not as matrices of the base's shape."""
+    plan = job.plan
+    return plan.on_cores or plan.lifts or plan.recipe.space == "factors"
+
+
+def _onto(job: IntoJob, backend: Backend, loads: Iterable[Load], ready: Preparation) -> MergedTensors:
+    """base + scale * merged of every module, where what is merged is as large as the base."""
+    plan, scale = job.plan, job.plan.recipe.scale
+    for bases, loaded in loads:
+        dtype = _dtype(job, loaded.group)
+        with about(names_of(loaded.group)):
+            if scale == "auto":
+                works = merge_loaded(plan, backend, loaded, ready)
+                tensors = [
+                    _scaled_onto(work, base, dtype, plan.recipe) for work, base in zip(works, bases, strict=True)
+                ]
+            else:  # in one pass
+                group = ready.group(plan, loaded.modules, "delta", loaded.packed["delta"])
+                tensors = backend.merge(group, scale=scale, base=bases, dtype=dtype)
+        yield from zip(loaded.group, tensors, strict=True)
+
+
+def _scaled_onto(work: Work, base: Tensor, dtype: torch.dtype, recipe: Recipe) -> Tensor:
+    """base + scale * merged, where the scale follows from what is merged."""
+    delta = work.merged["delta"]
+    with threads(1):  # sums on several have other last bits
+        scale = scale_of(recipe, work.norms(), squared_norm(delta))
+    return delta.mul_(scale).add_(base.to(delta.device)).to(dtype)
+
+
+def _factors_onto(
+    job: IntoJob, backend: Backend, loads: Iterable[Load], ready: Preparation, figures: Figures
+) -> MergedTensors:
+    """base + B A of every module; modules are cut in the background, on one thread each, as `engine.merge` does."""
+
+    def works() -> Iterator[tuple[Tensor, Work]]:
+        for bases, loaded in loads:
+            with about(names_of(loaded.group)):
+                merged = merge_loaded(job.plan, backend, loaded, ready)
+            yield from zip(bases, merged, strict=True)
+
+    def finished(each: tuple[Tensor, Work]) -> tuple[Tensor, ModulePlan, Finished]:
+        return each[0], *recompress(job.plan, backend, each[1])
+
+    workers = min(torch.get_num_threads(), MAX_RECOMPRESSIONS)
+    for base, module, result in ahead(finished, works(), workers):
+        figures[module.name] = result.figures
+        A, B = (factor.to(backend.device) for factor in result.factors[:2])
+        yield module, backend.add_product(A, B, base, _dtype(job, [module]))
+
+
+def _dtype(job: IntoJob, group: Sequence[ModulePlan]) -> torch.dtype:
+    """That of the output, or float32 where the modules differ in it: the writer rounds then."""
+    dtypes = {job.layout.slots[job.targets[module.name].stored.key].dtype for module in group}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int:
@@ -165,7 +223,7 @@ def estimate(job: IntoJob, backend: Backend) -> float:
         ready = Preparation({side: {} for side in one.sides}, dict.fromkeys(one.sides, 1))
         for _ in range(2):  # the first time also loads what computes
             start = time.perf_counter()
-            for _ in _items(sample, [], set(), backend, ready):
+            for _ in _items(sample, [], set(), backend, ready, {}):
                 pass
         seconds += (time.perf_counter() - start) * work_of(job.plan) / work_of(sample.plan)
     return seconds

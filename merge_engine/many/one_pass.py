@@ -232,7 +232,9 @@ def _way(plan: Plan) -> Hashable:
 
 def _result_key(member: Member) -> Hashable:
     _, plan, module, ready = member
-    return "result", _adapters(member), module, _way(plan), tuple(ready.tied.values())
+    # Thresholds of the whole model, where task tensors of other modules depend on all of their adapters.
+    others = plan.adapters if plan.spans_model and plan.joint is not None else ()
+    return "result", _adapters(member), module, _way(plan), tuple(ready.tied.values()), others
 
 
 def _result_bytes(result: LowRank) -> int:

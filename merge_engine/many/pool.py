@@ -97,17 +97,13 @@ class Pool:
 
     def known_keeps(self, plan: Plan, module: ModulePlan, side: str) -> list[Known]:
         """For each adapter that has the module, what earlier merges found that its task tensor keeps."""
+        having = tuple(plan.adapters[number] for number in module.adapters)
         found: list[Known] = []
-        for number in module.adapters:
-            key = ("keeps", self._seen(plan, module, number), module.name, side)
-            found.append(self.cache.get(key, dict, lambda _: 1024))
+        for place, adapter in enumerate(having):
+            # What a task tensor depends on: its adapter, or all that have the module, in their order.
+            seen: Hashable = adapter if plan.joint is None else (place, having, plan.view)
+            found.append(self.cache.get(("keeps", seen, module.name, side), dict, lambda _: 1024))
         return found
-
-    def _seen(self, plan: Plan, module: ModulePlan, number: int) -> Hashable:
-        """What a task tensor of an adapter depends on: that adapter, or all that have the module and their view."""
-        if plan.joint is None:
-            return plan.adapters[number]
-        return number, tuple(plan.adapters[each] for each in module.adapters), plan.view
 
     def decompositions(self, plan: Plan, module: ModulePlan) -> Decompositions:
         """What a cut of the module needs of its factors, kept."""
