@@ -13,6 +13,9 @@ from unittest import mock
 
 import hypothesis
 import pytest
+
+# Threads of torch that wait for each other sleep: they would take the cores from the tests of other workers.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 # A shell runs background jobs with Ctrl-C ignored, and every process that a test starts would inherit that.

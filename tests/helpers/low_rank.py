@@ -3,8 +3,11 @@
 U and V are never compared, only products, errors and energies.
 """
 
+import functools
+
 import torch
 from torch import Tensor
+from xxhash import xxh3_128_digest
 
 from merge_engine.lowrank.core import LowRank
 
@@ -41,6 +44,7 @@ def with_spectrum(m: int, n: int, spectrum: Tensor, seed: int = 0) -> Tensor:
     return ((u * spectrum.double()) @ v.T).float()
 
 
+@functools.cache
 def ties_delta(m: int, n: int, seed: int = 0, density: float = 0.2) -> tuple[Tensor, Tensor]:
     """Three deltas of rank 16 with half their factors shared, trimmed, elected and averaged; and their stacked A."""
     g = generator(seed)
@@ -83,8 +87,16 @@ def summands(As, Bs, weights) -> float:
     return sum(abs(w) * float(A.norm() * B.norm()) for A, B, w in zip(As, Bs, weights, strict=True))
 
 
+_squares: dict[tuple[torch.Size, bytes], Tensor] = {}
+
+
 def squares_of(matrix: Tensor) -> Tensor:
-    return torch.linalg.svdvals(matrix.double()).square()
+    """The squared singular values in float64; found once, however many tests ask for those of the same matrix."""
+    wide = matrix.double().contiguous()
+    key = (wide.shape, xxh3_128_digest(wide.numpy()))
+    if key not in _squares:
+        _squares[key] = torch.linalg.svdvals(wide).square()
+    return _squares[key]
 
 
 def least_error(squares: Tensor, k: int) -> float:

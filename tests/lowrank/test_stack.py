@@ -26,7 +26,7 @@ from low_rank import (
 from merge_engine.lowrank.stack import Stack, from_products
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     m=st.integers(1, 40),
@@ -161,7 +161,7 @@ def test_products_refused(As, Bs, weights, message):
         from_products(As, Bs, weights, 2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     m=st.integers(1, 60),
@@ -196,7 +196,7 @@ def test_stacks_of_any_condition_are_cut_as_by_a_dense_svd(
         check_energy(result, exact, 2 * ROUNDING + 1e-8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     ranks=st.sampled_from([[16, 16, 16, 16], [40], [7, 30, 5]]),
