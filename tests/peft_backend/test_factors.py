@@ -19,7 +19,7 @@ from merge_engine.peft_backend.layers import _parts
 from merge_engine.peft_backend.torch_masks import draw_factor_masks
 
 FACTOR_TYPES = ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
-CALM = settings(deadline=None, derandomize=True, max_examples=120)
+CALM = settings(deadline=None, derandomize=True, max_examples=80)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The density:UserWarning"),
     # of PEFT: rank and alpha patterns of layers that this adapter does not target
