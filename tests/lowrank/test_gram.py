@@ -89,6 +89,19 @@ def test_opposite_adapters():
     assert karcher(gram, [0.5, -0.5]) == pytest.approx([0.375, -0.75], abs=1e-14)
 
 
+def test_a_point_opposite_to_the_mean_pulls_nowhere():
+    """Points of a plane: at 0, at pi, and at two angles whose sines cancel and which themselves do not."""
+    high, low = 2.5, -0.4
+    weights = [0.6, 0.05, 0.3 * math.sin(-low), 0.3 * math.sin(high)]
+    angles = [0.0, math.pi, high, low]
+    points = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles], dtype=torch.float64)
+    mean = torch.tensor(karcher(points @ points.T, weights), dtype=torch.float64) @ points
+    # After the first step the point at pi is seen from one side, and pulls: the angles of all others settle it.
+    steps = textbook.karcher(list(points[:, None]), weights)
+    assert float((mean - steps[0]).norm()) <= 1e-12
+    assert abs(math.atan2(float(mean[1]), float(mean[0]))) > 0.05
+
+
 def test_inner_products_of_any_ranks_and_signs():
     given = drawn(4, 9, 7, [0, 3, 1], scalings=[1.0, -2.0, 0.5])
     found = gram_of(given.As, given.Bs, given.scalings)

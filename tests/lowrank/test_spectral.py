@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from small_adapters import Adapters, adapters, drawn, generator, orthonormal
 
 from merge_engine.lowrank.cores import TOLERANCE, Cores
-from merge_engine.lowrank.spectral import CORE_METHODS, Merged
+from merge_engine.lowrank.spectral import CORE_METHODS, MergedCore
 from merge_engine.lowrank.stack import Stack
 
 U32 = 2.0**-24
 METHODS = sorted(CORE_METHODS)
 
 
-def on_cores(method: str, given: Adapters, **options) -> tuple[Stack, Merged]:
+def on_cores(method: str, given: Adapters, **options) -> tuple[Stack, MergedCore]:
     stack = Stack(given.As, given.Bs)
     return stack, CORE_METHODS[method](Cores(stack, given.scalings), given.weights, **options)
 
