@@ -1,0 +1,348 @@
+"""Folders that appear whole or not at all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from merge_engine.errors import OutputError
+from merge_engine.files.folder import place_folder
+from merge_engine.files.safetensors_writer import SafetensorsWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_model(folder: Path, text: str = "new") -> None:
+    (folder / "config.json").write_text(text)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "weights").write_text(text * 1000)
+
+
+def is_model(folder: Path, text: str = "new") -> bool:
+    return (folder / "config.json").read_text() == text and (folder / "sub" / "weights").read_text() == text * 1000
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path):
+    target = tmp_path / "out"
+    with place_folder(target) as folder:
+        assert folder == tmp_path / ".out.partial"
+        write_model(folder)
+        assert not target.exists()
+    assert is_model(target)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_after_an_error(tmp_path, error):
+    with pytest.raises(error), place_folder(tmp_path / "out") as folder:
+        write_model(folder)
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+def test_missing_parents_are_made_and_removed_again(tmp_path):
+    with pytest.raises(RuntimeError), place_folder(tmp_path / "a" / "b" / "out") as folder:
+        write_model(folder)
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with place_folder(tmp_path / "a" / "b" / "out") as folder:
+        write_model(folder)
+    assert is_model(tmp_path / "a" / "b" / "out")
+
+
+def test_a_parent_that_others_use_by_now_stays(tmp_path):
+    with pytest.raises(RuntimeError), place_folder(tmp_path / "a" / "out"):
+        (tmp_path / "a" / "theirs").touch()
+        raise RuntimeError
+    assert os.listdir(tmp_path / "a") == ["theirs"]
+
+
+def test_an_existing_target_is_refused_at_once(tmp_path):
+    write_model(tmp_path, "old")
+    with pytest.raises(OutputError, match=r"already exists; pass overwrite to replace it"), place_folder(tmp_path):
+        pytest.fail("the block ran")
+    assert is_model(tmp_path, "old")
+    assert not tmp_path.with_name(f".{tmp_path.name}.partial").exists()
+
+
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
+    with pytest.raises(OutputError, match="already exists"), place_folder(tmp_path / "out") as folder:
+        write_model(folder)
+        (tmp_path / "out").mkdir()
+        write_model(tmp_path / "out", "theirs")
+    assert is_model(tmp_path / "out", "theirs")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwrite_replaces_a_model_only_on_success(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    write_model(target, "old")
+    (target / "stale").touch()
+    with pytest.raises(RuntimeError), place_folder(target, overwrite=True) as folder:
+        write_model(folder)
+        raise RuntimeError
+    assert is_model(target, "old")
+    with place_folder(target, overwrite=True) as folder:
+        write_model(folder)
+        assert is_model(target, "old")
+    assert is_model(target)
+    assert not (target / "stale").exists()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_overwrite_takes_an_empty_folder_but_no_other(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with place_folder(tmp_path / "empty", overwrite=True) as folder:
+        write_model(folder)
+    assert is_model(tmp_path / "empty")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(OutputError, match="holds no model"), place_folder(tmp_path / "home", overwrite=True):
+        pytest.fail("the block ran")
+    assert os.listdir(tmp_path / "home") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_never_replaced(tmp_path, overwrite):
+    (tmp_path / "out").write_text("keep")
+    with pytest.raises(OutputError, match="out is a file"), place_folder(tmp_path / "out", overwrite):
+        pytest.fail("the block ran")
+    with pytest.raises(OutputError, match="Not a directory"), place_folder(tmp_path / "out" / "deeper", overwrite):
+        pytest.fail("the block ran")
+    assert (tmp_path / "out").read_text() == "keep"
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"out needs 1000000000\.00 GB of disk, \d+\.\d\d GB is free"),
+        place_folder(tmp_path / "a" / "out", required_bytes=10**18),
+    ):
+        pytest.fail("the block ran")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_while_writing_leaves_nothing(tmp_path):
+    with pytest.raises(OutputError, match="No space left"), place_folder(tmp_path / "out") as folder:
+        (folder / "x.safetensors").symlink_to("/dev/full")
+        with SafetensorsWriter(folder / "x.safetensors", ["a"]) as writer:
+            writer.add("a", torch.ones(1_000_000))
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_permission_is_one_clear_error():
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o555)
+        if root := os.geteuid() == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            with (
+                pytest.raises(OutputError, match=r"out cannot be written: Permission denied"),
+                place_folder(Path(name, "out")),
+            ):
+                pytest.fail("the block ran")
+        finally:
+            if root:
+                os.seteuid(0)
+        assert os.listdir(name) == []
+
+
+def test_a_link_means_the_place_it_leads_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "model")
+    for overwrite in (False, True):
+        with place_folder(tmp_path / "out", overwrite) as folder:
+            write_model(folder)
+        assert is_model(tmp_path / "disk" / "model")
+    assert os.listdir(tmp_path / "disk") == ["model"]
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_a_read_only_file_system_is_one_clear_error(monkeypatch):
+    with pytest.raises(OutputError, match=r"/proc/out cannot be written: "), place_folder(Path("/proc/out")):
+        pytest.fail("the block ran")
+
+
+def test_two_writers_of_one_target(tmp_path):
+    with place_folder(tmp_path / "out") as folder:
+        write_model(folder)
+        with pytest.raises(OutputError, match="is being written by another process"), place_folder(tmp_path / "out"):
+            pytest.fail("the block ran")
+        assert is_model(folder)
+    assert is_model(tmp_path / "out")
+
+
+def test_the_next_writer_of_a_name_is_left_alone_by_the_one_before(tmp_path, monkeypatch):
+    """The first writer fails after its rename; the working folder of that name then is someone else's."""
+    target, real_fsync = tmp_path / "out", os.fsync
+
+    def fail_after_rename(descriptor: int) -> None:
+        if target.exists():
+            (tmp_path / ".out.partial").mkdir()
+            raise OSError(5, "Input/output error")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_after_rename)
+    with pytest.raises(OutputError, match="Input/output error"), place_folder(target) as folder:
+        write_model(folder)
+    assert (tmp_path / ".out.partial").exists()
+
+
+def test_leftovers_of_a_killed_process_are_wiped(tmp_path):
+    (tmp_path / ".out.partial" / "sub").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "stale").touch()
+    with place_folder(tmp_path / "out") as folder:
+        assert os.listdir(folder) == []
+        write_model(folder)
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "sub"]
+
+
+def test_a_replacement_killed_half_way_is_undone(tmp_path):
+    (tmp_path / ".out.replaced").mkdir()
+    write_model(tmp_path / ".out.replaced", "old")
+    with pytest.raises(OutputError, match="already exists"), place_folder(tmp_path / "out"):
+        pytest.fail("the block ran")
+    assert is_model(tmp_path / "out", "old")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# A process that forks one child for each step of a placement and has it killed at that step. Written here rather than
+# forked from the test runner, which has threads.
+KILLER = """
+    import json, os, random, signal, sys, time
+    from pathlib import Path
+    from merge_engine.files.folder import place_folder
+
+    folder, overwrite, delays = Path(sys.argv[1]), sys.argv[2] == "overwrite", int(sys.argv[3])
+    target = folder / "out"
+
+    def write(path, text):
+        (path / "config.json").write_text(text)
+        for i in range(4):
+            (path / f"weights{i}").write_text(text * 100000)
+
+    def state():
+        if not target.exists():
+            return "none"
+        texts = {(target / "config.json").read_text()} | {(target / f"weights{i}").read_text()[:3] for i in range(4)}
+        sizes = {(target / f"weights{i}").stat().st_size for i in range(4)}
+        return texts.pop() if len(texts) == 1 and sizes == {300000} else f"broken {texts} {sizes}"
+
+    def run(text, kill_at=None):
+        steps = 0
+        def step(*_):
+            nonlocal steps
+            steps += 1
+            if steps == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        fsync = os.fsync
+        def counted(descriptor):
+            step()
+            fsync(descriptor)
+        os.fsync = counted
+        # The audit events cover every open, mkdir, rename, remove and rmdir.
+        sys.addaudithook(lambda event, args: step() if event.startswith(("os.", "open", "shutil.")) else None)
+        with place_folder(target, overwrite) as working:
+            write(working, text)
+
+    def reset():
+        if overwrite:
+            pid = os.fork()
+            if not pid:
+                run("old")
+                os._exit(0)
+            os.waitpid(pid, 0)
+        else:
+            import shutil
+            shutil.rmtree(target, ignore_errors=True)
+
+    reset()
+    seen, at = [], 0
+    while True:
+        at += 1
+        pid = os.fork()
+        if not pid:
+            run("new", None if delays else at)
+            os._exit(0)
+        if delays:
+            time.sleep(random.Random(at).uniform(0, 0.02))
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        seen.append(state())
+        if (at == delays) if delays else os.WIFEXITED(status):
+            break
+        reset()
+    json.dump([seen, sorted(os.listdir(folder))], sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("delays", [0, 12], ids=["at every step", "at random times"])
+def test_a_kill_leaves_no_target_or_a_whole_one(tmp_path, overwrite, delays):
+    arguments = [str(tmp_path), "overwrite" if overwrite else "new", str(delays)]
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    seen, left = json.loads(done.stdout)
+    assert set(seen) <= ({"none", "old", "new"} if overwrite else {"none", "new"})
+    if not delays:
+        assert len(seen) > 15
+        assert set(seen) == ({"none", "old", "new"} if overwrite else {"none", "new"})
+        assert seen[-1] == "new"
+        assert left == ["out"]  # the last run, not killed, cleaned up after all those before
+
+
+WRITER = """
+import sys
+import time
+from pathlib import Path
+from merge_engine.files.folder import place_folder
+
+with place_folder(Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_writer_does_not_block_the_next(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path / "out")], stdout=subprocess.PIPE, cwd=ROOT)
+    assert child.stdout is not None and child.stdout.readline() == b"in\n"
+    with pytest.raises(OutputError, match="another process"), place_folder(tmp_path / "out"):
+        pytest.fail("the block ran")
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    with place_folder(tmp_path / "out") as folder:
+        write_model(folder)
+    assert is_model(tmp_path / "out")
+
+
+def test_what_is_merged_is_never_replaced(tmp_path):
+    """A trainer's folder has checkpoints in it: as an output it would take them along."""
+    run = tmp_path / "run"
+    inputs = [run / "checkpoint-1", run / "checkpoint-2"]
+    for folder in (run, *inputs):
+        folder.mkdir()
+        write_model(folder, "old")
+    (tmp_path / "link").symlink_to(inputs[0])
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "config.json").symlink_to(inputs[1] / "config.json")
+    targets = (run, inputs[0], tmp_path / "link", inputs[1] / ".." / "checkpoint-2")
+    for target, sources in [(target, inputs) for target in targets] + [(run, [tmp_path / "linked"])]:
+        with (
+            pytest.raises(OutputError, match=r"run\S* holds \S+, which is merged; wanted another folder"),
+            place_folder(target, overwrite=True, inputs=sources),
+        ):
+            raise AssertionError("not reached")
+    assert all(is_model(folder, "old") for folder in (run, *inputs))
+    with place_folder(inputs[0] / "merged", inputs=inputs) as folder:
+        write_model(folder)
+    with place_folder(inputs[0] / "merged", overwrite=True, inputs=inputs) as folder:
+        write_model(folder, "newer")
+    assert is_model(inputs[0] / "merged", "newer")

@@ -1,0 +1,42 @@
+"""Shards of a model, written in any order."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from merge_engine.files.safetensors_writer import tensor_bytes
+from merge_engine.files.shards import ShardFiles, lay_out
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float16]
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=12),
+    st.integers(1, 300),
+    st.randoms(use_true_random=False),
+)
+def test_shards_written_in_any_order_are_read_by_safetensors(tmp_path_factory, specs, shard_size, chance):
+    folder = tmp_path_factory.mktemp("shards")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(specs)
+    }
+    layout = lay_out({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}, shard_size)
+    files = ShardFiles(folder, layout)
+    files.create()
+    order = list(tensors)
+    chance.shuffle(order)
+    for key in order:
+        data, cut = tensor_bytes(tensors[key]), chance.randint(0, tensors[key].numel() * tensors[key].itemsize)
+        files.write(layout.slots[key], cut, data[cut:])
+        files.write(layout.slots[key], 0, data[:cut])
+    files.close()
+    found = {}
+    for name in layout.headers:
+        shard = load_file(folder / name)
+        assert len(shard) == 1 or sum(t.numel() * t.itemsize for t in shard.values()) <= shard_size
+        assert (folder / name).stat().st_size == layout.sizes[name]
+        found |= shard
+    assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
