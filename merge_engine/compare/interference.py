@@ -22,6 +22,7 @@ from merge_engine.engine.plan import Factors, ModulePlan, Plan, make_plan
 from merge_engine.errors import RecipeError
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
+from merge_engine.lowrank.core import rounding
 from merge_engine.rules.recipe import DEFAULT_DENSITY, Density, Recipe
 from merge_engine.runtime.threads import ahead
 
@@ -119,7 +120,7 @@ def _spectrum(A: Tensor, B: Tensor, scaling: float) -> _Spectrum:
     (q_left, left), (q_right, right) = torch.linalg.qr(B), torch.linalg.qr(A)
     u, values, vh = torch.linalg.svd(left @ right.T, full_matrices=False)
     size = float(torch.linalg.vector_norm(B, dim=0) @ torch.linalg.vector_norm(A, dim=0))
-    noise = 2 * max(A.shape[1], 8) * torch.finfo(A.dtype).eps * size  # as in `lowrank`
+    noise = rounding(A.shape[1]) * size
     return _Spectrum(q_left @ u, torch.where(values > noise, values, 0.0), q_right @ vh.T)
 
 

@@ -163,7 +163,7 @@ def _writer(plan: Plan, folder: Path) -> AdapterWriter:
 
 def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, output: Output) -> None:
     recipe = plan.recipe.as_dict()
-    recipe["weights"] = list(plan.recipe.weights_for([adapter.name for adapter in plan.adapters]))
+    recipe["weights"] = list(plan.weights)
     modules = {
         module.name: {
             "energy": output.energy[module.name],

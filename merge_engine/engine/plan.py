@@ -16,6 +16,7 @@ from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.adapter import Adapter, shared_extras
 from merge_engine.lowrank.core import product_norm
 from merge_engine.models.finetuned import Difference, Finetuned
+from merge_engine.rules.factor_weights import factor_weights
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES, Recipe
 from merge_engine.rules.rule import Rule
@@ -47,9 +48,7 @@ class ModulePlan:
         """What each task tensor of a side counts: w for a delta; for factors sqrt(|w s|) each, with the sign on A."""
         if side == "delta":
             return list(self.weights)
-        strengths = [weight * scaling for weight, scaling in zip(self.weights, self.scalings, strict=True)]
-        roots = [math.sqrt(abs(strength)) for strength in strengths]
-        return roots if side == "B" else [math.copysign(root, x) for root, x in zip(roots, strengths, strict=True)]
+        return factor_weights([w * s for w, s in zip(self.weights, self.scalings, strict=True)], side)
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,11 @@ class Plan:
     joint: Joint | None = None
     ranks: Ranks = ALONE
     share: frozenset[str] | None = None
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One weight for each adapter, in the whole model: those of the recipe, or 1 each."""
+        return self.recipe.weights_for([source.name for source in self.adapters])
 
     @property
     def mine(self) -> tuple[ModulePlan, ...]:

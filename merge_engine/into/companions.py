@@ -32,7 +32,7 @@ def write_companions(
             else:
                 shutil.copyfile(file, folder / name)
     recipe = plan.recipe.as_dict()
-    recipe["weights"] = list(plan.recipe.weights_for([source.name for source in plan.adapters]))
+    recipe["weights"] = list(plan.weights)
     recipe["vocab"] = "base" if union is None else "union"
     report: dict[str, Any] = {
         "base": base.source,

@@ -54,10 +54,8 @@ def finished_keys(job: IntoJob, files: ShardFiles, folder: Path) -> set[str]:
 
 def _identity(job: IntoJob, backend: Backend) -> dict[str, Any]:
     """What decides every byte of the output: recipe, layout, inputs (by size, time of change and header), versions."""
-    recipe = job.plan.recipe
-    weights = recipe.weights_for([source.name for source in job.plan.adapters])
     return {
-        "recipe": {**recipe.as_dict(), "weights": list(weights)},
+        "recipe": {**job.plan.recipe.as_dict(), "weights": list(job.plan.weights)},
         "shard_size": job.shard_size,
         "vocab": "base" if job.union is None else f"union of {len(job.union.tokens)} tokens {job.union.digest[:16]}",
         "backend": backend.identity,

@@ -8,7 +8,6 @@ trim keeps: here those of lowest flat index.
 Layers of one shape are merged together; on a CPU, as many at a time as stay in a core's cache.
 """
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -22,8 +21,10 @@ from torch import Tensor
 from merge_engine.cpu.mask import keep_mask
 from merge_engine.errors import AdapterError
 from merge_engine.peft_backend.layers import Layer, LayerFactors, check_finite
+from merge_engine.rules.factor_weights import factor_weights
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import Rule
+from merge_engine.runtime.finite import finite
 from merge_engine.runtime.threads import ahead, threads
 
 SIDES = ("A", "B")
@@ -88,9 +89,8 @@ def stack_factors(layers: Sequence[Layer], weights: Sequence[float], rank: int) 
 
 
 def strengths(layer: Layer, weights: Sequence[float], side: str) -> tuple[float, ...]:
-    """sqrt(|weight scaling|) of each adapter, with the sign on A."""
-    products = [weights[part.number] * part.scaling for part in layer.parts]
-    return tuple(-math.sqrt(-x) if side == "A" and x < 0 else math.sqrt(abs(x)) for x in products)
+    """What the adapters of a layer count on one side."""
+    return tuple(factor_weights([weights[part.number] * part.scaling for part in layer.parts], side))
 
 
 def philox_mask(density: float, seed: int) -> Mask:
@@ -139,7 +139,7 @@ def _merge(batch: Batch, rule: Rule, density: float, rank: int, mask: Mask) -> l
     else:
         tensors = list(_combined(batch, rule, density, mask).to(dtype).unbind())
     for tensor in tensors:
-        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        if not finite(tensor):
             _blame(batch, dtype)
     missing = rank - layers[0].parts[0].A.shape[0]
     if missing and any(layer.grouped for layer in layers):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from merge_engine.errors import AdapterError
 from merge_engine.formats.adapter import Adapter, Module
 from merge_engine.formats.peft_config import KEPT
+from merge_engine.runtime.finite import what_is_wrong
 
 LayerFactors = tuple[Tensor, Tensor]
 # What a layer notes of each adapter, and what it notes of a merged one; r and alpha are filled in.
@@ -141,9 +142,9 @@ def remove(layer: Layer, name: str) -> None:
 
 
 def check_finite(tensor: Tensor, subject: str) -> None:
-    """Raises AdapterError where a value is NaN or Inf: a finite sum says at a glance that none is."""
-    if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
-        raise AdapterError(f"{subject} holds {'NaN' if bool(tensor.isnan().any()) else 'Inf'}")
+    """Raises AdapterError where a value is NaN or Inf."""
+    if wrong := what_is_wrong(tensor):
+        raise AdapterError(f"{subject} holds {wrong}")
 
 
 def _parts(name: str, module: Any, adapters: Sequence[str]) -> list[Part]:

@@ -1,12 +1,11 @@
 """The plot of a sweep: the score along the axis that says most, one line for every combination of the others."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from merge_engine.errors import writing
+from merge_engine.files.text import replaced
 from merge_engine.report.charts import COLOURS, MARKERS, NAMED
 from merge_engine.sweep.table import BEST, Row, SweepResult
 from merge_engine.sweep.trials import number_of, text_of
@@ -36,10 +35,8 @@ def draw(outcome: SweepResult, path: Path) -> None:
         _draw_bars(plot, scored, outcome)
     else:
         _draw_lines(plot, scored, outcome, axis)
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
+    with replaced(path) as partial:
         figure.savefig(partial, format="png")
-        os.replace(partial, path)
 
 
 def best_axis(rows: Sequence[Row], axes: Sequence[str]) -> str | None:

@@ -4,13 +4,13 @@ import csv
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import OutputError, writing
+from merge_engine.errors import OutputError
+from merge_engine.files.text import replaced
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.peft import WEIGHTS_FILE
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
@@ -135,16 +135,10 @@ class Table:
             if folder not in names and (self.path.parent / folder).is_dir()
         ]
         told = dict.fromkeys(name for cells in [*mine, *others] for name in cells if name not in COLUMNS)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, [*told, *COLUMNS], restval="", lineterminator="\n")
-                writer.writeheader()
-                writer.writerows([*mine, *others])
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
+        with replaced(self.path, fsync=True) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*told, *COLUMNS], restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*mine, *others])
 
 
 def number_in(text: str | None) -> float | None:
