@@ -10,8 +10,8 @@ from merge_engine.cpu.mask import keep_mask
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import Rule, make_rule
 
-DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-STREAM = stream_id("layer", "delta")
+DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # as names of workloads have them
+STREAM = stream_id("layer", "delta")  # of the random masks of the one layer
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ class Task:
 
     @property
     def weights(self) -> list[float]:
+        """2 for the first adapter, 1 for the others."""
         return [1.0 + (number == 0) for number in range(self.workload.adapters)]
 
     @property
@@ -110,6 +111,7 @@ class Task:
 
     @property
     def kept(self) -> int:
+        """How many elements of each delta a trim keeps."""
         return self.rule.kept(self.workload.density, self.workload.elements)
 
     def mask(self, adapter: int, rows: range | None = None) -> Tensor:
@@ -118,6 +120,9 @@ class Task:
         rows = range(self.workload.rows) if rows is None else rows
         where = {"seed": 0, "stream": STREAM, "adapter": adapter}
         return keep_mask(self.workload.density, rows=rows, columns=columns, **where).to(self.device)
+
+
+OURS, RIVALS = ("tiled", "triton"), ("tiled", "triton", "PEFT")
 
 
 def _deltas(method: str, rows: int, columns: int, **fields: object) -> Workload:
@@ -133,13 +138,12 @@ def _many_deltas() -> list[Workload]:
         *(_deltas("ties", 2048, 2048, density=density) for density in (0.05, 0.5)),
         *(_deltas(method, 2048, 2048, dtype="bfloat16") for method in ("ties", "dare_ties")),
         *(_deltas(method, 2048, 2048) for method in ("linear", "magnitude_prune", "dare_linear", "dare_ties")),
-        *(_deltas("ties", rows, columns, only=("tiled", "triton", "PEFT")) for rows, columns in shapes),
-        _deltas("ties", 2048, 2048, adapters=32, only=("tiled", "triton", "PEFT")),
-        _deltas("ties", 28672, 8192, only=("tiled", "triton")),
+        *(_deltas("ties", rows, columns, only=RIVALS) for rows, columns in shapes),
+        _deltas("ties", 2048, 2048, adapters=32, only=RIVALS),
+        _deltas("ties", 28672, 8192, only=OURS),
     ]
 
 
-OURS, RIVALS = ("tiled", "triton"), ("tiled", "triton", "PEFT")
 FACTORS = ("linear", "magnitude_prune", "dare_ties", "dare_linear", "cat")  # beside ties
 WORKLOADS = [
     _deltas("ties", 4096, 4096, only=RIVALS),
