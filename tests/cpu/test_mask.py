@@ -74,6 +74,7 @@ def test_mask_of_many_chunks_is_that_of_philox():
     assert np.array_equal(mask_of(0.2, rows, columns).numpy(), expected)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("other", [{"seed": 8}, {"seed": 7 + 2**32}, {"stream": 12}, {"adapter": 4}])
 def test_every_word_of_the_place_matters(other):
     rows, columns = range(32), range(128)
@@ -133,6 +134,7 @@ def test_density(density):
     assert all(abs(int(count) - n * p / 4) <= t for count in lanes)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (1, 5), (2**31, 2**31 + 2), (3, 7)])
 def test_a_word_equal_to_the_threshold_is_dropped(row, column):
     word = plain_word(7, 11, 3, row, column)

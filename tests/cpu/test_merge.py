@@ -79,6 +79,7 @@ def test_merge_equals_reference(method, convention, monkeypatch):
     check()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_empty(shape):
     source = Dense(torch.zeros(shape))
@@ -99,6 +100,7 @@ def test_many_adapters(count, election):
     assert ((got - want).abs() <= bound).all()
 
 
+@pytest.mark.quick
 def test_non_contiguous_and_zero_factors():
     generator = torch.Generator().manual_seed(0)
     A, B = factors(generator, 33, 47, 8, torch.float32, False)
@@ -110,6 +112,7 @@ def test_non_contiguous_and_zero_factors():
     assert torch.equal(merge_deltas(plain[:1], [1.0], keeps[:1], rule), merge_deltas(plain, [1.0, 1.0], keeps, rule))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("convention", ["peft", "mergekit"])
 @pytest.mark.parametrize("method", METHODS)
 def test_thread_count_changes_no_bit(method, convention, small_tiles):

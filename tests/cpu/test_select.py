@@ -41,6 +41,7 @@ def test_exactly_k_survive_lowest_index_first(data):
     assert torch.equal(torch.cat(kept), want)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thousands_of_equal_magnitudes(dtype):
     generator = torch.Generator().manual_seed(3)
@@ -55,6 +56,7 @@ def test_thousands_of_equal_magnitudes(dtype):
     assert torch.equal(every, reference.trim(whole(source), k, "keep"))
 
 
+@pytest.mark.quick
 def test_locate():
     histogram = np.array([3, 0, 2, 1])
     assert [locate(histogram, k) for k in range(1, 7)] == [(3, 1), (2, 1), (2, 2), (0, 1), (0, 2), (0, 3)]

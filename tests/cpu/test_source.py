@@ -8,6 +8,7 @@ from task_tensors import whole
 from merge_engine.cpu.source import Product
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rank", [1, 4, 8, 17, 64, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_products_are_exact_to_rounding(rank, dtype):

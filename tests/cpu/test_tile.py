@@ -6,6 +6,7 @@ import torch
 from merge_engine.cpu.tile import TILE_ELEMENTS, tiles_of
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(1, 1), (1, 977), (977, 1), (127, 131), (64, 2048), (3, 70001), (70001, 2)])
 def test_every_shape_is_covered_once(shape):
     seen = torch.zeros(shape, dtype=torch.int32)

@@ -29,6 +29,7 @@ def is_model(folder: Path, text: str = "new") -> bool:
     return (folder / "config.json").read_text() == text and (folder / "sub" / "weights").read_text() == text * 1000
 
 
+@pytest.mark.quick
 def test_a_folder_appears_when_it_is_whole(tmp_path):
     target = tmp_path / "out"
     with place_folder(target) as folder:
@@ -39,6 +40,7 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_after_an_error(tmp_path, error):
     with pytest.raises(error), place_folder(tmp_path / "out") as folder:
@@ -81,6 +83,7 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.quick
 def test_overwrite_replaces_a_model_only_on_success(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
@@ -170,6 +173,7 @@ def test_a_read_only_file_system_is_one_clear_error(monkeypatch):
         pytest.fail("the block ran")
 
 
+@pytest.mark.quick
 def test_two_writers_of_one_target(tmp_path):
     with place_folder(tmp_path / "out") as folder:
         write_model(folder)

@@ -6,6 +6,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from merge_engine.files.locate import is_hub_id
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "source", ["user/repo", "User-1/r.e-p_o", "_user/_repo", "-user/repo", "user/-repo", "user/.repo"]
 )

@@ -24,6 +24,7 @@ def same(one: torch.Tensor, two: torch.Tensor) -> bool:
     return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", STORED_DTYPES.values(), ids=list(STORED_DTYPES))
 def test_every_dtype_comes_back_bit_for_bit(tmp_path, dtype):
     tensors = {"a": sample(dtype, 3, 5), "scalar": sample(dtype, 1)[0], "empty": torch.empty(0, 4, dtype=dtype)}
@@ -35,6 +36,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path, dtype):
     assert all(same(loaded[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.quick
 def test_shapes_and_order_need_not_be_known(tmp_path):
     tensors = {f'layer.{i}.é"\\': torch.randn(i % 7 + 1, 3) for i in range(50)}
     with SafetensorsWriter(tmp_path / "x.safetensors", tensors) as writer:

@@ -9,6 +9,7 @@ from merge_engine.errors import OutputError, RecipeError
 from merge_engine.files.text import TwiceError, read_yaml, replaced, unique_keys, write_text
 
 
+@pytest.mark.quick
 def test_a_file_takes_the_place_of_another_when_it_is_whole(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("old")

@@ -28,6 +28,7 @@ def test_a_truncated_file_at_every_kind_of_place(tmp_path):
     refused(path.parent, match=rf"is damaged: {len(whole) + 1} bytes, wanted {len(whole)} from its header")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "header, match",
     [
@@ -156,6 +157,7 @@ def test_a_tensor_in_huge_pages_is_read_whole(tmp_path):
         got.view(torch.uint8).zero_()  # it is the reader's own
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("forms", [("safetensors", "bin"), ("bin", "safetensors"), ("safetensors", "safetensors")])
 def test_tensors_are_the_same_whatever_holds_them(tmp_path, forms):
     """Compared piece by piece: of one million elements each, so some differ in the last piece only."""

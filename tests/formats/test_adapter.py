@@ -60,6 +60,7 @@ def test_values_that_are_not_finite(tmp_path, value, name, dtype):
         open_adapter(path).check_finite()
 
 
+@pytest.mark.quick
 def test_trained_heads_are_extras(tmp_path):
     one = open_adapter(classifier(tmp_path / "one"))
     assert list(one.extras) == [SCORE]

@@ -117,6 +117,7 @@ def test_a_bin_file_with_more_elements_than_bytes(tmp_path):
         open_checkpoint(base)
 
 
+@pytest.mark.quick
 def test_no_model(tmp_path):
     (tmp_path / "empty").mkdir()
     for source, message in [
@@ -129,6 +130,7 @@ def test_no_model(tmp_path):
             open_checkpoint(source)
 
 
+@pytest.mark.quick
 def test_companions_are_no_weights(tmp_path):
     base = save_model(tmp_path / "base")
     wanted = {"tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja"}

@@ -37,6 +37,7 @@ def test_an_adapter_is_called_by_its_folder(tmp_path, monkeypatch):
     assert open_adapter(".").name == open_adapter(Path("../sql/")).name == "sql"
 
 
+@pytest.mark.quick
 def test_sharded_weights(tmp_path):
     whole = open_adapter(saved(tmp_path / "whole", r=4))
     saved(tmp_path / "shards", r=4)
@@ -145,6 +146,7 @@ def test_an_empty_folder(tmp_path):
     refused(tmp_path / "a", match=r"a: .* is empty, wanted adapter_config.json")
 
 
+@pytest.mark.quick
 def test_a_full_model(tmp_path):
     llama().save_pretrained(tmp_path / "a")
     refused(tmp_path / "a", match=r"a: .* is a full model \(config.json\), wanted an adapter \(adapter_config.json\)")

@@ -34,6 +34,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize(
     "patterns",

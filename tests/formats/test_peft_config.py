@@ -15,6 +15,7 @@ from merge_engine.formats.open import open_adapter
 from merge_engine.formats.peft_config import KEPT, READ, REFUSED, RESET
 
 
+@pytest.mark.quick
 def test_every_field_of_pefts_configuration_is_decided():
     """A field that PEFT adds fails here until someone has decided what it does to a delta."""
     tables = [READ, KEPT, RESET, REFUSED.keys()]
@@ -53,6 +54,7 @@ def test_a_damaged_configuration(tmp_path, text, match):
     refused(path, match=rf"a: adapter_config.json {match}")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "changes, match",
     [

@@ -77,6 +77,7 @@ def test_peft_loads_every_kind_of_layer_whatever_the_ranks(tmp_path, dtype):
         assert all(torch.equal(x, y) for x, y in zip(again.factors(name), (a, b), strict=True))
 
 
+@pytest.mark.quick
 def test_adapters_that_cover_different_modules(tmp_path):
     one = open_adapter(saved(tmp_path / "one", r=4, target_modules=["q_proj", "embed_tokens"]))
     two = open_adapter(saved(tmp_path / "two", r=8, target_modules=["q_proj", "up_proj"], layers_to_transform=[1]))
@@ -127,6 +128,7 @@ def test_trained_tokens_are_carried_over(tmp_path):
     assert torch.equal(delta.detach(), next(iter(adapters[0].extras.values())).read())
 
 
+@pytest.mark.quick
 def test_the_configuration(tmp_path):
     for name in ("one", "two"):
         config = {"task_type": "CAUSAL_LM", "revision": "v2", "lora_dropout": 0.1, "exclude_modules": ["k_proj"]}

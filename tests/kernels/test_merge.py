@@ -106,6 +106,7 @@ def test_equal_negative_and_zero_weights(
     check(merge_by(rule, source, weights, keep, torch.float32), kept_tensors(rule, source, keep), weights, rule)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("tied", [1, -1])
 def test_a_tied_vote_elects_the_side_it_is_told_to(tied: int, device: torch.device) -> None:
     x = torch.tensor([0.3, -0.3]).view(1, 2, 1, 1).expand(1, 2, 3, 5).contiguous().to(device)
@@ -115,6 +116,7 @@ def test_a_tied_vote_elects_the_side_it_is_told_to(tied: int, device: torch.devi
         assert bool((out == tied * x[0, 0, 0, 0]).all())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("scaling", [1.0, 0.3])
 def test_opposite_deltas_tie(scaling: float, device: torch.device) -> None:
     """A fused multiply-add would leave the rounding of a product, whose sign is noise, where the vote is 0."""

@@ -69,6 +69,7 @@ def test_every_range_of_magnitudes(device: torch.device) -> None:
         assert_trimmed(source, trims(source, torch.full((1, 1, 1), k)), k)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_kept_sets_are_those_of_the_torch_backend(dtype: torch.dtype, device: torch.device) -> None:
     """Up to elements whose magnitude is within rounding of the threshold."""

@@ -27,6 +27,7 @@ def test_tensors_that_are_not_contiguous(device: torch.device) -> None:
     assert torch.equal(seen(Dense(tensors)), tensors)
 
 
+@pytest.mark.quick
 def test_padding_changes_no_bit(device: torch.device) -> None:
     alone = group(ranks=(8,), device=device)
     A, B = alone.A[0, 0, :8], alone.B[0, 0, :, :8]
@@ -35,6 +36,7 @@ def test_padding_changes_no_bit(device: torch.device) -> None:
     assert torch.equal(seen(wide)[0, 0], seen(alone)[0, 0])
 
 
+@pytest.mark.quick
 def test_errors_say_what_was_wanted(device: torch.device) -> None:
     lora = group(device=device)
     with pytest.raises(ValueError, match="multiple of 16"):

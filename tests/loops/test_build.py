@@ -6,6 +6,7 @@ import pytest
 build = pytest.importorskip("merge_engine.loops.build", exc_type=ImportError)
 
 
+@pytest.mark.quick
 def test_vectors_are_as_wide_as_the_cpu_has_them():
     import llvmlite.binding
     import numba

@@ -214,6 +214,7 @@ def test_thresholds_are_the_same_for_awkward_values(values, k, shape):
     assert compiled == operators
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("ties", ["exact", "keep"])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_the_sampled_bracket_is_the_same(ties, rounded, monkeypatch):
@@ -253,6 +254,7 @@ def test_masks_are_the_same(density, seed, stream, adapter, top, left, rows, col
     assert torch.equal(compiled, operators)
 
 
+@pytest.mark.quick
 def test_a_mask_may_have_any_strides(monkeypatch):
     def compute():
         out = torch.zeros(9, 30, dtype=torch.bool)
@@ -276,6 +278,7 @@ def test_products_add_their_terms_in_order(rows, columns, rank, scaling):
     assert torch.equal(whole(Product(A, B, scaling)), total * np.float32(scaling).item())
 
 
+@pytest.mark.quick
 def test_bracket_finds_what_is_inside():
     generator = np.random.default_rng(5)
     values = generator.standard_normal((17, 590)).astype(np.float32)
@@ -312,6 +315,7 @@ def test_what_is_inside_is_collected_in_order(size):
             assert (found[:3] == 5).all() and (found[size + 4 :] == 7).all()
 
 
+@pytest.mark.quick
 def test_what_is_not_a_number_stays(monkeypatch):
     """Terms that overflow to Inf - Inf: an error further on, and no silent zero."""
     source = Product(torch.full((2, 5), 1e30), torch.tensor([[1e30, -1e30]] * 3), 1.0)

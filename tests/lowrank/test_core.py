@@ -7,6 +7,7 @@ from low_rank import generator, orthonormal, squares_of
 from merge_engine.lowrank.core import leading, product_norm
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 31, 4), (40, 9, 17)])
 def test_product_norm_is_the_dense_one(shape, dtype):

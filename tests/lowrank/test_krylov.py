@@ -52,6 +52,7 @@ def test_ties_deltas(shape, rank):
     assert result.energy < 0.9
 
 
+@pytest.mark.quick
 def test_ties_delta_needs_few_passes(monkeypatch):
     widths = []
 
@@ -140,6 +141,7 @@ def test_vectors_that_have_converged_do_not_spoil_the_rest(seed, m, n, p, rank):
     check_against_svd(matrix, start, rank)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(260, 200), (1, 9), (9, 1), (30, 30)])
 @pytest.mark.parametrize("energy", [None, 0.99])
 def test_a_zero_matrix(shape, energy):

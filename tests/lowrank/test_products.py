@@ -63,6 +63,7 @@ def test_sums_of_many_terms_are_as_good_as_those_of_blas():
             assert float((times(one, other) / exact - 1).abs().max()) < 2e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("stride", [1, 2])
 def test_squared_norm(stride):
     values = torch.randn(300, 2 * 129, generator=torch.Generator().manual_seed(2))[:, ::stride] * 1e18  # squares: 1e36
@@ -73,6 +74,7 @@ def test_squared_norm(stride):
             assert squared_norm(values * 100) == pytest.approx(exact * 1e4, rel=1e-6)  # 1e40 is no float32
 
 
+@pytest.mark.quick
 def test_without_loops(monkeypatch):
     """The operators do the same."""
     matrix, block = torch.randn(40, 70), torch.randn(5, 70)

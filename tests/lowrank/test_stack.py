@@ -55,6 +55,7 @@ def test_products_are_cut_as_by_a_dense_svd(seed, m, n, ranks, weights, rank, dt
         check_energy(result, exact, 2 * ROUNDING + 1e-8)
 
 
+@pytest.mark.quick
 def test_a_sum_of_full_rank_is_kept_to_the_rounding_of_its_factors():
     As, Bs = random_factors(1, 700, 300, [16, 16, 8, 4])
     weights = [0.3, -1.2, 2.0, 1.0]
@@ -65,6 +66,7 @@ def test_a_sum_of_full_rank_is_kept_to_the_rounding_of_its_factors():
     assert result.energy == 1.0
 
 
+@pytest.mark.quick
 def test_products_that_cancel():
     """D is a millionth of its summands: float32 would keep nothing of it."""
     As, Bs = random_factors(2, 90, 70, [8, 3], torch.float64)
@@ -241,6 +243,7 @@ def test_the_form_holds_down_to_the_smallest_value(smallest, rank, mixed):
         assert ((lengths - s).abs() <= ROUNDING * s + 4 * 48 * U64 * summands(As, Bs, [1.0] * 4)).all()
 
 
+@pytest.mark.quick
 def test_a_weight_of_zero_leaves_no_trace():
     """Not even of an adapter 1e20 times as large, in whose rounding all others would drown."""
     As, Bs = random_factors(12, 60, 50, [8, 8, 8], torch.float64)

@@ -12,6 +12,7 @@ from plain_philox import LOW, UINT32, plain_philox
 from merge_engine.rules.philox import keep_threshold, philox, stream_id
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [
@@ -41,6 +42,7 @@ def test_philox_broadcasts():
     assert tuple(int(word[2, 4]) for word in words) == plain_philox((4, 2, 8, LOW), (1, 2))
 
 
+@pytest.mark.quick
 def test_thresholds():
     assert keep_threshold(1.0) == 2**32
     assert keep_threshold(1) == 2**32
@@ -51,6 +53,7 @@ def test_thresholds():
     assert keep_threshold(5e-324) == 0
 
 
+@pytest.mark.quick
 def test_stream_id():
     assert stream_id("model.layers.3.self_attn.q_proj", "A") == zlib.crc32(b"model.layers.3.self_attn.q_proj.A")
     assert stream_id("ключ", "delta") == zlib.crc32("ключ.delta".encode())

@@ -20,6 +20,7 @@ def merge_one(tensors, weights, density, rule, masks=None, scale=1.0):
     return reference.merge_model(tasks, weights, {"m": [density] * len(weights)}, rule, masks=masks, scale=scale)["m"]
 
 
+@pytest.mark.quick
 def test_ties_by_hand_peft():
     # k = int(0.5 * 6) = 3 of each. a keeps 5, -4, 3; b keeps -6, 2, 3 (of the equal 2s, positions 1 and 4, the first).
     a = torch.tensor([[5.0, -4.0, 3.0], [1.0, 0.0, -2.0]])
@@ -42,6 +43,7 @@ def test_the_mean_divides_by_the_number_that_agree_peft_or_by_their_weights_merg
     )
 
 
+@pytest.mark.quick
 def test_mergekit_votes_with_weights():
     tensors, weights = [torch.tensor([1.0]), torch.tensor([-2.0])], [5.0, 1.0]
     assert merge_one(tensors, weights, 1.0, make_rule("ties")).item() == -2.0  # 1 - 2 < 0: the second alone
@@ -78,6 +80,7 @@ def test_mergekit_keeps_at_least_one_element():
     assert torch.equal(merge_one([tensor], [1.0], 0.1, make_rule("magnitude_prune")), torch.zeros(3))
 
 
+@pytest.mark.quick
 def test_paper_has_one_threshold_for_the_model_and_keeps_ties():
     # 8 elements, density 0.25: k = 2 + 1; the third largest magnitude is 5, and both 5s stay.
     tasks = {"p": {0: torch.tensor([9.0, -5.0, 1.0, 0.5])}, "q": {0: torch.tensor([5.0, -7.0, 2.0, 2.0])}}
@@ -154,6 +157,7 @@ def test_equals_pefts_own_functions(seed, count, density, election, method):
     assert votes_apart.sum() <= 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("field", "value"),
     [("method", "tiez"), ("convention", "paft"), ("election", "mean"), ("scope", "layer"), ("trim_ties", "drop")],

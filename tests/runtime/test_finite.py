@@ -19,6 +19,7 @@ def test_finite_sees_each_element(dtype):
             assert not finite(other) and not finite(other.T)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_what_is_wrong_is_named(dtype):
     nan, inf = float("nan"), float("inf")

@@ -27,6 +27,7 @@ def test_shape_and_dtype(dtype: torch.dtype) -> None:
         assert bool((tensor.fill_(7) == 7).all())
 
 
+@pytest.mark.quick
 @needs_huge_pages
 def test_memory_goes_from_a_tensor_that_is_gone_to_the_next() -> None:
     first = new_tensor((LARGE,))
@@ -99,6 +100,7 @@ def test_threads_do_not_get_the_same() -> None:
         assert all(pool.map(work, range(8)))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 mb", 1_500_000), (7, 7), ("12", 12), ("3B", 3)])
 def test_sizes(text, size):
     assert parse_size(text, "memory") == size

@@ -43,6 +43,7 @@ def met(parties):
     return work, seen
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("workers", [1, 2, 5])
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_results_come_in_order_whoever_is_first(workers, count):
@@ -157,6 +158,7 @@ def test_one_who_leaves_early_waits_for_what_is_under_way_and_starts_nothing():
     assert started == now and torch.get_num_threads() == before
 
 
+@pytest.mark.quick
 def test_threads_stay_for_the_next_of_as_many_workers(idle):
     work, first = met(3)
     list(ahead(work, range(3), 3))
