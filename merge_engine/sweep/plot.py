@@ -1,4 +1,4 @@
-"""The plot of a sweep: the score along the axis that says most, one line for every combination of the others."""
+"""The plot of a sweep: the score along one swept field, with a line for every combination of the other fields."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from merge_engine.report.charts import COLOURS, MARKERS, NAMED
 from merge_engine.sweep.table import BEST, Row, SweepResult
 from merge_engine.sweep.trials import number_of, text_of
 
-LOG_FROM = 8.0  # an axis whose ends are this far apart is logarithmic
+LOG_FROM = 8.0  # the axis is logarithmic where its highest value is this many times its lowest
 Point = tuple[float, float]
 
 
 def draw(outcome: SweepResult, path: Path) -> None:
-    """Write the plot as a PNG, whole or not at all. Without a numeric axis the scores are bars, one a merge.
+    """Write the plot as a PNG, whole or not at all. Without a numeric field the scores are bars, one for each merge.
 
-    Rows without a score are left out; one that the axis does not apply to (linear, along density) is a dashed line.
+    Rows without a score are left out. A row without a value on the axis (linear, along density) is a dashed line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,30 +40,30 @@ def draw(outcome: SweepResult, path: Path) -> None:
 
 
 def best_axis(rows: Sequence[Row], axes: Sequence[str]) -> str | None:
-    """The numeric axis with the most values; of several, the one along which the mean score moves furthest."""
+    """The numeric field with the most values; of several, the one along which the mean score changes most."""
 
-    def told(name: str) -> tuple[int, float]:
+    def spread(name: str) -> tuple[int, float]:
         scores: dict[float, list[float]] = {}
         for row in rows:
-            value = number_of(row.trial.told.get(name))
+            value = number_of(row.trial.varied.get(name))
             if value is not None and row.score is not None:
                 scores.setdefault(value, []).append(row.score)
         means = [fmean(each) for each in scores.values()]
         return len(means), max(means, default=0.0) - min(means, default=0.0)
 
-    numeric = [name for name in axes if told(name)[0] > 1]
-    return max(numeric, key=told, default=None)
+    numeric = [name for name in axes if spread(name)[0] > 1]
+    return max(numeric, key=spread, default=None)
 
 
 def lines_of(rows: Sequence[Row], axes: Sequence[str], axis: str) -> dict[str, list[Point] | float]:
-    """{combination of the other axes: its (value, score) points in order, or its one score where the axis is not}."""
+    """{combination of the other fields: its (value, score) points in order, or its one score without a value}."""
     lines: dict[str, Any] = {}
     for row in rows:
-        value = number_of(row.trial.told.get(axis))
+        value = number_of(row.trial.varied.get(axis))
         label = ", ".join(
-            text_of(told) if name == "method" else f"{name} {text_of(told)}"
-            for name, told in row.trial.told.items()
-            if name != axis or value is None  # a word beside numbers, as rank has auto, is a line of its own
+            text_of(other) if name == "method" else f"{name} {text_of(other)}"
+            for name, other in row.trial.varied.items()
+            if name != axis or value is None  # rank=auto beside numbers gets a line of its own
         )
         if value is None:
             lines[label] = row.score
@@ -104,7 +104,7 @@ def _draw_lines(plot: Any, rows: Sequence[Row], outcome: SweepResult, axis: str)
     best = outcome.best()
     if best is not None:
         plot.set_title(f"best: {best.trial.name}, score {best.score:.6g}", fontsize=10, loc="left")
-        x = number_of(best.trial.told.get(axis))
+        x = number_of(best.trial.varied.get(axis))
         if x is not None:
             plot.plot([x], [best.score], "o", markersize=12, markerfacecolor="none", markeredgecolor="0.2", zorder=3)
     if len(lines) > 1:

@@ -1,7 +1,7 @@
-"""Carries out the merges of a sweep or a pool, evaluates each, and keeps the table of what came of them.
+"""Carries out the merges of a sweep or a pool, scores each, and keeps a table of the results.
 
-``sweep.csv`` in the output folder is all that a run knows of the ones before it. It is rewritten as a whole after every
-merge and every score, so the same command goes on from wherever the last one was stopped.
+``sweep.csv`` in the output folder is all that a run knows of earlier runs. It is rewritten as a whole after every merge
+and every score, so the same command goes on from wherever the last one was stopped.
 """
 
 import os
@@ -35,74 +35,99 @@ def run(
 ) -> SweepResult:
     """Merge every trial into its folder below `output` and score it; write ``sweep.csv``, and a plot of the scores.
 
-    A folder that is there already and was made by the same recipe of the same adapters (by the bytes of their files) is
-    left as it is, and so is a score by the same evaluation. One made of something else is refused, naming it, before
-    anything is written, or replaced if overwrite. What goes wrong in one trial, in merging or in scoring, is told in
-    its row, and tried again by the next run.
+    A folder that exists and was made by the same recipe from the same adapters (by the bytes of their files) is kept,
+    and so is a score by the same evaluation. A folder that was made from something else is replaced if overwrite; else
+    it is refused by name, before anything is written. An error in one trial, while merging or scoring, is written to
+    its row, and the next run tries that trial again.
     """
     from tqdm import tqdm
 
     if choose not in BEST:
         raise RecipeError(f"best: wanted one of {', '.join(BEST)}, got {choose!r}")
-    output = Path(output)
-    opened = open_adapters(adapters)
+    output, opened = Path(output), open_adapters(adapters)
     digests = [digest_of(adapter) for adapter in opened]
     made_from = [" ".join(digests[number] for number in trial.adapters) for trial in trials]
     table = Table(output / TABLE)
     rows = [table.row(trial, output / trial.name, evaluation) for trial in trials]
-    wanted: list[int] = []
-    for number, row in enumerate(rows):
-        difference = difference_from(row, made_from[number], [opened[place] for place in row.trial.adapters])
-        if difference is None:
-            continue
-        if os.path.lexists(row.folder) and not overwrite:
-            raise OutputError(f"{row.folder} already exists, {difference}; pass overwrite to replace it")
-        wanted.append(number)
+    missing = [
+        number for number, row in enumerate(rows) if _has_to_be_merged(row, made_from[number], opened, overwrite)
+    ]
     results: Iterator[Merged | Failed] = iter(())
-    if wanted:
+    if missing:
         results = merge_many(
             opened,
-            [{**rows[number].trial.recipe, "adapters": list(rows[number].trial.adapters)} for number in wanted],
+            [{**rows[number].trial.recipe, "adapters": list(rows[number].trial.adapters)} for number in missing],
             output,
-            names=[rows[number].trial.name for number in wanted],
+            names=[rows[number].trial.name for number in missing],
             memory=memory,
             overwrite=overwrite,
             progress=progress,
             backend=backend,
         )
-    for number in wanted:
-        # A folder that appears from here on is this run's, even where a kill comes before its row is written again.
-        # One to be replaced is nobody's until it was.
-        known = "" if os.path.lexists(rows[number].folder) else made_from[number]
-        rows[number] = Row(rows[number].trial, rows[number].folder, made_from=known)
+    for number in missing:
+        rows[number] = _emptied(rows[number], made_from[number])
     table.write(rows)
-    spent, made = 0.0, [rows[number] for number in wanted]
+    merges = _Merges(results)
     hidden = True if evaluation is None else None if progress is None else not progress
     for number, row in enumerate(tqdm(rows, unit="score", disable=hidden)):
-        if number in wanted:
-            started = time.perf_counter()
-            result = next(results)
-            spent += time.perf_counter() - started
-            if isinstance(result, Failed):
-                row.error = str(result.error) or repr(result.error)
-            else:
-                row.kept_energy, row.made_from = result.total_energy, made_from[number]
-            done = [each for each in made if each.kept_energy is not None]
-            for each in done:
-                each.seconds = spent / len(done)
+        if number in missing:
+            merges.finish(row, made_from[number])
             table.write(rows)
         if evaluation is not None and row.kept_energy is not None and row.score is None:
-            row.evaluate = evaluation.text
-            try:
-                row.score, row.error = evaluation.score(row.folder), ""
-            except MergeError as error:
-                row.error = str(error)
+            _score(row, evaluation)
             table.write(rows)
-    axes = list(dict.fromkeys(name for trial in trials for name in trial.told))
+    axes = list(dict.fromkeys(name for trial in trials for name in trial.varied))
     outcome = SweepResult(output, rows, choose, axes)
     if outcome.best() is not None:
         _plot(outcome)
     return outcome
+
+
+def _has_to_be_merged(row: Row, made_from: str, opened: Sequence[Adapter], overwrite: bool) -> bool:
+    """Whether the row's folder is missing, or is to be replaced. Raises OutputError if it may not be replaced."""
+    difference = difference_from(row, made_from, [opened[place] for place in row.trial.adapters])
+    if difference is not None and os.path.lexists(row.folder) and not overwrite:
+        raise OutputError(f"{row.folder} already exists, {difference}; pass overwrite to replace it")
+    return difference is not None
+
+
+def _emptied(row: Row, made_from: str) -> Row:
+    """The row of a trial that is about to be merged.
+
+    A folder that appears from now on is this run's, even if the process is killed before the row is written again. A
+    folder to be replaced gets no `made_from` until its replacement exists.
+    """
+    return Row(row.trial, row.folder, made_from="" if os.path.lexists(row.folder) else made_from)
+
+
+class _Merges:
+    """The merges of a run as they finish. They share their work, so each gets an even share of the time."""
+
+    def __init__(self, results: Iterator[Merged | Failed]) -> None:
+        self.results = results
+        self.seconds = 0.0
+        self.done: list[Row] = []
+
+    def finish(self, row: Row, made_from: str) -> None:
+        """Wait for the next result, and fill in its row."""
+        started = time.perf_counter()
+        result = next(self.results)
+        self.seconds += time.perf_counter() - started
+        if isinstance(result, Failed):
+            row.error = str(result.error) or repr(result.error)
+        else:
+            row.kept_energy, row.made_from = result.total_energy, made_from
+            self.done.append(row)
+        for each in self.done:
+            each.seconds = self.seconds / len(self.done)
+
+
+def _score(row: Row, evaluation: Evaluation) -> None:
+    row.evaluate = evaluation.text
+    try:
+        row.score, row.error = evaluation.score(row.folder), ""
+    except MergeError as error:
+        row.error = str(error)
 
 
 def _plot(outcome: SweepResult) -> None:

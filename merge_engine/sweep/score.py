@@ -1,4 +1,4 @@
-"""How a merged adapter is scored: by a program, the last number of whose output is the score."""
+"""How a merged adapter is scored: a program runs on its folder, and the last number that it prints is the score."""
 
 import contextlib
 import math
@@ -22,8 +22,8 @@ _NUMBER = re.compile(r"(?i)(?<![\w.])[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|n
 class Evaluation:
     """How a merged adapter is scored.
 
-    text: what it is called; scores under another text count as unknown.
-    score: the folder's score, finite; raises MergeError where there is none.
+    text: its name in the table; a score under another text does not count.
+    score: folder -> its score, a finite number; raises MergeError if there is none.
     """
 
     text: str
@@ -31,10 +31,10 @@ class Evaluation:
 
 
 def command(text: str, timeout: float | None = None) -> Evaluation:
-    """Score by a program: ``{path}`` in its arguments is the folder, and the last number it prints is the score.
+    """Score by a program: ``{path}`` in its arguments is the folder, and the last number that it prints is the score.
 
-    The text is split as a shell does, and no shell runs it, so a path with spaces stays one argument. timeout: seconds.
-    Raises RecipeError for a text without ``{path}`` and for a program that is not there.
+    The text is split into words as a shell would, but no shell runs it: a path with spaces stays one argument.
+    timeout: in seconds. Raises RecipeError for a text without ``{path}`` and for a program that does not exist.
     """
     try:
         words = shlex.split(text)
@@ -50,9 +50,9 @@ def command(text: str, timeout: float | None = None) -> Evaluation:
 
 
 def last_number(printed: str) -> float:
-    """The last number in a text: 3, -0.5, 1e-3, 93.5%; not one that is part of a word, as in v2 or 3s.
+    """The last number in a text: 3, -0.5, 1e-3, 93.5%. A number within a word, as in v2 or 3s, does not count.
 
-    Raises MergeError where there is none, or it is not finite.
+    Raises MergeError if there is none, or if it is not finite.
     """
     found = _NUMBER.findall(_ESCAPE.sub("", printed))
     if not found:
@@ -65,14 +65,14 @@ def last_number(printed: str) -> float:
 def _scored(words: Sequence[str], folder: Path, timeout: float | None) -> float:
     arguments = [word.replace("{path}", str(folder)) for word in words]
     try:
-        # A session of its own, so that all that the program started can be stopped with it.
+        # In a session of its own, so that every process that the program starts can be stopped with it.
         process = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
     except OSError as error:
         raise MergeError(f"evaluate: {arguments[0]} cannot be run: {error.strerror}") from error
     try:
-        printed, told = process.communicate(timeout=timeout)
+        printed, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         raise MergeError(f"evaluate: not done in {timeout:g} s") from None
     finally:
@@ -81,6 +81,6 @@ def _scored(words: Sequence[str], folder: Path, timeout: float | None) -> float:
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode != 0:
-        lines = told.decode(errors="replace").strip().splitlines()
+        lines = errors.decode(errors="replace").strip().splitlines()
         raise MergeError(f"evaluate: exit status {process.returncode}" + (f": {lines[-1].strip()}" if lines else ""))
     return last_number(printed.decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""``sweep.csv``: the rows of a sweep, what earlier runs left of them, and the table that is shown."""
+"""``sweep.csv``: the rows of a sweep, those of earlier runs among them, and the table that is printed."""
 
 import csv
 import hashlib
@@ -25,9 +25,9 @@ COLUMNS = ("folder", "kept_energy", "seconds", "score", "error", "evaluate", "ma
 
 @dataclass
 class Row:
-    """What came of one trial.
+    """The result of one trial.
 
-    seconds: of merging; a run's merges share their work, so each is told its even share.
+    seconds: of merging. The merges of a run share their work; each row has an even share of the time.
     made_from: digests of the adapters that the folder was merged from, in order.
     """
 
@@ -42,10 +42,10 @@ class Row:
 
     def cells(self) -> dict[str, str]:
         """The row of the table."""
-        told = {name: text_of(value) for name, value in self.trial.told.items()}
+        varied = {name: text_of(value) for name, value in self.trial.varied.items()}
         numbers = {name: getattr(self, name) for name in ("kept_energy", "seconds", "score")}
         texts = {"folder": self.trial.name, "error": self.error, "evaluate": self.evaluate, "made_from": self.made_from}
-        return told | {name: "" if value is None else repr(value) for name, value in numbers.items()} | texts
+        return varied | {name: "" if value is None else repr(value) for name, value in numbers.items()} | texts
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class SweepResult:
     def failed(self) -> list[Row]:
         return [row for row in self.rows if row.error]
 
-    def best(self, **told: Any) -> Row | None:
-        """The row with the best score, among those with these fields."""
-        rows = [row for row in self.rows if row.score is not None and told.items() <= row.trial.told.items()]
+    def best(self, **fields: Any) -> Row | None:
+        """The row with the best score, among the trials with these values of their fields."""
+        rows = [row for row in self.rows if row.score is not None and fields.items() <= row.trial.varied.items()]
         return BEST[self.choose](rows, key=lambda row: row.score) if rows else None
 
     def table(self) -> str:
-        """Rows in columns, the best one marked, and the best of each method where there are several."""
+        """Rows in columns with the best one marked; where there are several methods, the best of each below."""
         best = self.best()
         scored = any(row.score is not None for row in self.rows)
         names = [*self.axes, "kept energy", "seconds", *(["score"] if scored else [])]
@@ -76,7 +76,7 @@ class SweepResult:
         lines = ["  ".join(f"{text:>{width}}" for text, width in zip([*names, ""], widths, strict=True))]
         for row in cells:
             lines.append("  ".join([f"{t:>{w}}" for t, w in zip(row[:-1], widths, strict=False)] + row[-1:]))
-        methods = list(dict.fromkeys(row.trial.told["method"] for row in self.rows if "method" in row.trial.told))
+        methods = list(dict.fromkeys(row.trial.varied["method"] for row in self.rows if "method" in row.trial.varied))
         for method in methods if len(methods) > 1 else []:
             if winner := self.best(method=method):
                 lines.append(f"best of {method}: {winner.trial.name}, score {winner.score:.6g}")
@@ -84,21 +84,25 @@ class SweepResult:
 
     @staticmethod
     def _cell(row: Row) -> Callable[[str], str]:
-        own = {"kept energy": (row.kept_energy, ".4f"), "seconds": (row.seconds, ".2f"), "score": (row.score, ".6g")}
+        results = {
+            "kept energy": (row.kept_energy, ".4f"),
+            "seconds": (row.seconds, ".2f"),
+            "score": (row.score, ".6g"),
+        }
 
         def cell(name: str) -> str:
-            if name not in own:
-                return text_of(row.trial.told[name]) if name in row.trial.told else ""
-            value, digits = own[name]
+            if name not in results:
+                return text_of(row.trial.varied[name]) if name in row.trial.varied else ""
+            value, digits = results[name]
             return "" if value is None else format(value, digits)
 
         return cell
 
 
 class Table:
-    """``sweep.csv``: what earlier runs left, and the rows of this one; other rows stay while their folders do.
+    """``sweep.csv``: the rows of this run, and those of earlier runs while their folders exist.
 
-    Raises OutputError where the file is there and is no such table.
+    Raises OutputError if the file exists and is not the table of a sweep.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +122,7 @@ class Table:
         self.found = {row["folder"]: row for row in cells}
 
     def row(self, trial: Trial, folder: Path, evaluation: Evaluation | None) -> Row:
-        """What is known of a trial; a score counts if it is by this evaluation, or if there is none now."""
+        """What the table knows of a trial. Its score counts if it is by this evaluation, or if none is given."""
         cells = self.found.get(trial.name, {})
         row = Row(trial, folder, made_from=cells.get("made_from", ""), seconds=number_in(cells.get("seconds")))
         if evaluation is None or cells.get("evaluate") == evaluation.text:
@@ -126,19 +130,19 @@ class Table:
         return row
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Replace the file: a reader, or a kill, sees it before or after."""
-        mine = [row.cells() for row in rows]
-        names = {cells["folder"] for cells in mine}
+        """Replace the file, whole: a reader finds the old rows or the new ones, and so does a kill."""
+        new = [row.cells() for row in rows]
+        names = {cells["folder"] for cells in new}
         others = [
             cells
             for folder, cells in self.found.items()
             if folder not in names and (self.path.parent / folder).is_dir()
         ]
-        told = dict.fromkeys(name for cells in [*mine, *others] for name in cells if name not in COLUMNS)
+        varied = dict.fromkeys(name for cells in [*new, *others] for name in cells if name not in COLUMNS)
         with replaced(self.path, fsync=True) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*told, *COLUMNS], restval="", lineterminator="\n")
+            writer = csv.DictWriter(file, [*varied, *COLUMNS], restval="", lineterminator="\n")
             writer.writeheader()
-            writer.writerows([*mine, *others])
+            writer.writerows([*new, *others])
 
 
 def number_in(text: str | None) -> float | None:
@@ -150,7 +154,10 @@ def number_in(text: str | None) -> float | None:
 
 
 def difference_from(row: Row, made_from: str, adapters: Sequence[Adapter]) -> str | None:
-    """How the folder differs from what the trial would make; None where it does not. Fills in its kept energy."""
+    """How the folder differs from what the trial would write, in words; None if it does not.
+
+    If it does not, the row gets the kept energy that the folder's report has.
+    """
     try:
         report = json.loads((row.folder / REPORT).read_text(encoding="utf-8"))
         recipe, energy = dict(report["recipe"]), float(report["energy"])

@@ -1,12 +1,13 @@
-"""Which merges a sweep or a pool asks for: their recipes, and the readable names of their folders.
+"""The merges of a sweep or a pool: their recipes, and readable names for their folders.
 
-A sweep is a grid, {field of the recipe: values}; a pool is a list of merges over named adapters. Both become `Trial`s.
+A sweep is a grid, {field of the recipe: values}. A pool is a list of merges over named adapters. Both become `Trial`s.
 """
 
 import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -17,19 +18,19 @@ from merge_engine.rules.methods import looks_at
 from merge_engine.rules.recipe import Recipe
 from merge_engine.rules.rule import make_rule
 
-LONGEST = 40  # letters of a value in a folder's name; what is longer, or a table, is named by its CRC-32
+LONGEST = 40  # letters of a value in a folder's name; longer values, and tables, are named by their CRC-32
 
 
 @dataclass(frozen=True)
 class Trial:
     """One merge of several.
 
-    name: of its folder. told: the fields it is told apart by, in the order of the table's columns.
-    recipe: all fields asked for. adapters: which of them, by number, in this order.
+    name: of its folder. varied: the fields by which it differs from the others, in the order of the table's columns.
+    recipe: all fields of its recipe that are given. adapters: numbers of those it merges, in this order.
     """
 
     name: str
-    told: dict[str, Any]
+    varied: dict[str, Any]
     recipe: dict[str, Any]
     adapters: tuple[int, ...]
 
@@ -37,7 +38,7 @@ class Trial:
 def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
     """density=0.1,0.2 weights=2:1:1,1:1:1 -> {"density": [0.1, 0.2], "weights": [[2, 1, 1], [1, 1, 1]]}.
 
-    Commas part values, and colons the numbers of one value that is a list: one number an adapter.
+    Commas separate values. Colons separate the numbers of a value that is a list, with one number for each adapter.
     """
     axes: dict[str, list[Any]] = {}
     for text in texts:
@@ -52,10 +53,10 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Trial]:
-    """Every combination of the axes' values, in their order, the last axis changing fastest.
+    """Every combination of the axes' values, in their order; the last axis changes fastest.
 
-    A swept field that the method of a combination does not look at (density, in linear) is left out of it, and
-    combinations that are equal then are made once. Raises RecipeError for fields and values that are none.
+    If the method of a combination does not use a swept field (density, in linear), that field is left out of it; of
+    combinations that are equal then, only one is merged. Raises RecipeError for unknown fields and wrong values.
     """
     known = [field.name for field in fields(Recipe)]
     if not isinstance(axes, Mapping) or not axes:
@@ -71,25 +72,25 @@ def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Tri
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         method = point.get("method", fixed.get("method", Recipe.method))
-        make_rule(str(method))  # or it says which methods there are
-        told = {field: value for field, value in point.items() if looks_at(method, field)}
-        recipe = {**fixed, **told}
+        make_rule(str(method))  # raises RecipeError for an unknown method
+        varied = {field: value for field, value in point.items() if looks_at(method, field)}
+        recipe = {**fixed, **varied}
         Recipe.from_mapping(recipe)
-        trial = Trial(_name(told) or method, told, recipe, tuple(range(adapters)))
-        if trials.setdefault(trial.name, trial).told != told:
-            raise RecipeError(f"sweep: {told} and {trials[trial.name].told} are both named {trial.name}")
+        trial = Trial(_name(varied) or method, varied, recipe, tuple(range(adapters)))
+        if trials.setdefault(trial.name, trial).varied != varied:
+            raise RecipeError(f"sweep: {varied} and {trials[trial.name].varied} are both named {trial.name}")
     return list(trials.values())
 
 
 def pool_trials(
     merges: Any, adapters: Mapping[str, Any] | Sequence[Any], fixed: Mapping[str, Any]
 ) -> tuple[list[str], list[Trial]]:
-    """(the adapters' sources, the merges of a list over them).
+    """(the sources of the adapters, a trial for each merge of a list).
 
-    merges: tables with a name, optionally adapters (a list of names; all by default), and fields of the recipe, which
-        come before those of `fixed`.
-    adapters: {name: folder or hub id}, or a list of these, where the last part of each is its name.
-    Raises RecipeError for names that are missing, unknown or ambiguous, and for recipes that are none.
+    merges: tables with a name, optionally adapters (a list of names; default: all), and fields of the recipe, which
+        override those of `fixed`.
+    adapters: {name: folder or hub id}, or a list of folders or hub ids, whose last part is the name then.
+    Raises RecipeError for names that are missing, unknown or ambiguous, and for mistakes in a recipe.
     """
     if isinstance(adapters, Mapping):
         sources, names = [str(source) for source in adapters.values()], [str(name) for name in adapters]
@@ -112,8 +113,8 @@ def pool_trials(
             raise RecipeError(f"merges: {merge['name']}: {error}") from error
         if merge["name"] in trials:
             raise RecipeError(f"merges: wanted each name once, got {merge['name']} twice")
-        told = {"adapters": "+".join(names[place] for place in chosen), **own}
-        trials[merge["name"]] = Trial(merge["name"], told, recipe, chosen)
+        varied = {"adapters": "+".join(names[place] for place in chosen), **own}
+        trials[merge["name"]] = Trial(merge["name"], varied, recipe, chosen)
     return sources, list(trials.values())
 
 
@@ -132,17 +133,15 @@ def _parsed(text: str) -> Any:
     if ":" in text:
         return [_parsed(part) for part in text.split(":")]
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            pass
     return {"true": True, "false": False, "none": None}.get(text, text)
 
 
-def _name(told: Mapping[str, Any]) -> str:
+def _name(varied: Mapping[str, Any]) -> str:
     """ties,density=0.1,scale=0.5: the method first, then the fields in the order of the axes."""
-    parts = [told["method"]] if "method" in told else []
-    for field, value in told.items():
+    parts = [varied["method"]] if "method" in varied else []
+    for field, value in varied.items():
         if field != "method":
             text = text_of(value)
             if isinstance(value, Mapping) or len(text) > LONGEST:
@@ -169,7 +168,7 @@ def _chosen(merge: str, wanted: Any, names: Sequence[str]) -> tuple[int, ...]:
 
 
 def number_of(value: Any) -> float | None:
-    """The value as a point on an axis, where it is a finite number."""
+    """The value as a float if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

@@ -33,7 +33,7 @@ def test_the_demo_by_a_sweep(tmp_path):
     apart = sweep_trials({"scale": [0.05, 0.1, 0.2]}, {"method": "linear", "space": "factors"}, 6)
     factors = run(list(adapter_paths().values()), tmp_path / "factors", apart, evaluation=evaluation)
     best = {method: delta.best(method=method) for method in ("linear", "ties")}
-    assert [best[method].trial.told["scale"] for method in best] == [0.35, 1]
+    assert [best[method].trial.varied["scale"] for method in best] == [0.35, 1]
     base = reach(None, "reported")
     linear, ties = (reach(row.folder, "reported") for row in best.values())
     assert base == pytest.approx(80.6, abs=0.1)

@@ -28,7 +28,7 @@ def test_a_sweep_equals_single_merges(three, tmp_path):
         row, report = rows[trial.name], json.loads((output / trial.name / "merge_report.json").read_text())
         assert float(row["kept_energy"]) == report["energy"]
         assert float(row["score"]) == scores[trial.name] and row["error"] == "" and float(row["seconds"]) > 0
-        assert {name: row[name] for name in axes} == {name: text_of(trial.told.get(name, "")) for name in axes}
+        assert {name: row[name] for name in axes} == {name: text_of(trial.varied.get(name, "")) for name in axes}
     assert outcome.best().trial is trials[-1]
     assert outcome.best(method="ties").trial is trials[3]
     assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
