@@ -18,7 +18,8 @@ from .tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
 # predicated add; 7.5 now, with |S| + sum |w t| in place of two one-sided sums. Two sides by sign predicates take 14, by
 # min and max with predicated adds 9 to 10. A table of divisors gained nothing (its pointers go through shared memory),
 # num_stages = 2 cost 1.3, and 64 elements a thread spilled 200 bytes. A cut as one column limit a row took 5.4 in the
-# tiles that hold it, now 3.3.
+# tiles that hold it, now 3.3. By weighted votes a band takes 9.8, the largest 8.1, and each of the two loops of a
+# consensus about 9.
 
 # WEIGH says where the weights come in: "never" (equal ones are one factor at the end), "before" the vote, or "after"
 # it. Where the vote is the weighted sum S up to a positive factor, the elected side is (|S| + sum |w t|) / 2: two sums

@@ -186,6 +186,8 @@ def make_plan(
         raise RecipeError("adapters: wanted at least one, got none")
     names = [adapter.name for adapter in adapters]
     rule = recipe.rule()
+    if rule.min_tasks > len(adapters):  # nothing would stay
+        raise RecipeError(f"min_tasks: wanted at most {len(adapters)}, one for each input, got {rule.min_tasks}")
     only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]
     _warn_of_different_bases(only_adapters)
     shared_extras(only_adapters)
