@@ -1,4 +1,4 @@
-"""How a memory budget is shared out."""
+"""How a memory budget is divided."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from merge_engine.engine.cut import MAX_RECOMPRESSIONS, cutting_bytes, factor_by
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import RecipeError
 
-# Bytes of a process that has imported torch, triton and Numba and merged something small, some 450 MB, and of what
-# allocators keep.
+# Bytes that do not depend on the merge: a process that has imported torch, triton and Numba and has merged something
+# small holds some 450 MB; the rest is what allocators keep.
 OWN = 544 << 20
 
 
 class Room(NamedTuple):
-    """A memory budget, shared out."""
+    """How a memory budget is divided."""
 
-    together: int  # merged matrices of one module that are made at once
-    workers: int  # that cut them
+    together: int  # merged matrices of one module, made at once
+    workers: int  # threads that cut them
     cache: int  # bytes
 
 
 def room(plans: Sequence[Plan], backend: Backend, memory: int, *, in_memory: bool) -> Room:
-    """How ``memory`` bytes are shared out for one pass of these plans; in_memory: where their results stay.
+    """How ``memory`` bytes are divided for one pass of these plans; in_memory: whether their results stay in memory.
 
-    Raises RecipeError where not even one matrix at a time fits, saying how much would do.
+    Raises RecipeError where not even one matrix at a time fits; the message says how much memory would be enough.
     """
     pairs = [(plan, module) for plan in plans for module in plan.modules]
     matrix = max(matrix_bytes(plan, module) for plan, module in pairs)
@@ -34,7 +34,7 @@ def room(plans: Sequence[Plan], backend: Backend, memory: int, *, in_memory: boo
     factors = 4 * max(factor_bytes(plan, module) for plan, module in pairs)
     adapters = max(len(module.adapters) for _, module in pairs)
     working = backend.working_bytes(adapters)
-    another = matrix + backend.working_bytes(adapters, 2) - working  # that one more result at a time takes
+    another = matrix + backend.working_bytes(adapters, 2) - working  # bytes of one more result at a time
     results = sum(map(result_bytes, plans)) if in_memory else 0
     fixed = OWN + results + factors + working
     for workers in range(min(torch.get_num_threads(), MAX_RECOMPRESSIONS), 0, -1):
@@ -46,5 +46,5 @@ def room(plans: Sequence[Plan], backend: Backend, memory: int, *, in_memory: boo
 
 
 def result_bytes(plan: Plan) -> int:
-    """Bytes of a plan's result in memory, at most."""
+    """The most bytes that a plan's result takes in memory."""
     return sum(4 * module.rank * (module.rows + module.columns) for module in plan.modules)

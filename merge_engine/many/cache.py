@@ -1,4 +1,4 @@
-"""What several merges need alike, made once and kept while there is room. Safe from threads."""
+"""Values that several merges share: made once, and kept while there is room. Threads may share a cache."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -12,21 +12,20 @@ T = TypeVar("T")
 class Cache:
     """Values by key, of `limit` bytes at most.
 
-    What no merge has used for longest goes first, but nothing that this merge or the one before it used: a sweep over
-    all modules that is larger than the cache would else throw out each value just before it is wanted again.
+    The value that was not used for the longest time is dropped first, but never one that this merge or the previous
+    merge used: a pass over all modules that is larger than the cache would drop each value just before its next use.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
         self._merge = 0
-        self._entries: OrderedDict[Hashable, tuple[Any, int, int]] = (
-            OrderedDict()
-        )  # value, bytes, last used by; in order
+        # {key: (value, bytes, number of the merge that used it last)}, the least recently used first
+        self._entries: OrderedDict[Hashable, tuple[Any, int, int]] = OrderedDict()
         self._making: dict[Hashable, Future[Any]] = {}
         self._lock = Lock()
 
     def begin(self, limit: int) -> None:
-        """The next merge begins, with this much room for the cache."""
+        """Begin the next merge, with this limit for the cache."""
         with self._lock:
             self._merge += 1
             self.limit = limit
@@ -34,16 +33,16 @@ class Cache:
                 self._drop_oldest()
 
     def get(self, key: Hashable, make: Callable[[], T], size: Callable[[T], int]) -> T:
-        """The value of a key, made by the first who asks; others wait for it. It is kept if there is room."""
+        """The value of a key. The first thread that asks makes it, others wait for it. It is kept if there is room."""
         with self._lock:
             if key in self._entries:
                 found: T = self._used(key)
                 return found
             making = self._making.get(key)
-            mine = making is None
+            is_first = making is None
             if making is None:
                 making = self._making[key] = Future()
-        if not mine:
+        if not is_first:
             result: T = making.result()
             return result
         try:
@@ -66,7 +65,7 @@ class Cache:
                 self._keep(key, value, nbytes)
 
     def find(self, key: Hashable) -> Any:
-        """The value of a key, None if there is none."""
+        """The value of a key, or None."""
         with self._lock:
             return self._used(key) if key in self._entries else None
 

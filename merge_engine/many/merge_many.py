@@ -1,4 +1,4 @@
-"""Many merges of the same adapters: a grid of recipes, in as few passes over the modules as memory allows."""
+"""Many merges of the same adapters: a grid of recipes, merged in as few passes over the modules as memory allows."""
 
 import os
 from collections import deque
@@ -20,12 +20,12 @@ from merge_engine.many.budget import OWN, result_bytes, room
 from merge_engine.many.one_pass import FinishedOrError, merged_modules
 from merge_engine.many.pool import Pool, RecipeLike
 
-MOST_TOGETHER = 64  # recipes in one pass: what an interrupted sweep loses at most
+MOST_TOGETHER = 64  # recipes in one pass; an interrupted sweep loses no more than these
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What takes the place of a result that could not be made, or written."""
+    """Takes the place of a result that could not be merged, or written."""
 
     index: int
     name: str
@@ -34,7 +34,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class BoundRecipe:
-    """One recipe, bound to its adapters and to its folder."""
+    """One recipe with its number, its name, its plan and its folder."""
 
     index: int
     name: str
@@ -53,20 +53,19 @@ def merge_many(
     progress: bool | None = None,
     backend: str | None = None,
 ) -> Iterator[Merged | Failed]:
-    """The results of all recipes, in their order, each with the bits that `engine.merge` gives it alone.
+    """The results of all recipes, in their order, each with the bits of a single `engine.merge`.
 
-    adapters: folders, hub ids, or opened adapters, each of which is read once.
-    recipes: `Recipe` objects, or mappings of its fields and optionally adapters: which of them, by number or name, in
-        that order. They may differ in everything.
-    output_dir: where each result gets a folder of its own, which appears complete or not at all; None keeps results in
-        memory. names: of the folders, "000", "001" and so on by default.
-    memory: what this process may hold, as "4GB" or in bytes; results that are still to be taken count, those that were
-        taken do not.
+    adapters: folders, hub ids, or opened adapters. Each is read once.
+    recipes: `Recipe` objects, or mappings of its fields and optionally adapters: numbers or names of those to merge, in
+        order. They may differ in every field.
+    output_dir: each result gets a folder of its own in it, which appears complete or not at all. None keeps results in
+        memory. names: of the folders; default: "000", "001" and so on.
+    memory: what this process may hold, as "4GB" or in bytes. Results that the caller has taken do not count.
     overwrite, progress, backend: as in `engine.merge`.
 
-    Recipes that share work are merged in one pass over the modules, up to 64 at once, and their results come when the
-    pass ends. One that goes wrong on the way comes as `Failed`, and the others go on. Raises MergeError, saying which
-    recipe, before anything is written.
+    Recipes that share work are merged in one pass over the modules, up to 64 at once, and their results are yielded
+    when the pass ends. A recipe that fails on the way yields `Failed`, and the others go on. Raises MergeError, which
+    names the recipe, before anything is written.
     """
     pool = Pool(adapters, memory)
     paths = _paths(len(recipes), output_dir, names, overwrite)
@@ -110,15 +109,15 @@ def _one_pass(
         for making in makings:
             making.finish()
     except BaseException as error:
-        for making in reversed(makings):  # the first made the folder that they are all in
+        for making in reversed(makings):  # the first one last: it created the folder that all are in
             making.fail(error)
         raise
     while makings:
-        yield makings.popleft().result  # what was taken is the caller's alone
+        yield makings.popleft().result  # and nothing here holds its memory any more
 
 
 class _Making:
-    """One result being made."""
+    """One result while it is being merged."""
 
     def __init__(self, merge: BoundRecipe, backend: Backend, overwrite: bool) -> None:
         self.merge = merge
@@ -130,7 +129,7 @@ class _Making:
             self.error = error
 
     def take(self, module: str, outcome: FinishedOrError) -> bool:
-        """One module's factors, or why there are none; whether all is well."""
+        """Take one module's factors, or its error. False if this result has failed."""
         try:
             if isinstance(outcome, Exception):
                 raise outcome
@@ -140,14 +139,14 @@ class _Making:
         return self.error is None
 
     def fail(self, error: BaseException) -> None:
-        """The folder vanishes; of several errors the first is told."""
+        """Remove the folder. Of several errors the first one is kept."""
         if self.error is None:
             self.error = error
             with suppress(Exception):
                 self._open.__exit__(type(error), error, error.__traceback__)
 
     def finish(self) -> None:
-        """Every module has come: the folder appears."""
+        """Every module is there: complete the folder."""
         if self.error is None:
             try:
                 self._open.close()
@@ -164,7 +163,7 @@ class _Making:
 def _paths(
     count: int, output_dir: str | Path | None, names: Sequence[str] | None, overwrite: bool
 ) -> list[tuple[str, Path | None]]:
-    """The name of each result, and its folder."""
+    """(name, folder) of each result."""
     found = [f"{index:03}" for index in range(count)] if names is None else list(names)
     if len(found) != count:
         raise RecipeError(f"names: wanted {count}, one for each recipe, got {len(found)}")
@@ -190,7 +189,7 @@ def _bound(pool: Pool, recipe: RecipeLike, name: str) -> Plan:
 
 
 def _check_space(folder: Path, nbytes: int) -> None:
-    """All results have to fit on the disk."""
+    """Raise OutputError if the results do not fit on the disk together."""
     folder = folder.absolute()
     while not folder.parent.exists():
         folder = folder.parent
@@ -198,7 +197,7 @@ def _check_space(folder: Path, nbytes: int) -> None:
 
 
 def _passes(merges: Sequence[BoundRecipe], pool: Pool) -> list[list[BoundRecipe]]:
-    """Runs of recipes whose results, where they stay in memory, take up to half of what there is."""
+    """The recipes in passes, in order. Results that stay in memory take at most half of the budget in each pass."""
     passes: list[list[BoundRecipe]] = []
     held = 0
     for merge in merges:

@@ -1,8 +1,8 @@
 """Several plans over the same adapters, carried out in one pass over their modules.
 
-Where the backend merges several at once, a module's factors are read and packed once for all plans, thresholds of all
-densities come from one sweep, products are made once a tile, and plans that differ in scale or dtype only are one until
-the last step. Other backends carry out one plan after the other, from factors that were read once.
+With a backend that merges several plans at once, each module is read and packed once for all plans, one sweep finds the
+thresholds of all densities, each tile is multiplied out once, and plans that differ only in scale or dtype are merged
+once, up to the last step. Other backends carry out one plan after the other, from factors that are read once.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
@@ -23,11 +23,11 @@ from merge_engine.many.pool import Pool, seed_of
 from merge_engine.runtime.threads import ahead, threads
 
 T = TypeVar("T")
-Numbers = list[int]  # of plans that are still one
+Numbers = list[int]  # of the plans that share a result up to its scale and dtype
 
 
 class Member(NamedTuple):
-    """One module of plans that have the same of it, but for scale and dtype."""
+    """One module of plans whose results for it differ in scale and dtype only; plan: the first of them."""
 
     numbers: Numbers
     plan: Plan
@@ -36,14 +36,14 @@ class Member(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Members that merge one module of the same adapters, seen in the same way, with what these adapters bring."""
+    """Members that merge the same task tensors of one module, with these task tensors."""
 
     members: list[Member]
     loaded: Loaded
 
 
 class Step(NamedTuple):
-    """A member on its way to its factors: merged, found, or failed."""
+    """A member and its state: merged and to be cut, found in the cache, or failed."""
 
     member: Member
     state: Work | Finished | Exception
@@ -55,10 +55,10 @@ FinishedOrError = Finished | Exception
 def merged_modules(
     plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room, failed: set[int]
 ) -> Iterator[tuple[int, ModulePlan, FinishedOrError]]:
-    """(number of the plan, module, its result) for every module of every plan, with the bits `engine` gives.
+    """(number of the plan, module, its result) for every module of every plan, with the bits of `engine.merge`.
 
-    Where something goes wrong with a plan, one of its modules comes with an exception, and no other comes any more, as
-    for the plans that the caller counts as failed.
+    A plan that fails yields one of its modules with the exception, and no further ones. The caller adds to `failed` the
+    numbers of plans whose modules it does not want any more.
     """
     if backend.merges_several:
         found = _module_by_module(plans, backend, pool, room, failed)
@@ -77,10 +77,10 @@ def merged_modules(
 def _plan_by_plan(
     plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room
 ) -> Generator[tuple[Numbers, ModulePlan, FinishedOrError], None, None]:
-    alike: dict[Hashable, Numbers] = {}
+    equal: dict[Hashable, Numbers] = {}
     for number, plan in enumerate(plans):
-        alike.setdefault((plan.adapters, plan.modules, _way(plan)), []).append(number)
-    for numbers in alike.values():
+        equal.setdefault((plan.adapters, plan.modules, _settings(plan)), []).append(number)
+    for numbers in equal.values():
         plan = plans[numbers[0]]
         try:
             works = merge_groups(plan, backend, pool.prepared(plan, backend))
@@ -107,18 +107,18 @@ def _module_by_module(
             ready[number] = found
 
     def load(name: str) -> list[Family | Step]:
-        """The families of a module; what has been found already, or cannot be read, needs no family."""
+        """The families of a module; a `Step` for each member that is in the cache, or cannot be read."""
         having = [number for number in ready if number not in failed and name in modules[number]]
         members = [Member([number], plans[number], modules[number][name], ready[number]) for number in having]
-        alike: dict[Hashable, list[Member]] = {}
+        families: dict[Hashable, list[Member]] = {}
         loaded: list[Family | Step] = []
         for member in _as_one(members):
             result = pool.cache.find(_result_key(member)) if pool.keeps_results else None
             if result is not None:
                 loaded.append(Step(member, result))
             else:
-                alike.setdefault((_adapters(member), member.plan.sides, member.plan.view), []).append(member)
-        for family in alike.values():
+                families.setdefault((_adapters(member), member.plan.sides, member.plan.view), []).append(member)
+        for family in families.values():
             try:
                 loaded.append(_read(family, backend))
             except Exception as error:
@@ -128,21 +128,21 @@ def _module_by_module(
     def jobs() -> Iterator[Step]:
         names = sorted({name for known in modules for name in known})
         for loaded in ahead(load, names):
-            for each in loaded:
-                if isinstance(each, Step):
-                    yield each
+            for step in loaded:
+                if isinstance(step, Step):
+                    yield step
                     continue
                 try:
-                    yield from _merge(each, backend, pool, room.together)
+                    yield from _merge(step, backend, pool, room.together)
                 except Exception as error:
-                    yield from (Step(member, error) for member in each.members)
+                    yield from (Step(member, error) for member in step.members)
 
     for job, outcome in ahead(partial(_finished, backend, pool), jobs(), room.workers):
         yield job.member.numbers, job.member.module, outcome
 
 
 def _as_one(members: Sequence[Member]) -> list[Member]:
-    """Members with the same result before its scale, as one."""
+    """Members whose results differ in scale only, joined into one."""
     found: dict[Hashable, Member] = {}
     for member in members:
         found.setdefault(_result_key(member), member._replace(numbers=[])).numbers.extend(member.numbers)
@@ -150,14 +150,14 @@ def _as_one(members: Sequence[Member]) -> list[Member]:
 
 
 def _read(members: list[Member], backend: Backend) -> Family:
-    """Factors are read, and packed if any member merges more than the factors say."""
+    """Read the factors, and pack them if any member needs more than the factors."""
     merging = [member for member in members if not member.plan.by_factors]
     _, plan, module, _ = (merging or members)[0]
     return Family(members, load_group(plan, backend, [module]))
 
 
 def _merge(family: Family, backend: Backend, pool: Pool, together: int) -> Iterator[Step]:
-    """Every member merged, so many matrices at once; members that differ in what they are cut to share theirs."""
+    """Merge every member, `together` matrices at once. Members that differ only in their cut share a merged matrix."""
     loaded = family.loaded
     for member in family.members:
         if member.plan.by_factors:
@@ -167,14 +167,14 @@ def _merge(family: Family, backend: Backend, pool: Pool, together: int) -> Itera
         return
     specs: dict[tuple[Hashable, ...], list[Member]] = {}
     sides = [_specs(merging, loaded, side, backend, pool) for side in loaded.packed]
-    for member, *own in zip(merging, *sides, strict=True):
-        specs.setdefault(tuple(own), []).append(member)
+    for member, *of_sides in zip(merging, *sides, strict=True):
+        specs.setdefault(tuple(of_sides), []).append(member)
     waiting = list(specs.items())
     while waiting:
         part, waiting = waiting[:together], waiting[together:]
         with about(part[0][1][0].module.name):
             merged = {
-                side: backend.merge_several(packed, [own[i] for own, _ in part])
+                side: backend.merge_several(packed, [of_sides[i] for of_sides, _ in part])
                 for i, (side, packed) in enumerate(loaded.packed.items())
             }
         for i, (_, members) in enumerate(part):
@@ -188,7 +188,7 @@ def _work(member: Member, loaded: Loaded, merged: dict[str, Tensor]) -> Work:
 
 
 def _specs(members: Sequence[Member], loaded: Loaded, side: str, backend: Backend, pool: Pool) -> Sequence[Hashable]:
-    """What is to be merged of one side, for every member."""
+    """The specification of one side's merge, for every member."""
     groups = []
     for _, plan, module, ready in members:
         groups.append(ready.group(plan, [plan.as_merged(module, loaded.joined[0])], side, loaded.packed[side]))
@@ -198,7 +198,7 @@ def _specs(members: Sequence[Member], loaded: Loaded, side: str, backend: Backen
 
 
 def _taken(results: list[Tensor], i: int) -> Tensor:
-    """A result that is held by whoever takes it only."""
+    """Take a result out of the list, so that nothing else holds its memory."""
     tensor, results[i] = results[i], results[i][:0]
     return tensor
 
@@ -214,27 +214,27 @@ def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOr
 
 
 def _own(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
-    """The plan's result, in memory of its own."""
-    with threads(1):  # more would still wait for work when the next module is cut
+    """The plan's result, scaled, in memory of its own."""
+    with threads(1):  # further threads would spin while the next module is cut
         made = scaled(result, plan.recipe, module.name)
         A, B, energy = made.factors
         return made._replace(factors=LowRank(A.clone(), B.clone() if B is result.factors.B else B, energy))
 
 
-def _way(plan: Plan) -> Hashable:
-    """All that a plan says of how its modules are merged and cut, but for the scale."""
+def _settings(plan: Plan) -> Hashable:
+    """Everything in a plan that decides how its modules are merged and cut, except the scale."""
     recipe = plan.recipe
     of_cores = recipe.method if plan.on_cores else None
-    automatic = recipe.scale == "auto"  # which needs the norms of the deltas
-    asked = recipe.space, recipe.balance, recipe.ridge, recipe.energy, seed_of(plan)
-    return plan.rule, plan.stacks, of_cores, automatic, asked
+    automatic = recipe.scale == "auto"  # then the result comes with the norms of the deltas
+    fields = recipe.space, recipe.balance, recipe.ridge, recipe.energy, seed_of(plan)
+    return plan.rule, plan.stacks, of_cores, automatic, fields
 
 
 def _result_key(member: Member) -> Hashable:
     _, plan, module, ready = member
-    # Thresholds of the whole model, where task tensors of other modules depend on all of their adapters.
+    # A threshold of the whole model depends on the other modules' task tensors, and these on all of their adapters.
     others = plan.adapters if plan.spans_model and plan.joint is not None else ()
-    return "result", _adapters(member), module, _way(plan), tuple(ready.tied.values()), others
+    return "result", _adapters(member), module, _settings(plan), tuple(ready.tied.values()), others
 
 
 def _result_bytes(result: LowRank) -> int:
@@ -246,7 +246,7 @@ def _adapters(member: Member) -> Hashable:
 
 
 def _attempt(function: Callable[..., T], *arguments: Any) -> T | Exception:
-    """What the function returns, or raises."""
+    """What the function returns, or the exception that it raises."""
     try:
         return function(*arguments)
     except Exception as error:

@@ -1,6 +1,6 @@
-"""Adapters that are merged many times: opened and checked once, and what their merges need alike is kept.
+"""Adapters that are merged many times: opened and checked once, with a cache of what their merges have in common.
 
-A pool binds recipes to plans, each for all of its adapters or some, and shares out a memory budget.
+A pool binds recipes to plans, each over all of its adapters or some of them, and divides a memory budget.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -33,9 +33,9 @@ RecipeLike = Recipe | Mapping[str, Any]
 class Pool:
     """Adapters, a memory budget, and a cache.
 
-    adapters: folders, hub ids, or opened ones. memory: what this process may hold, as "4GB" or in bytes.
-    keeps_results: whether the factors of results are worth keeping, for merges that differ in scale only.
-    Raises AdapterError for adapters that cannot be merged or hold NaN or Inf, RecipeError for a size that is none.
+    adapters: folders, hub ids, or opened adapters. memory: what this process may hold, as "4GB" or in bytes.
+    keeps_results: whether to keep the factors of results, for merges that differ in scale only.
+    Raises AdapterError for adapters that cannot be merged or hold NaN or Inf, RecipeError for an invalid size.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Pool:
         self.adapters = [_pooled(adapter, same, self.cache) for adapter, same in zip(opened, extras, strict=True)]
 
     def bind(self, request: RecipeLike) -> Plan:
-        """The plan of a recipe: its fields, and optionally adapters: which, by number or name, in that order."""
+        """The plan of a recipe: its fields, and optionally adapters: numbers or names of those to merge, in order."""
         if isinstance(request, Recipe):
             return make_plan(self.adapters, request, self._joint)
         values = dict(request)
@@ -63,7 +63,7 @@ class Pool:
         return make_plan([self._find(adapter) for adapter in chosen], Recipe.from_mapping(values), self._joint)
 
     def _joint(self, plan: Plan) -> Joint | None:
-        """Joined modules are kept in the cache, by what they depend on."""
+        """The plan's joined modules, kept in the cache by what they depend on."""
 
         def keep(key: Hashable, make: Callable[[], Joined]) -> Joined:
             having = tuple(adapter for adapter in plan.adapters if key in adapter.modules)
@@ -84,41 +84,41 @@ class Pool:
         return found[0]
 
     def prepared(self, plan: Plan, backend: Backend) -> Preparation:
-        """`prepare`, which looks at the weights only where the majority votes by them."""
+        """`prepare`, from the cache. The weights count only where they decide the majority's sign."""
         if not plan.spans_model and not plan.rule.majority:
             return prepare(plan, backend, _ignore)
-        asked = tuple(
+        modules = tuple(
             (module.name, module.adapters, module.densities, module.weights if plan.rule.majority else ())
             for module in plan.modules
         )
-        key = ("preparation", backend.name, plan.adapters, plan.view, plan.rule, plan.sides, seed_of(plan), asked)
+        key = ("preparation", backend.name, plan.adapters, plan.view, plan.rule, plan.sides, seed_of(plan), modules)
         size = 256 * sum(len(module.adapters) for module in plan.modules)
         return self.cache.get(key, lambda: prepare(plan, backend, _ignore), lambda _: size)
 
     def known_keeps(self, plan: Plan, module: ModulePlan, side: str) -> list[Known]:
-        """For each adapter that has the module, what earlier merges found that its task tensor keeps."""
+        """For each adapter that has the module, the thresholds and drops that earlier merges found."""
         having = tuple(plan.adapters[number] for number in module.adapters)
         found: list[Known] = []
         for place, adapter in enumerate(having):
-            # What a task tensor depends on: its adapter, or all that have the module, in their order.
+            # A task tensor depends on its adapter only, or on all adapters that have the module, in their order.
             seen: Hashable = adapter if plan.joint is None else (place, having, plan.view)
             found.append(self.cache.get(("keeps", seen, module.name, side), dict, lambda _: 1024))
         return found
 
     def decompositions(self, plan: Plan, module: ModulePlan) -> Decompositions:
-        """What a cut of the module needs of its factors, kept."""
+        """The decompositions that a cut of the module needs, kept in the cache."""
         having = tuple(plan.adapters[number] for number in module.adapters)
         return _KeptDecompositions(self.cache, (having, plan.recipe.balance), module)
 
     def begin(self, plans: Sequence[Plan], backend: Backend, *, in_memory: bool) -> Room:
-        """A pass begins: how the budget is shared out (see `budget.room`), of which the cache takes its share."""
+        """Begin a pass: divide the budget (see `budget.room`), and give the cache its part."""
         found = room(plans, backend, self.memory, in_memory=in_memory)
         self.cache.begin(found.cache)
         return found
 
 
 class _KeptDecompositions(Decompositions):
-    """What a cut needs of one module's factors, from a cache."""
+    """The decompositions of one module's factors, from a cache."""
 
     def __init__(self, cache: Cache, adapters: Hashable, module: ModulePlan) -> None:
         self.cache, self.adapters, self.module = cache, adapters, module
@@ -139,7 +139,7 @@ class _KeptDecompositions(Decompositions):
 
 @dataclass(frozen=True, eq=False)
 class PooledAdapter(Adapter):
-    """An adapter whose values were checked when its pool was made, and whose factors are kept."""
+    """An adapter whose values were checked when its pool was made, and whose factors are kept in a cache."""
 
     of: Adapter = field(repr=False)
     cache: Cache = field(repr=False)
@@ -148,11 +148,11 @@ class PooledAdapter(Adapter):
         return self.cache.get(("factors", self, name), lambda: self.of.factors(name), _bytes_of)
 
     def check_finite(self) -> None:
-        """It was done."""
+        """Nothing to do: the pool checked the values when it was made."""
 
 
 def seed_of(plan: Plan) -> int | None:
-    """The seed, where it counts."""
+    """The seed, or None where nothing is drawn."""
     return plan.recipe.seed if plan.rule.keep == "bernoulli" else None
 
 
@@ -162,7 +162,10 @@ def _pooled(adapter: Adapter, extras: dict[str, StoredTensor], cache: Cache) -> 
 
 
 def _same_extras(adapters: Iterable[Adapter]) -> list[dict[str, StoredTensor]]:
-    """Their tensors beside the factors, equal ones as one object: so they are compared once, not for every plan."""
+    """The tensors beside the factors; equal ones become one object, so that they are compared once, not for every plan.
+
+    `shared_extras` takes one object for equal without reading it.
+    """
     seen: dict[str, list[StoredTensor]] = {}
 
     def first_like(key: str, extra: StoredTensor) -> StoredTensor:

@@ -1,4 +1,4 @@
-"""A search over recipes: the same adapters merged again and again, where each merge pays only for what changed.
+"""A search over recipes: the same adapters are merged again and again, and each merge pays only for what changed.
 
 with merge_engine.Session(["sql", "chat", "ads"]) as session:
     best = max(grid, key=lambda scale: score(session.merge(method="ties", density=0.2, scale=scale)))
@@ -19,15 +19,15 @@ from merge_engine.many.pool import Pool
 
 
 class Session:
-    """Adapters that stay open, with what their merges have in common kept within a memory budget.
+    """Adapters that stay open, and a cache, within a memory budget, of what their merges have in common.
 
-    Kept are factors, thresholds by density, the decomposed stacks of methods that keep everything, and the factors of
-    results: other weights need no selection and no decomposition, another scale needs nothing but a product. Adapters
-    are read and checked when the session opens; that their files change afterwards may go unseen.
+    The cache holds factors, thresholds by density, decomposed stacks (for methods that keep every element) and the
+    factors of results. So other weights need no new selection and no new decomposition, and another scale needs one
+    product. Adapters are read and checked when the session opens; a later change of their files may go unnoticed.
 
     adapters: folders, hub ids, or opened adapters. memory: what this process may hold, as "4GB" or in bytes.
-    backend: as in `engine.merge`. Safe from threads, which take turns: one merge uses all cores.
-    Raises MergeError for adapters that cannot be merged, or a size that is none.
+    backend: as in `engine.merge`. Threads may share a session; they take turns, since one merge uses all cores.
+    Raises MergeError for adapters that cannot be merged, or an invalid size.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Session:
     def merge(self, output: str | Path | None = None, *, overwrite: bool = False, **recipe: Any) -> Merged:
         """`engine.merge` of the session's adapters, bit for bit.
 
-        recipe: the fields of `Recipe`, and adapters: which of them, by number or name, in that order; None: all.
-        Raises MergeError before anything is written; RecipeError too where the budget is too small for the merge, or
-        the session is closed.
+        recipe: the fields of `Recipe`, and adapters: numbers or names of those to merge, in order; None: all.
+        Raises MergeError before anything is written: also if the budget is too small for the merge, or the session is
+        closed (RecipeError).
         """
         path = None if output is None else Path(output)
         with self._turn:
@@ -58,7 +58,7 @@ class Session:
         return result.merged
 
     def close(self) -> None:
-        """Forget the adapters, and free what was kept."""
+        """Forget the adapters, and free the cache."""
         with self._turn:
             self._pool = None
 
