@@ -31,7 +31,7 @@ class ModelError(MergeError):
 
 @contextmanager
 def about(subject: str) -> Iterator[None]:
-    """Turn a ValueError, as numbers that leave float32 give it, into a RecipeError that names ``subject``."""
+    """Turn a ValueError, such as that of a number that overflows float32, into a RecipeError that names ``subject``."""
     try:
         yield
     except MergeError:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from merge_engine.errors import OutputError, writing
 
-# `overwrite` deletes a folder with all that is in it: only one which looks like a model is taken for an old result.
+# `overwrite` deletes a folder with all that is in it, so only folders with one of these files are replaced.
 _MODEL_FILES = ("adapter_config.json", "config.json", "merge_report.json")
 
 
@@ -34,13 +34,13 @@ def place_folder(
         target: the folder to be made.
         overwrite: replace an existing folder, if it holds a model or nothing.
         required_bytes: free space to ask for before anything is written.
-        resume: yield what an earlier run left behind as it is, and leave it behind when the block raises, unless it
-            is empty by then.
+        resume: keep what an earlier run left in the working folder, and keep the folder when the block raises, unless
+            it is empty then.
         inputs: folders that the result is made from; a target that is one or holds one is never replaced.
 
     Raises:
-        OutputError: the target exists, holds an input, is being written by another process, there is too little
-            space, or no permission.
+        OutputError: the target exists or holds an input, another process is writing it, or there is too little space
+            or no permission.
     """
     target = Path(os.path.realpath(target))  # a link means the place it leads to
     with writing(target):
@@ -65,7 +65,7 @@ def place_folder(
                 check_target(target, overwrite, inputs)
                 _swap(working, target, replaced)
         except BaseException:
-            # Once renamed, the name is free for another process, whose folder is not ours to remove.
+            # After the rename another process may have made a folder of this name, which is not ours to remove.
             if _is_open_folder(working, lock):
                 if resume:
                     _remove_if_empty(working)
@@ -81,20 +81,20 @@ def place_folder(
 
 
 def working_folder(target: Path) -> Path:
-    """Where `place_folder` makes what becomes ``target``."""
+    """The folder in which `place_folder` makes what becomes ``target``."""
     target = Path(os.path.realpath(target))
     return target.with_name(f".{target.name}.partial")
 
 
 def check_target(target: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Raise OutputError where `place_folder` would not make ``target``, or not replace what is there."""
+    """Raise OutputError where `place_folder` would refuse to make or to replace ``target``."""
     target = Path(os.path.realpath(target))
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         raise OutputError(f"{target} is a file, wanted a folder to write to")
     for folder in inputs:
-        for read in (folder, *filter(Path.is_file, folder.glob("*"))):  # of which any may be a link
+        for read in (folder, *filter(Path.is_file, folder.glob("*"))):  # any of these may be a link
             if target in (real := Path(os.path.realpath(read)), *real.parents):
                 raise OutputError(f"{target} holds {folder}, which is merged; wanted another folder to write to")
     if not overwrite:
@@ -114,7 +114,7 @@ def check_space(target: Path, required: int) -> None:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Create ``folder`` and what it lacks above it; the folders created, deepest first."""
+    """Create ``folder`` and its missing parents; return those that were created, the deepest first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     made: list[Path] = []
     try:
@@ -134,7 +134,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _lock(working: Path, target: Path) -> int:
-    """An open, exclusively locked descriptor of ``working``; it is created where missing."""
+    """Create ``working`` where it is missing, and return a descriptor that holds an exclusive lock on it."""
     while True:
         working.mkdir(exist_ok=True)
         try:
@@ -184,7 +184,7 @@ def _swap(working: Path, target: Path, replaced: Path) -> None:
         working.rename(target)
     flush(target.parent)
     if os.path.lexists(replaced):
-        shutil.rmtree(replaced, ignore_errors=True)  # the result is in place: what is left here does not undo that
+        shutil.rmtree(replaced, ignore_errors=True)  # the result is in place, whatever stays of the old one
 
 
 def wipe(folder: Path) -> None:
@@ -197,7 +197,7 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink(missing_ok=True)  # of several processes that wipe one folder
+        path.unlink(missing_ok=True)  # another process may be wiping the same folder
 
 
 def sync(folder: Path) -> None:

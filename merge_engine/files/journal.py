@@ -1,9 +1,10 @@
-"""What an unfinished output already holds, so that the same command goes on from there after a kill.
+"""What an unfinished output already holds, so that the same command can continue it after a kill.
 
-The journal lies in the working folder beside the output: one file a rank, of JSON lines. The first line of rank 0's
-says what is being made; every other line names a finished tensor and the hash of its bytes: XXH3 of 128 bits, which
-finds damage as SHA-256 does, at 20 times its speed, but no forger. A tensor is written before its line, a line in one
-call; a torn last line does not count. What a line claims is checked against the disk before it is believed.
+The journal lies in the working folder beside the output: one file of JSON lines for each rank. The first line of
+rank 0's file says what is being made; every other line names a finished tensor and the hash of its bytes. The hash is
+XXH3 of 128 bits: it finds damage as well as SHA-256 does, 20 times as fast, but does not protect from forgery. A tensor
+is written before its line, and a line in one call; an incomplete last line is ignored. Every line is checked against
+the disk before it is used.
 """
 
 import json
@@ -18,7 +19,7 @@ _PREFIX = ".journal."
 
 
 class Journal:
-    """One rank's part of the journal, open for adding to it."""
+    """One rank's file of the journal, open for appending."""
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._path = folder / f"{_PREFIX}{rank}"
@@ -26,14 +27,14 @@ class Journal:
             self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
             size = os.fstat(self._file).st_size
             if size and os.pread(self._file, 1, size - 1) != b"\n":
-                os.write(self._file, b"\n")  # a kill tore the last line: ours start on one of their own
+                os.write(self._file, b"\n")  # a kill left an incomplete line: ours start on a new one
 
     def begin(self, identity: Mapping[str, Any]) -> None:
-        """Say what is being made; for rank 0, in a folder that holds nothing yet."""
+        """Note what is being made. Only for rank 0, in an empty folder."""
         self._add({"merge": identity})
 
     def finished(self, key: str, digest: str) -> None:
-        """One tensor is whole."""
+        """Note that one tensor is whole."""
         self._add({"tensor": key, "xxh3": digest})
 
     def __enter__(self) -> "Journal":
@@ -48,7 +49,7 @@ class Journal:
 
 
 def read_journal(folder: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
-    """(what is being made, or None where nothing says so; {tensor: hash} of all ranks)."""
+    """(what is being made, or None where no line says it; {tensor: hash} of all ranks)."""
     identity, finished = None, {}
     for path in sorted(folder.glob(f"{_PREFIX}*")):
         for line in path.read_bytes().splitlines():
@@ -64,7 +65,7 @@ def read_journal(folder: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
 
 
 def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], output: Path, folder: Path) -> None:
-    """Raise OutputError unless the unfinished output in `folder` is of the same merge, naming what differs."""
+    """Raise OutputError, which names what differs, unless the unfinished output in `folder` is of the same merge."""
     wanted = json.loads(json.dumps(wanted))
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):

@@ -1,4 +1,4 @@
-"""Where an adapter or a model is: in a local folder, or on the hub, from which its files are fetched."""
+"""Finds an adapter or a model: a local folder, or a repository of the hub, whose files are fetched."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether it is ``user/repo`` of the characters that the hub allows, whether or not the hub has it."""
+    """Whether it has the form ``user/repo`` of a hub id. The hub may not have it."""
     return _HUB_ID.fullmatch(source) is not None
 
 
@@ -22,12 +22,12 @@ def find(
     weights: Sequence[str],
     error: type[MergeError],
 ) -> tuple[str, Path]:
-    """(name, folder) of a local folder, or of a hub id ``user/repo`` once it is fetched; a folder of that name wins.
+    """(name, folder) of a local folder, or of a hub id ``user/repo``, which is fetched; a folder of that name wins.
 
-    revision: branch, tag or commit on the hub. files: patterns of what is fetched from it.
-    weights: patterns of weight files, of which the first that the repository has is fetched, too.
+    revision: branch, tag or commit on the hub. files: patterns of the files to fetch.
+    weights: patterns of weight files; the first pattern that matches any file is fetched as well.
 
-    Raises `error`, naming `config_file` as what was wanted: there is no such folder, or the hub does not give it.
+    Raises `error`, which says that a folder with `config_file` was wanted, if there is none and the hub gives none.
     """
     if not isinstance(source, str | Path):
         raise error(f"wanted a folder with {config_file} or a hub id user/repo, got {source!r}")

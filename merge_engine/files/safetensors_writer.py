@@ -1,8 +1,8 @@
-"""A .safetensors file written tensor by tensor, in bounded memory, with shapes that are known late.
+"""Writes a .safetensors file tensor by tensor, in bounded memory; a shape is known only when its tensor comes.
 
-The format puts a header with every shape and offset before the data. Ranks are known only when a module is done, so
-room for the header is reserved from the names alone; the data follows as it comes; the header is written last and the
-rest of its room filled with spaces, which the format allows.
+The format puts a header with every shape and offset before the data. Ranks are known only when a module is merged, so
+room for the header is reserved by the names alone. The data follows in the order in which it comes. The header is
+written last; spaces fill the rest of its room, which the format allows.
 """
 
 import json
@@ -22,7 +22,7 @@ _ENTRY_ROOM = 54 + 2 * 20 + 8 * 12
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, in row-major order; no copy where it is contiguous there already."""
+    """The bytes of a tensor on the CPU, in row-major order; no copy where it is contiguous on the CPU already."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
@@ -40,7 +40,7 @@ class SafetensorsWriter:
 
     Raises:
         OutputError: the disk is full, or the file cannot be written.
-        ValueError: a name that was not planned, comes twice, or never came; a dtype that safetensors does not have.
+        ValueError: a name that was not planned, comes twice or never comes; a dtype that safetensors does not have.
     """
 
     def __init__(self, path: Path, names: Iterable[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -51,7 +51,7 @@ class SafetensorsWriter:
         self._room = -(-room // 8) * 8  # readers map the data in place: it must start on a multiple of 8
         self._end = 0
         with writing(self.path):
-            # Unbuffered: tensors are large, and a full disk is met in `add`, not when the file is closed.
+            # Unbuffered: tensors are large, and a full disk is noticed in `add`, not when the file is closed.
             self._file = open(self.path, "wb", buffering=0)
         # Until `close` the file claims a header of impossible size, so that no reader takes it for whole.
         self._write(0, b"\xff" * 8)

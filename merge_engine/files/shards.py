@@ -62,9 +62,9 @@ class Layout:
 
 
 def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int) -> Layout:
-    """Shards of at most `shard_size` bytes of tensors, in the given order; a larger tensor has one of its own.
+    """Shards of at most `shard_size` bytes of tensors, in the given order; a larger tensor gets a shard of its own.
 
-    Names are those of transformers. In a shard wider dtypes come first, so that every tensor lies aligned.
+    Files are named as transformers names them. Within a shard wider dtypes come first, so that every tensor is aligned.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -109,7 +109,7 @@ class ShardFiles:
         self._lock = threading.Lock()
 
     def create(self) -> None:
-        """Make every file that is missing, or is not what this layout wants, at its full size with its header."""
+        """Create every file that is missing or does not fit the layout, at its full size and with its header."""
         for name, header in self.layout.headers.items():
             if not self.is_started(name):
                 with writing(self.folder / name):
@@ -119,7 +119,7 @@ class ShardFiles:
                 self._write(name, 0, header)
 
     def is_started(self, name: str) -> bool:
-        """Whether a shard is there, of the right size and with the right header."""
+        """Whether a shard exists, of the right size and with the right header."""
         try:
             with open(self.folder / name, "rb") as file:
                 header = self.layout.headers[name]
@@ -128,12 +128,12 @@ class ShardFiles:
             return False
 
     def on_disk(self) -> int:
-        """Bytes that the files take up already."""
+        """Bytes of disk that the files take up now."""
         found = [self.folder / name for name in self.layout.headers]
         return sum(path.stat().st_blocks * 512 for path in found if path.exists())
 
     def write(self, slot: Slot, start: int, data: memoryview) -> None:
-        """Put bytes at position `start` of a tensor."""
+        """Write bytes at position `start` of a tensor."""
         self._write(slot.shard, slot.offset + start, data)
 
     def digest(self, slot: Slot) -> str:

@@ -1,4 +1,4 @@
-"""Named tensors in weight files: described from the header alone, read one at a time."""
+"""Tensors in weight files, by name: opening reads headers only, and each tensor is read when it is asked for."""
 
 import json
 import math
@@ -23,7 +23,7 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that can be read from its file, by any thread."""
+    """A tensor in a file, which any thread can read."""
 
     key: str
     file: Path
@@ -50,7 +50,10 @@ class StoredTensor:
         return tensor
 
     def pieces(self, elements: int = 1 << 20) -> Iterator[torch.Tensor]:
-        """The tensor as flat pieces of at most `elements`, each in place of the one before; raises as `read` does."""
+        """The tensor as flat pieces of at most ``elements`` elements. A piece may overwrite the one before.
+
+        Raises as `read` does.
+        """
         size = math.prod(self.shape)
         if self.mapped is not None:
             yield from self.mapped.detach().reshape(-1).split(elements) if size else ()
@@ -64,7 +67,7 @@ class StoredTensor:
 
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
-        """The file, where the tensor begins. Read rather than mapped: mapped pages count as this process's memory."""
+        """The file, at the tensor's first byte. It is read, not mapped: mapped pages count as this process's memory."""
         try:
             with FileIO(self.file) as file:
                 file.seek(self.offset)
@@ -81,7 +84,7 @@ class StoredTensor:
             rest = rest[count:]
 
     def same_as(self, other: "StoredTensor") -> bool:
-        """Whether two tensors are of one shape and dtype and hold the same bits; raises as `read` does."""
+        """Whether two tensors have the same shape, dtype and bits; raises as `read` does."""
         return (self.shape, self.dtype) == (other.shape, other.dtype) and all(
             torch.equal(one.contiguous().view(torch.uint8), two.contiguous().view(torch.uint8))
             for one, two in zip(self.pieces(), other.pieces(), strict=True)
@@ -151,7 +154,7 @@ def open_sharded(
     """The tensors of the files that an index file names; `opener` reads one of them.
 
     Raises:
-        AdapterError: the index is damaged, points out of its folder, or disagrees with its files.
+        AdapterError: the index is damaged, names a file outside of its folder, or disagrees with its files.
     """
     try:
         weight_map = json.loads(index.read_bytes(), object_pairs_hook=unique_keys)["weight_map"]
@@ -161,7 +164,7 @@ def open_sharded(
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{subject}: {index.name} is damaged: wanted a weight_map of tensors to files") from error
     for shard in shards:
-        # By name only: in the hub's cache a file is a link that leads out of the folder, and rightly so.
+        # Only the name is checked: in the hub's cache files are links to another folder.
         if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
             raise AdapterError(f"{subject}: {index.name} names {shard!r}, wanted a file in the same folder")
     tensors: dict[str, StoredTensor] = {}
@@ -178,7 +181,7 @@ def open_sharded(
 
 
 def open_bin(path: Path, subject: str) -> dict[str, StoredTensor]:
-    """The tensors of a file made by ``torch.save``, mapped where its format allows it.
+    """The tensors of a file made by ``torch.save``, mapped into memory where its format allows that.
 
     Raises:
         AdapterError: the file is damaged, or holds anything but named tensors.

@@ -19,6 +19,6 @@ def what_is_wrong(tensor: Tensor) -> str | None:
 def finite(tensor: Tensor) -> bool:
     """Whether a tensor of any shape and of a float dtype of 2 bytes or more holds neither NaN nor Inf.
 
-    By its extremes, which NaN is one of, in a fifteenth of the time that `torch.isfinite` takes.
+    Looks at the minimum and the maximum only, which are NaN where there is one: 15 times as fast as `torch.isfinite`.
     """
     return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))

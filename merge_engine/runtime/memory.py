@@ -14,23 +14,24 @@ from torch import Tensor
 
 from merge_engine.errors import RecipeError
 
-HUGE = 8 << 20  # bytes from which on a tensor comes in huge pages
-KEPT = 128 << 20  # bytes at most of those that are free, kept for the next tensors
-_free: list[mmap.mmap] = []  # the latest at the end; every change of it is one call, which no other thread breaks into
+HUGE = 8 << 20  # tensors of at least so many bytes get huge pages
+KEPT = 128 << 20  # bytes of freed memory that are kept for later tensors, at most
+# Freed memory, the oldest first. Threads share it without a lock: each change is one call, which is atomic in Python.
+_free: list[mmap.mmap] = []
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """An uninitialised tensor on the CPU.
 
-    A large one comes in huge pages where the system has them: to touch 64 MiB for the first time takes 29 ms in small
-    pages, one thread at a time, and 6 ms in huge ones. It takes the memory of an earlier one that is gone, which has
-    been touched, where there is one of its size, or at most twice that.
+    A large one gets huge pages where the system has them: the first write to 64 MiB takes 29 ms in small pages, one
+    thread at a time, and 6 ms in huge ones. Or it reuses the memory of an earlier large tensor that is gone, if some of
+    its size, or of up to twice that, is free: that has been written to before.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(tuple(shape), dtype=dtype)
     memory = _take(nbytes) or _map(nbytes)
-    lent = np.frombuffer(memory, np.uint8, nbytes)  # lives as long as the last tensor that sees the memory
+    lent = np.frombuffer(memory, np.uint8, nbytes)  # lives as long as any tensor that uses the memory
     weakref.finalize(lent, _give_back, memory).atexit = False
     return torch.from_numpy(lent).view(dtype).view(*shape)
 
@@ -43,7 +44,10 @@ def _map(nbytes: int) -> mmap.mmap:
 
 
 def _take(nbytes: int) -> mmap.mmap | None:
-    """The smallest that is free and large enough; where none is, the oldest that are free make room for a new one."""
+    """The smallest free memory of this size or up to twice that; None where there is none.
+
+    Then free memory is given up, the oldest first, until it makes room for what will be mapped.
+    """
     for memory in sorted(_free, key=len):
         if nbytes <= len(memory) <= 2 * nbytes:
             with suppress(ValueError):  # another thread was faster
@@ -62,13 +66,13 @@ def _give_back(memory: mmap.mmap) -> None:
             _free.pop(0)
 
 
-SCRATCH = 1 << 19  # elements of a scratch buffer at least: a tile's
+SCRATCH = 1 << 19  # elements of the smallest scratch buffer: one tile
 
 _local = threading.local()
 
 
 def scratch(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """This thread's buffer of that name, seen as [shape]: what it holds is undefined."""
+    """This thread's buffer of that name, as a tensor of ``shape``; its content is undefined."""
     buffers: dict[str, Tensor] = _local.__dict__
     size = math.prod(shape)
     buffer = buffers.get(name)

@@ -12,12 +12,12 @@ import torch
 
 from merge_engine.errors import OutputError, about
 
-_PATIENCE = timedelta(days=7)  # a rank that has done its share waits for the others; one that dies is noticed at once
+_PATIENCE = timedelta(days=7)  # a rank that is done waits so long for the others; one that dies is noticed at once
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them. `sum` and `wait` must be called by every rank, in the same order."""
+    """This process, and how many there are. `sum` and `wait` must be called by every rank, in the same order."""
 
     rank: int = 0
     world: int = 1
@@ -34,11 +34,11 @@ class Ranks:
         return values.cpu().numpy()
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Return when every rank has called this."""
         self.sum(np.zeros(1, np.int64))
 
     def share(self, costs: Sequence[int]) -> range:
-        """Which of a row of jobs are this rank's: one run of neighbours each, of costs as even as that allows."""
+        """The indices of this rank's jobs: neighbours, so chosen that all ranks' costs are as even as that allows."""
         ends = np.concatenate([[0], np.cumsum(costs)])
         edges = [ends[-1] * rank / self.world for rank in range(self.world + 1)]
         places = [int(np.abs(ends - edge).argmin()) for edge in edges]
@@ -56,9 +56,9 @@ ALONE = Ranks()
 
 
 def join() -> Ranks:
-    """All processes that torchrun started (RANK and WORLD_SIZE in the environment), connected; ALONE where it did not.
+    """Connect the processes that torchrun started (RANK and WORLD_SIZE are set); ALONE where it started none.
 
-    A process group that exists already is used as it is; else one is made, by gloo: only counts go through it.
+    An existing process group is used as it is; else one is made with gloo, which is enough for counts.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or "RANK" not in os.environ:
@@ -67,24 +67,24 @@ def join() -> Ranks:
 
     ranks = Ranks(int(os.environ["RANK"]), world)
     if not dist.is_initialized():
-        with about("ranks"):  # ValueErrors are of an environment that torchrun has not set
+        with about("ranks"):  # a ValueError comes from an environment that torchrun has not set
             ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
         atexit.register(_leave)
     return ranks
 
 
 def gpu() -> torch.device:
-    """The GPU that this process computes on, of those it sees; there must be one.
+    """The GPU that this process computes on; it must see at least one.
 
-    That which its caller made current (`torch.cuda.set_device`), if it is not the first. Else, where torchrun started
-    it, GPU number LOCAL_RANK, counted round again where more processes than GPUs are on the machine. Else the first.
+    The current one (`torch.cuda.set_device`), unless that is the first. Else, under torchrun, the one with the number
+    LOCAL_RANK modulo the number of GPUs. Else the first.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     return torch.device("cuda", torch.cuda.current_device() or local % torch.cuda.device_count())
 
 
 def _leave() -> None:
-    """Take the process group down while Python still runs: its threads would abort a process that merely ends."""
+    """Destroy the process group while Python still runs: else its threads abort the process when it ends."""
     import torch.distributed as dist
 
     if dist.is_initialized():

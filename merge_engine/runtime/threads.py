@@ -1,4 +1,4 @@
-"""Stages of work that overlap: each runs in threads of its own, and hands its results on in order."""
+"""Work on threads: all items of a list at once (`for_each`), or some items ahead of who uses the results (`ahead`)."""
 
 import os
 import threading
@@ -17,13 +17,14 @@ T = TypeVar("T")
 
 
 def for_each(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
-    """work(item) for every item, in their order, shared out over the threads; not from within work, which would wait.
+    """work(item) for every item, by ``torch.get_num_threads()`` threads; the results come in the order of the items.
 
-    When work fails for an item, those that are not begun are left.
+    When work fails for an item, its exception is raised, and items that have not been begun are skipped. Must not be
+    called from within ``work``: it would wait for its own thread.
     """
     threads, left = torch.get_num_threads(), iter(range(len(items)))
 
-    def share(_: int) -> list[tuple[int, R]]:  # each thread takes the next as it gets to it: one hand-over a thread
+    def share(_: int) -> list[tuple[int, R]]:  # a thread takes items while any are left
         try:
             return [(i, work(items[i])) for i in left]
         except BaseException:
@@ -36,7 +37,7 @@ def for_each(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
 
 @lru_cache(maxsize=4)
 def workers(threads: int) -> ThreadPoolExecutor:
-    """Threads that each run torch's operators on one thread: the tiles are what runs in parallel."""
+    """A pool of threads that each run torch's operators on one thread: the items are what runs in parallel."""
     ready = threading.Barrier(threads + 1)
 
     def start() -> None:
@@ -47,13 +48,13 @@ def workers(threads: int) -> ThreadPoolExecutor:
     for _ in range(threads):
         pool.submit(start)
     ready.wait()
-    torch.set_num_threads(threads)  # the setting is each thread's own, but new threads copy the latest
+    torch.set_num_threads(threads)  # each thread has a count of its own, but new threads copy the one set last
     return pool
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=workers.cache_clear)  # a child has none of its parent's threads
-# Threads by how many they are, for the next who works ahead: new ones share a core for their first 10 ms or so.
+# Idle pools by their number of threads, for the next call of `ahead`: new threads share a core for their first 10 ms.
 _idle: defaultdict[int, list[ThreadPoolExecutor]] = defaultdict(list)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)  # a child has none of its parent's threads
@@ -61,7 +62,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch's operators run on so many threads inside."""
+    """Inside the block torch's operators run on ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -71,21 +72,21 @@ def threads(count: int) -> Iterator[None]:
 
 
 def one_thread() -> None:
-    """This thread runs torch's operators alone from now on.
+    """From now on this thread runs torch's operators on one thread.
 
-    It has to ask before it sets: a thread that asks for the first time, or runs its first operator, gets what any other
-    thread has set last, in place of what it has set itself.
+    It reads the count before it sets it: at its first read, or its first operator, a thread's count becomes what any
+    thread has set last, whatever it has set itself.
     """
     if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
-    """function(item) for every item, in order, computed in the background while earlier results are in use.
+    """function(item) for every item, in order, computed in the background while the caller uses earlier results.
 
-    At most workers + 1 results are under way or waiting, so memory is bounded. Each worker runs torch's operators on
-    one thread: results do not depend on how many there are. An exception of `function` or `items` is raised here. Where
-    items is a generator, it is closed at the end.
+    At most workers + 1 results are being computed or are waiting, so memory is bounded. Each worker runs torch's
+    operators on one thread: results do not depend on how many workers there are. An exception of `function` or `items`
+    is raised here. If items is a generator, it is closed at the end.
     """
     before, caller = torch.get_num_threads(), threading.get_ident()
     pool = _take(workers)
@@ -97,16 +98,16 @@ def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> I
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except BaseException:  # these threads may be at work, or not be there in a child: they end, and are no one's
+    except BaseException:  # its threads may be busy, or missing in a forked child: the pool ends here
         pool.shutdown(wait=threading.get_ident() == caller, cancel_futures=True)
         raise
     else:
         _idle[workers].append(pool)
     finally:
-        if threading.get_ident() == caller:  # and not in a thread that collects garbage, whose count it would set
-            torch.set_num_threads(before)  # for threads that are still to come
+        if threading.get_ident() == caller:  # another thread may collect this as garbage: its count is not touched
+            torch.set_num_threads(before)  # new threads copy it
         if isinstance(items, Generator):
-            items.close()  # with its threads: kept by a traceback, it would wait for garbage to be collected
+            items.close()  # its threads end now, even if a traceback keeps the generator
 
 
 def _take(workers: int) -> ThreadPoolExecutor:
