@@ -1,1 +1,1 @@
-"""Merges into a base model, and of full models."""
+"""Merges whose result is a full model: of adapters into a base, and of full models with each other."""

@@ -1,4 +1,4 @@
-"""What a full model's folder holds beside its weights: configuration, tokenizer, model card and report."""
+"""The files beside the weights of a full model: configuration, tokenizer, model card and report."""
 
 import json
 import shutil
@@ -19,9 +19,9 @@ from merge_engine.version import versions
 def write_companions(
     folder: Path, base: Checkpoint, plan: Plan, layout: Layout, backend: str, union: Union | None = None
 ) -> None:
-    """Copy what belongs to the base, and write index, config.json, README.md and merge_report.json.
+    """Copy the base's files, and write index, config.json, README.md and merge_report.json.
 
-    union: the tokens of the output, if they are not just the base's: tokenizer and config.json tell of them.
+    union: the tokens of the output, where vocabularies are united; tokenizer files and config.json are written for it.
     """
     for name, file in base.companions().items():
         with writing(folder / name):
@@ -60,7 +60,7 @@ def write_companions(
 
 
 def _config(base: Checkpoint, dtype: str | None, union: Union | None) -> str:
-    """The base's own text, or with the dtype that was asked for and the rows that the union has."""
+    """The base's text; changed only where another dtype is written, or the union has more rows than the base."""
     grows = union is not None and union.rows != union.base_rows
     if dtype is None and not grows:
         return (base.path / MODEL_CONFIG).read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def _resized(config: dict[str, Any], union: Union) -> dict[str, Any]:
 
 
 def _tokenizer(value: dict[str, Any], union: Union) -> dict[str, Any]:
-    """tokenizer.json: loaders number the added tokens in the order of their list, from the first free index."""
+    """tokenizer.json with the added tokens. Loaders number them in this order, from the first free index."""
     return {**value, "added_tokens": [*(value.get("added_tokens") or []), *union.added.values()]}
 
 
@@ -93,7 +93,7 @@ def _tokenizer_config(value: dict[str, Any], union: Union) -> dict[str, Any]:
 
 
 def _special_tokens(value: dict[str, Any], union: Union) -> dict[str, Any]:
-    """Special tokens without a role of their own, in the list that there is, by its newer name or its older one."""
+    """Append special tokens without a role to the file's list of these, under its newer name or its older one."""
     key = "extra_special_tokens" if isinstance(value.get("extra_special_tokens"), list) else "additional_special_tokens"
     new = [token for token, entry in union.added.items() if entry["special"]]
     return {**value, key: [*(value.get(key) or []), *new]} if new else value

@@ -1,4 +1,4 @@
-"""A merge into a base model, before anything is written: inputs, targets, and the layout of the output."""
+"""A merge into a base model, checked before anything is written: inputs, targets, and the layout of the output."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -32,26 +32,26 @@ class IntoJob:
     base: Checkpoint
     plan: Plan
     targets: dict[str, Target]  # by module
-    saved: dict[str, StoredTensor]  # by key of the base: layers that adapters hold whole
+    saved: dict[str, StoredTensor]  # layers that adapters hold whole, by key of the base
     layout: Layout
     shard_size: int
-    union: Union | None = None  # of the vocabularies, where they are united
+    union: Union | None = None  # of the vocabularies
 
     @cached_property
     def module_of(self) -> dict[str, str]:
-        """The module that is merged into a key; twins of a key are written with it."""
+        """{key: the module that is merged into it}; twins of a key are written with it."""
         names = {target.stored.key: name for name, target in self.targets.items()}
         twins = {key: names[first] for key, first in self.base.twins.items() if first in names}
         return names | twins
 
     def source(self, key: str) -> StoredTensor:
-        """What is copied to a key that no module is merged into."""
+        """The tensor that is copied to a key into which no module is merged."""
         return self.saved.get(key, self.base.tensors[key])
 
     def pieces(self, key: str, merged: Tensor | None) -> Iterable[Tensor]:
-        """What is written to a key, in order: a copy, or the merged tensor, and behind it rows that the base lacks.
+        """The pieces to write to a key, in order: a copy; or the merged tensor, and after it the rows of added tokens.
 
-        Rows of added tokens come into the merged tensor too, in place of the base's padding.
+        Added tokens first take the place of the base's padding, inside of the merged tensor.
         """
         if merged is None:
             return self.source(key).pieces()
@@ -64,18 +64,18 @@ class IntoJob:
         return [merged, added[inside:]]
 
     def keys_of(self, module: str) -> list[str]:
-        """The keys that a module is merged into: one, and its twins."""
+        """The key that a module is merged into, and its twins."""
         key = self.targets[module].stored.key
         return [key, *(twin for twin, first in self.base.twins.items() if first == key)]
 
 
 def open_input(source: str | Path) -> Input:
-    """An adapter if the folder has an adapter_config.json, else a full model."""
+    """The adapter, if the folder has an adapter_config.json, else the full model."""
     folder = Path(source).expanduser()
     if not folder.exists() and not is_hub_id(str(source)):
         wanted = "a folder with adapter_config.json or config.json, or a hub id user/repo"
         raise ModelError(f"{source} does not exist, wanted {wanted}")
-    if not folder.exists():  # a hub id: what it holds says what it is
+    if not folder.exists():  # a hub id, which does not say what it is
         try:
             return open_adapter(source)
         except MergeError:
@@ -86,7 +86,7 @@ def open_input(source: str | Path) -> Input:
 def make_job(
     base: Checkpoint, inputs: Sequence[Input], recipe: Recipe, shard_size: int, vocab: str = "base"
 ) -> IntoJob:
-    """Check that the inputs fit the base and the recipe, and say where every tensor of the output goes."""
+    """Check that the inputs fit the base and the recipe, and lay out the tensors of the output."""
     if vocab not in ("base", "union"):
         raise RecipeError(f"vocab: wanted base or union, got {vocab!r}")
     adapters = [each for each in inputs if isinstance(each, Adapter)]

@@ -1,8 +1,9 @@
 """Merges into a full model: base + scale * merged, streamed tensor by tensor from disk to disk.
 
-The inputs are adapters, whose deltas are never stored, or full models, whose tasks are finetuned - base. Each tensor of
-the base is read once, merged in float32, rounded once and written to its place in the shards; what no input touches is
-copied byte for byte. Reading, merging and writing overlap. A journal makes an interrupted run go on.
+The inputs are adapters, whose deltas are never stored, and full models, whose task tensors are finetuned - base. Each
+tensor of the base is read once, merged in float32, rounded once and written to its place in the shards. Tensors that no
+input changes are copied byte for byte. Reading, merging and writing overlap. A journal lets an interrupted run go on
+where it stopped.
 """
 
 import logging
@@ -36,15 +37,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MergedModel:
-    """A merged full model: where it is (None after a dry run), its size, and what became of its tensors."""
+    """A merged full model: its folder (None after a dry run), its size, and how many tensors were merged and copied."""
 
     plan: Plan
     path: Path | None
     nbytes: int
     merged: int  # tensors
     copied: int
-    resumed: int  # of these, found finished from an earlier run
-    seconds: float  # that it took, or is estimated to take
+    resumed: int  # of these, finished by an earlier run
+    seconds: float  # taken, or estimated by a dry run
     shards: dict[str, int]  # bytes by file
 
 
@@ -65,14 +66,14 @@ def merge_into(
 
     base: a folder or hub id of a full model: sharded or single safetensors, or ``.bin`` files.
     adapters: folders or hub ids of LoRA adapters trained on it.
-    output: the folder to write; it appears complete or not at all. What an interrupted run leaves beside it
-        (``.<name>.partial``) is taken up by the next run of the same merge, and refused by any other.
-    shard_size: of each weight file at most, as "5GB". dry_run: check and estimate, write nothing.
+    output: the folder to write; it appears complete or not at all. An interrupted run leaves ``.<name>.partial`` beside
+        it. The next run of the same merge goes on from there; any other merge into that folder raises OutputError.
+    shard_size: the most that one weight file holds, as "5GB". dry_run: check and estimate, write nothing.
     vocab: as in `merge_models`.
-    recipe: the fields of `Recipe`, without rank and energy; dtype is that of the output, None for the base's own.
+    recipe: the fields of `Recipe`, without rank and energy; dtype: of the output, None for the base's own.
 
-    Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError; all but a full disk
-    and unreadable files are found before anything is written.
+    Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError, before anything is
+    written unless the disk is full or a file cannot be read.
     """
     return merge_models(
         base,
@@ -104,11 +105,12 @@ def merge_models(
     """base + scale * method(w_1 (m_1 - base), ...): full models merged with each other, each tensor a task tensor.
 
     models: folders or hub ids of full models fine-tuned from the base, and of adapters on it, in any mixture.
-    vocab: whose tokens the output has: the "base"'s, which every model has to share, or the "union" of all. In a union
-        rows of embedding and head are aligned by the strings of their tokens, as tokenizer.json has them. The base's
-        tokens keep their indices, and merge as everything does; a model that lacks one counts as unchanged there.
-        Others come behind them in order of first appearance, each with the mean of its rows in the models that have it.
-        An adapter that holds embedding and head whole, as PEFT saves them with added tokens, is a model in these.
+    vocab: the tokens of the output: "base", and then every model must have the base's tokens, or the "union" of all. In
+        a union the rows of embedding and head are aligned by the strings of their tokens in tokenizer.json. The base's
+        tokens keep their indices, and their rows are merged like all others; a model that lacks one of them counts as
+        unchanged in its row. Added tokens follow in order of first appearance; the row of each is the mean of its rows
+        in the models that have it. An adapter that holds embedding and head whole, as PEFT saves them with added
+        tokens, counts as a full model in these two tensors.
     Other arguments, result and errors as in `merge_into`.
     """
     asked = Recipe.from_mapping(recipe)
@@ -151,13 +153,13 @@ def run(
             resumed = write_tensors(job, folder, backend, ranks, progress)
         except MergeError as error:
             if not isinstance(error, OutputError):
-                wipe(folder)  # a mistake in the inputs: there is nothing to go on with
+                wipe(folder)  # a mistake in the inputs: no later run can go on from here
             raise
         ranks.wait()
         if ranks.rank == 0:
             write_companions(folder, job.base, job.plan, job.layout, backend.name, job.union)
             with writing(output):
-                sync(folder)  # which takes a while, in which a kill leaves the journal to go on from
+                sync(folder)  # this takes a while; after a kill in it the journal is still there
             remove_journal(folder)
     ranks.wait()
     return replace(result, path=output, resumed=resumed, seconds=time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What makes an interrupted merge go on: the identity of a merge, and what earlier runs of it have finished."""
+"""How an interrupted merge goes on: the identity of a merge, and which tensors earlier runs of it have finished."""
 
 import hashlib
 import logging
@@ -18,11 +18,11 @@ from merge_engine.models.finetuned import Finetuned
 from merge_engine.version import __version__
 
 logger = logging.getLogger(__name__)
-_HEAD = 1 << 20  # bytes of a file that say what it is
+_HEAD = 1 << 20  # bytes at the start of a file, with its header, that are hashed
 
 
 def take_up(job: IntoJob, output: Path, folder: Path, backend: Backend) -> None:
-    """Make the working folder ready: as an earlier run of the same merge left it, or new. Checks the disk's space."""
+    """Prepare the working folder: as an earlier run of the same merge left it, or a new one. Checks the free space."""
     identity = _identity(job, backend)
     found, _ = read_journal(folder)
     if found is None:
@@ -41,19 +41,22 @@ def take_up(job: IntoJob, output: Path, folder: Path, backend: Backend) -> None:
 
 
 def finished_keys(job: IntoJob, files: ShardFiles, folder: Path) -> set[str]:
-    """The tensors that the journal says are finished, and that are on the disk as it says."""
+    """The tensors that are finished by the journal, and whose bytes on the disk have the journal's hash."""
     done = set()
     for key, digest in read_journal(folder)[1].items():
         slot = job.layout.slots.get(key)
         if slot is not None and files.digest(slot) == digest:
             done.add(key)
         else:
-            logger.warning("%s: %s is damaged, it is made again", folder, key)
+            logger.warning("%s: %s is damaged and will be written again", folder, key)
     return done
 
 
 def _identity(job: IntoJob, backend: Backend) -> dict[str, Any]:
-    """What decides every byte of the output: recipe, layout, inputs (by size, time of change and header), versions."""
+    """Everything that decides the bytes of the output: recipe, layout, inputs and versions.
+
+    Inputs count by size, time of change and the hash of their header, since hashing all of them would take too long.
+    """
     return {
         "recipe": {**job.plan.recipe.as_dict(), "weights": list(job.plan.weights)},
         "shard_size": job.shard_size,
@@ -74,7 +77,7 @@ def _files_of(source: Adapter | Finetuned) -> dict[str, Any]:
 
 
 def _files(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
-    """{file: size, time of change, and the hash of its first bytes, a header} of what an input is read from."""
+    """{file: its size, time of change, and the hash of its first bytes, which hold the header}, and the folder."""
     found: dict[str, Any] = {"folder": str(folder.resolve())}
     for file in files:
         stat = file.stat()

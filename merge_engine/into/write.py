@@ -1,4 +1,4 @@
-"""Writes the tensors of a merged model: each is read once, merged in float32, rounded once and put to its place."""
+"""Writes the tensors of a merged model: each is read once, merged in float32, rounded once and written to its place."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,13 +37,13 @@ from merge_engine.runtime.finite import finite
 from merge_engine.runtime.processes import Ranks
 from merge_engine.runtime.threads import ahead, threads
 
-Figures = dict[str, Mapping[str, float]]  # by module, see `engine.cut.Finished`
+Figures = dict[str, Mapping[str, float]]  # by module; see `engine.cut.Finished`
 Load = tuple[list[Tensor], Loaded]  # the base tensors of a group as [M, N], and its tasks
 MergedTensors = Iterator[tuple[ModulePlan, Tensor]]
 
 
 class Item(NamedTuple):
-    """A tensor on its way to the disk: merged, or to be copied."""
+    """A tensor on its way to the disk; merged: None where it is copied from the base."""
 
     keys: list[str]
     merged: Tensor | None
@@ -51,14 +51,17 @@ class Item(NamedTuple):
 
 
 def write_tensors(job: IntoJob, folder: Path, backend: Backend, ranks: Ranks, progress: bool | None) -> int:
-    """Write those of this rank's tensors that no earlier run has finished; how many of the model's were finished."""
+    """Write the tensors of this rank that no earlier run has finished.
+
+    Returns how many tensors of the whole model earlier runs had finished.
+    """
     from tqdm import tqdm
 
     files = ShardFiles(folder, job.layout)
     try:
         with Journal(folder, ranks.rank) as journal:
             done = finished_keys(job, files, folder)
-            ranks.wait()  # every rank has read the journal before one adds to it
+            ranks.wait()  # no rank may add to the journal before every rank has read it
             keys = list(job.layout.slots)
             keys = [keys[i] for i in ranks.share(_costs(job, keys))]
             plan = replace(job.plan, ranks=ranks, share=_share(job, keys))
@@ -79,9 +82,9 @@ def write_tensors(job: IntoJob, folder: Path, backend: Backend, ranks: Ranks, pr
 def _items(
     job: IntoJob, keys: Sequence[str], done: set[str], backend: Backend, ready: Preparation, figures: Figures
 ) -> Iterator[Item]:
-    """Everything that is to be written: merged modules, and between them what is copied, as the base has them.
+    """All items to write: merged modules, with copied tensors spread between them.
 
-    figures: takes those of the modules that are cut.
+    figures: filled with the figures of the modules that are cut.
     """
     groups = [
         group
@@ -111,13 +114,13 @@ def _load(job: IntoJob, backend: Backend, group: Sequence[ModulePlan]) -> Load:
 
 
 def _by_factors(job: IntoJob) -> bool:
-    """Whether what is merged is made as factors, and not as matrices of the base's shape."""
+    """Whether merging makes factors, and not matrices of the base's shape."""
     plan = job.plan
     return plan.on_cores or plan.lifts or plan.recipe.space == "factors"
 
 
 def _onto(job: IntoJob, backend: Backend, loads: Iterable[Load], ready: Preparation) -> MergedTensors:
-    """base + scale * merged of every module, where what is merged is as large as the base."""
+    """base + scale * merged of every module, where merging makes matrices of the base's shape."""
     plan, scale = job.plan, job.plan.recipe.scale
     for bases, loaded in loads:
         dtype = _dtype(job, loaded.group)
@@ -134,9 +137,9 @@ def _onto(job: IntoJob, backend: Backend, loads: Iterable[Load], ready: Preparat
 
 
 def _scaled_onto(work: Work, base: Tensor, dtype: torch.dtype, recipe: Recipe) -> Tensor:
-    """base + scale * merged, where the scale follows from what is merged."""
+    """base + scale * merged, where the scale depends on the merged delta's norm."""
     delta = work.merged["delta"]
-    with threads(1):  # sums on several have other last bits
+    with threads(1):  # on several threads the sum would differ in its last bits
         scale = scale_of(recipe, work.norms(), squared_norm(delta))
     return delta.mul_(scale).add_(base.to(delta.device)).to(dtype)
 
@@ -144,7 +147,7 @@ def _scaled_onto(work: Work, base: Tensor, dtype: torch.dtype, recipe: Recipe) -
 def _factors_onto(
     job: IntoJob, backend: Backend, loads: Iterable[Load], ready: Preparation, figures: Figures
 ) -> MergedTensors:
-    """base + B A of every module; modules are cut in the background, on one thread each, as `engine.merge` does."""
+    """base + B A of every module. Modules are cut in the background, on one thread each, as in `engine.merge`."""
 
     def works() -> Iterator[tuple[Tensor, Work]]:
         for bases, loaded in loads:
@@ -163,13 +166,13 @@ def _factors_onto(
 
 
 def _dtype(job: IntoJob, group: Sequence[ModulePlan]) -> torch.dtype:
-    """That of the output, or float32 where the modules differ in it: the writer rounds then."""
+    """The output's dtype; float32 where it differs between the modules, and then the writer rounds."""
     dtypes = {job.layout.slots[job.targets[module.name].stored.key].dtype for module in group}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int:
-    """Put a tensor to its places and say so in the journal; its cost."""
+    """Write a tensor to its places, and to the journal that it is finished. Returns its cost."""
     for key in item.keys:
         slot, position, digest = job.layout.slots[key], 0, xxh3_128()
         for piece in job.pieces(key, item.merged):
@@ -183,7 +186,7 @@ def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int
 
 
 def _cast(tensor: Tensor, slot: Slot, *, merged: bool) -> Tensor:
-    """The tensor in its place's dtype; raises ModelError where a value does not fit, or what is merged is no number."""
+    """The tensor in its place's dtype. Raises ModelError if a value overflows it, or if a merged value is NaN."""
     cast = tensor.to(slot.dtype)
     if (merged or slot.dtype == torch.float16) and not finite(cast):
         name, largest = str(slot.dtype).removeprefix("torch."), torch.finfo(slot.dtype).max
@@ -193,15 +196,15 @@ def _cast(tensor: Tensor, slot: Slot, *, merged: bool) -> Tensor:
 
 
 def _share(job: IntoJob, keys: Sequence[str]) -> frozenset[str]:
-    """The modules that are merged into these keys; that of twins goes with the first of them."""
-    mine = set(keys)
-    return frozenset(name for name, target in job.targets.items() if target.stored.key in mine)
+    """The modules that are merged into these keys; the module of twins belongs to the first of them."""
+    chosen = set(keys)
+    return frozenset(name for name, target in job.targets.items() if target.stored.key in chosen)
 
 
 def _costs(job: IntoJob, keys: Sequence[str]) -> list[int]:
-    """What each tensor takes, in elements of one task tensor: four bytes are written in the time of one of these.
+    """The cost of each tensor, in elements of a task tensor; writing four bytes takes the time of one element.
 
-    That of twins goes with the first of them, as in `_share`.
+    The cost of twins belongs to the first of them, as in `_share`.
     """
     costs = dict.fromkeys(keys, 1)
     for module in job.plan.modules:
@@ -213,7 +216,7 @@ def _costs(job: IntoJob, keys: Sequence[str]) -> list[int]:
 
 
 def estimate(job: IntoJob, backend: Backend) -> float:
-    """Seconds that the job would take, from merging its module of middle size, and writing at 1 GB/s."""
+    """Seconds that the job would take: measured on its module of median size, plus writing at 1 GB/s."""
     seconds = job.layout.nbytes / 1e9
     modules = sorted(job.plan.modules, key=lambda module: module.cost)
     if modules:
@@ -221,7 +224,7 @@ def estimate(job: IntoJob, backend: Backend) -> float:
         rule = replace(one.rule, scope="tensor", majority=False)
         sample = replace(job, plan=replace(one, rule=rule))
         ready = Preparation({side: {} for side in one.sides}, dict.fromkeys(one.sides, 1))
-        for _ in range(2):  # the first time also loads what computes
+        for _ in range(2):  # the first time includes loading compiled code
             start = time.perf_counter()
             for _ in _items(sample, [], set(), backend, ready, {}):
                 pass
