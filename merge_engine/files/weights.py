@@ -174,8 +174,9 @@ def open_sharded(
         stored = opener(index.parent / shard, subject)
         wanted = {key for key, file in weight_map.items() if file == shard}
         for key in sorted(wanted ^ stored.keys()):
-            state = "lacks" if key in wanted else "holds the unlisted"
-            raise AdapterError(f"{subject}: {shard} {state} tensor {key}, against {index.name}")
+            if key in wanted:
+                raise AdapterError(f"{subject}: {shard} lacks tensor {key}, which {index.name} lists")
+            raise AdapterError(f"{subject}: {shard} holds tensor {key}, which {index.name} does not list")
         tensors.update(stored)
     return tensors
 

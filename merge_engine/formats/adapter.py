@@ -1,4 +1,4 @@
-"""An adapter: its modules, described, and its factors, read when they are asked for."""
+"""An adapter of any file format: a description of its modules, and factors that are read when they are asked for."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ TOKENS = ".token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True)
 class Module:
-    """One LoRA pair, described without being read."""
+    """One pair of LoRA factors, described by what the file's header says of them."""
 
     name: str  # in the base model: "model.layers.0.self_attn.q_proj"
     kind: str  # "linear", "embedding" or "conv"
@@ -33,7 +33,7 @@ class Module:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One LoRA adapter on disk. Nothing but headers has been read; reading is safe from several threads."""
+    """One LoRA adapter on disk. Only headers have been read; several threads may read tensors at once."""
 
     name: str  # the last part of its folder or hub id
     source: str  # as it was asked for
@@ -67,7 +67,7 @@ class Adapter:
 
         Raises:
             AdapterError: one holds NaN or Inf, the message names adapter, tensor and file; or a delta, which is at most
-                ``|scaling| r max|A| max|B|``, may leave float32.
+                ``|scaling| r max|A| max|B|``, may overflow float32.
         """
         for stored in self.extras.values():
             self._largest(stored)
@@ -75,10 +75,10 @@ class Adapter:
             module = self.modules[name]
             bound = abs(module.scaling) * module.rank * self._largest(a) * self._largest(b)
             if bound > torch.finfo(torch.float32).max:
-                raise AdapterError(f"{self.name}: the delta of {name} reaches up to {bound:.1e}, wanted one of float32")
+                raise AdapterError(f"{self.name}: the delta of {name} may reach {bound:.1e}, which overflows float32")
 
     def _largest(self, stored: StoredTensor) -> float:
-        """max|x|; raises AdapterError where it is not finite."""
+        """max|x|; raises AdapterError where x holds NaN or Inf."""
         values = stored.read()
         if values.dtype.itemsize == 1:
             values = values.float()  # torch has no aminmax of 8-bit floats
@@ -94,13 +94,13 @@ class Adapter:
 
 
 def shared_extras(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
-    """The tensors beside the factors, if all adapters have the same; they can be copied, but not merged.
+    """The tensors beside the factors, which all adapters must have alike: they can be copied, but not merged.
 
-    A frozen base weight that PEFT saves beside an adapter of an embedding (``base_layer``) may be missing from some
-    adapters: it is the same as in the base model they share.
+    A copy of a base weight, which PEFT saves beside the factors of an embedding (``base_layer``), may be missing from
+    some adapters: it is that of the base model that all share.
 
     Raises:
-        AdapterError: two adapters differ in a tensor, or only some have it; the message names both and the tensor.
+        AdapterError: a tensor differs between two adapters, or one lacks it; the message names both and the tensor.
     """
     union = {key: (adapter, extra) for adapter in reversed(adapters) for key, extra in adapter.extras.items()}
     for key, (owner, extra) in sorted(union.items()):
@@ -109,7 +109,7 @@ def shared_extras(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
             if twin is None:
                 if not is_base_copy(key):
                     raise AdapterError(
-                        f"{owner.name} has {key} but {other.name} has not; such tensors cannot be merged"
+                        f"{owner.name} has {key} but {other.name} does not; such tensors cannot be merged"
                     )
             elif (twin.shape, twin.dtype) != (extra.shape, extra.dtype):
                 raise AdapterError(
@@ -128,12 +128,13 @@ def shared_extras(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
 
 
 def saves(target: str, key: str) -> bool:
-    """Whether an entry of ``modules_to_save`` names the layer that ``key`` is in; PEFT compares the ends of names."""
+    """Whether ``target``, an entry of ``modules_to_save``, names the layer of ``key``; PEFT compares ends of names."""
     parts = key[len(KEY_PREFIX) :].split(".")
     return any(".".join(parts[:end]).endswith(target) for end in range(1, len(parts)))
 
 
 def is_base_copy(key: str) -> bool:
+    """Whether a key is that of a copy of a weight of the base model, saved beside the factors."""
     return key.endswith((".base_layer.weight", ".base_layer.bias"))
 
 

@@ -1,4 +1,4 @@
-"""Full models in the layout of transformers, opened without reading their weights.
+"""Full models as transformers saves them. Opening reads no weights.
 
 A folder with ``config.json`` and the weights: ``model.safetensors``, its shards with an index, or ``pytorch_model.bin``
 likewise (through ``torch.load(weights_only=True)``).
@@ -19,8 +19,8 @@ from merge_engine.files.weights import StoredTensor, open_bin, open_safetensors,
 
 MODEL_CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What makes a folder of weights a model that transformers loads. Code is copied, since `auto_map` in config.json names
-# it, and licenses, since they ask for it; weights of any kind and model cards are not.
+# Files beside the weights that a copy of the model needs, so that transformers loads it: code, too, since `auto_map` in
+# config.json names it, and licenses, since they ask for it; but no weights of other formats and no model cards.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -49,7 +49,7 @@ FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A full model on disk. Nothing but headers has been read; reading is safe from several threads."""
+    """A full model on disk. Only headers have been read; several threads may read tensors at once."""
 
     name: str  # the last part of its folder or hub id
     source: str  # as it was asked for
@@ -69,7 +69,7 @@ class Checkpoint:
         return sorted({tensor.file for tensor in self.tensors.values()})
 
     def companions(self) -> dict[str, Path]:
-        """{name: file} of what belongs to the model beside config.json and weights: see COMPANIONS."""
+        """{name: file} of the files that belong to the model beside config.json and weights: see COMPANIONS."""
         folders = [self.path, *(self.path / Path(pattern).parent for pattern in COMPANIONS if "/" in pattern)]
         found = {
             str(file.relative_to(self.path)): file
@@ -82,7 +82,7 @@ class Checkpoint:
 
     @property
     def ties_embeddings(self) -> bool:
-        """Whether the input embedding is the output head, as config.json says; transformers' default is that it is."""
+        """Whether the output head is the input embedding: as config.json says, else whether the files hold no head."""
         return _ties(self.config, self.tensors)
 
 
@@ -110,7 +110,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
         raise ModelError(f"{name}: {path} holds no tensors")
     twins = _twins(tensors)
     for head, key in (_tied_heads(tensors) if _ties(config, tensors) else {}).items():
-        if twins.get(key) != head:  # in a .bin file whichever came first may be the other's
+        if twins.get(key) != head:  # a .bin file may have made the embedding the twin of the head
             twins[head] = twins.get(key, key)
     return Checkpoint(name, str(source), path, config, tensors, twins)
 
@@ -151,7 +151,7 @@ def _open_weights(path: Path, name: str) -> dict[str, StoredTensor]:
 
 
 def _twins(tensors: dict[str, StoredTensor]) -> dict[str, str]:
-    """Keys whose tensor is the same memory as an earlier one's: tied weights, as torch.save keeps them."""
+    """{key: an earlier key with the same memory}: tied weights, as torch.save keeps them."""
     first: dict[tuple[Any, ...], str] = {}
     twins = {}
     for key, stored in tensors.items():
@@ -173,7 +173,7 @@ def _ties(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> bool:
 
 
 def _tied_heads(tensors: dict[str, StoredTensor]) -> dict[str, str]:
-    """Heads that are saved beside the embedding they are tied to: the same bits twice."""
+    """{head: embedding} where a head is saved beside the embedding that it is tied to: the same bits twice."""
     return {
         head: key
         for head, stored in tensors.items()

@@ -1,4 +1,4 @@
-"""Opens adapters of every supported layout."""
+"""Opens adapters of every supported file format."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +9,8 @@ from merge_engine.formats.adapter import KEY_PREFIX, Adapter
 from merge_engine.formats.peft import describe, open_weights, sort_tensors
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
 
-# What is fetched from the hub beside the weights: config.json, if there is one, tells a full model from an adapter
-# without downloading it, and the tokenizer's files tell which tokens were added.
+# Fetched from the hub beside the weights: a config.json shows that it is a full model, before that is downloaded, and
+# the tokenizer's files say which tokens were added.
 _FILES = (ADAPTER_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
 
 
@@ -36,10 +36,10 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
 
 
 def open_adapters(sources: Iterable[str | Path | Adapter]) -> list[Adapter]:
-    """Each source as `open_adapter` opens it, in their order; one that is open already as it is.
+    """Open every source as `open_adapter` does, in order; adapters that are open already stay as they are.
 
     Raises:
-        AdapterError: as `open_adapter` does, for the first that cannot be opened.
+        AdapterError: as `open_adapter` does, for the first source that cannot be opened.
     """
     if isinstance(sources, str | Path):
         raise AdapterError(f"adapters: wanted a list of folders or hub ids, got {str(sources)!r}")

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters, opened without reading their weights.
+"""The tensors of a PEFT LoRA adapter: its factors by module, and what is saved beside them. None is read.
 
 ``delta = scaling * B @ A`` with ``A [r, N]``, ``B [M, r]`` for every kind of layer: Linear as stored, Embedding with
 ``A [r, num]``, ``B [dim, r]``, convolutions flattened to ``A [r, in * kernel]``, ``B [out, r]``. ``fan_in_fan_out``
@@ -30,6 +30,7 @@ _FLOATS = frozenset(
 
 
 def open_weights(path: Path, name: str) -> dict[str, StoredTensor]:
+    """The tensors in the folder ``path`` of the adapter ``name``; AdapterError where there are none."""
     index = f"{WEIGHTS_FILE}.index.json"
     if (path / WEIGHTS_FILE).is_file():
         return open_safetensors(path / WEIGHTS_FILE, name)
@@ -43,7 +44,7 @@ def open_weights(path: Path, name: str) -> dict[str, StoredTensor]:
 def sort_tensors(
     tensors: dict[str, StoredTensor], config: dict[str, Any], name: str
 ) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """Split into factors, by module and side, and extras, by key."""
+    """(factors by module and side "A" or "B", extras by key); AdapterError where a tensor is neither."""
     factors: dict[str, dict[str, StoredTensor]] = {}
     extras = {}
     for key, tensor in tensors.items():
@@ -88,6 +89,7 @@ def _is_extra(key: str, config: dict[str, Any]) -> bool:
 
 
 def describe(adapter: str, name: str, sides: dict[str, StoredTensor], rank: int, scaling: float) -> Module:
+    """The module ``name`` of two factors, by side; AdapterError where they do not fit each other or the rank."""
     for side, other in (("A", "B"), ("B", "A")):
         if side not in sides:
             raise AdapterError(f"{adapter}: {sides[other].key} has no lora_{side} beside it")

@@ -20,7 +20,7 @@ KEPT = frozenset(
     {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "modules_to_save"}
     | {"trainable_token_indices"}
 )
-# These say how an adapter was trained or found its modules, which its tensors now show, and are reset:
+# These say how an adapter was trained and how its modules were chosen. The output's tensors say that; they are reset:
 RESET = frozenset(
     {"peft_version", "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
     | {"lora_dropout", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "velora_config"}
@@ -44,7 +44,7 @@ REFUSED = {
 # Initialisations that subtract the start of the adapter from the base weights.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}
-_LARGEST = 2**63  # JSON has Infinity, NaN and integers of any size
+_LARGEST = 2**63  # JSON may hold Infinity, NaN and integers of any size
 
 
 def read_config(path: Path, name: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _check_number(value: Any, key: str, name: str, kind: Any) -> None:
 
 
 def _patterns(config: dict[str, Any], key: str, name: str) -> list[tuple[re.Pattern[str], Any]]:
-    """A pattern matches a whole module name, or the end of one after a dot; the first to match decides."""
+    """[(pattern, value)]: a pattern matches a whole module name, or its end after a dot; the first match decides."""
     patterns = []
     for text, value in (config.get(key) or {}).items():
         _check_number(value, f"{key}[{text!r}]", name, int if key == "rank_pattern" else int | float)

@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class AdapterWriter:
     """Takes each module's factors in any order; ``finish`` completes the folder. For one thread.
 
-    The scaling of the result is 1 everywhere: the delta of a module is ``B @ A`` as given. The one rounding is the cast
-    to ``dtype``.
+    The scaling of the result is 1 everywhere: the delta of a module is ``B @ A`` as given. Only the cast to ``dtype``
+    rounds.
 
     Args:
         folder: an existing folder to write into.
@@ -38,7 +38,7 @@ class AdapterWriter:
     Raises:
         AdapterError: the adapters' extras differ.
         OutputError: the disk is full, the folder cannot be written, or a value does not fit ``dtype``.
-        ValueError: a module that was not planned, comes twice, or never came; factors of a wrong shape.
+        ValueError: a module that was not planned, comes twice or never comes; factors of a wrong shape.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class AdapterWriter:
     def _cast(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
         cast = tensor.detach().to(self._dtype)
         if self._dtype.itemsize < tensor.dtype.itemsize and not finite(cast):
-            raise OutputError(f"{key} reaches {tensor.abs().max().item():.3g}, which {self._dtype} does not hold")
+            raise OutputError(f"{key} reaches {tensor.abs().max().item():.3g}, which overflows {self._dtype}")
         return cast
 
     def finish(self, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> None:
@@ -80,7 +80,7 @@ class AdapterWriter:
 
         Args:
             recipe: what was asked for; plain values, as in JSON.
-            report: what came of it; ``report["modules"][name]`` gains the module's rank.
+            report: figures of the merge; each module's rank is added to ``report["modules"][name]``.
         """
         for key, extra in self._extras.items():
             self._weights.add(key, extra.read())
@@ -108,7 +108,7 @@ class AdapterWriter:
             (self._folder / name).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
     def abandon(self) -> None:
-        """Close the weights unfinished; the folder is its owner's to delete."""
+        """Close the weights file unfinished. Whoever made the folder deletes it."""
         self._weights.abandon()
 
 
@@ -118,7 +118,7 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras
     Args:
         adapters: what was merged.
         ranks: the rank of each merged module, by name.
-        extras: keys of the tensors that are carried beside the factors.
+        extras: keys of the tensors that are copied beside the factors.
     """
     ((rank, _),) = Counter(ranks.values()).most_common(1)
     # PEFT looks for a pattern at the end of a module's name; anchored at both ends, each names these modules only.

@@ -1,1 +1,1 @@
-"""What people read: model cards, colours of charts, text in columns."""
+"""What people read: model cards, and colours of charts."""

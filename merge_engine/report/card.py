@@ -80,7 +80,7 @@ def _page(
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """A recipe as YAML for a model card: of its tables {module: numbers} the length, of those not used nothing."""
+    """A recipe as YAML for a model card: of a table {module: value} only the length, and nothing of an empty one."""
     import yaml
 
     shown = {}
@@ -97,7 +97,7 @@ def _cell(text: str) -> str:
 
 
 def _tokens_card(tokens: Mapping[str, int]) -> list[str]:
-    """Which tokens the base lacks, as JSON strings that a table can hold."""
+    """The table of the tokens that the base lacks; tokens are JSON strings, escaped for a Markdown table."""
     rows = []
     for token, index in islice(tokens.items(), _SHOWN):
         text = json.dumps(token, ensure_ascii=False).replace("`", "\\u0060").replace("|", "\\u007c")

@@ -44,7 +44,7 @@ def test_what_leaves_float32_is_one_error_that_names_the_module(folders, tmp_pat
 def test_factors_whose_product_leaves_float32(tmp_path):
     save_factors(tmp_path / "a", {"q": (torch.full((2, 9), 1e30), torch.tensor([[1e30, -1e30]] * 8))})
     for method, density in (("ties", 0.2), ("ties", 1), ("magnitude_prune", 0.5)):
-        with pytest.raises(AdapterError, match=r"^a: the delta of q reaches up to 4\.0e\+60, wanted one of float32"):
+        with pytest.raises(AdapterError, match=r"^a: the delta of q may reach 4\.0e\+60, which overflows float32"):
             merge_engine.merge([tmp_path / "a"] * 2, tmp_path / "out", method=method, density=density, rank=2)
     with pytest.raises(AdapterError, match="the delta of q reaches"):
         merge_engine.Session([tmp_path / "a"])

@@ -81,7 +81,7 @@ def test_trained_heads_are_extras(tmp_path):
             rf"^{SCORE} differs: one has \[2, 32\] float32, two has \[3, 32\] float32",
         ),
         (lambda t: t.update({SCORE: t[SCORE].half()}), rf"^{SCORE} differs: one has .* float32, two has .* float16"),
-        (lambda t: t.pop(SCORE), rf"^one has {SCORE} but two has not; such tensors cannot be merged"),
+        (lambda t: t.pop(SCORE), rf"^one has {SCORE} but two does not; such tensors cannot be merged"),
     ],
 )
 def test_extras_that_differ_are_refused(tmp_path, change, match):
@@ -127,5 +127,5 @@ def test_resized_embeddings(tmp_path):
     base.resize_token_embeddings(66)
     one = open_adapter(saved(tmp_path / "one", base, r=4, target_modules=["q_proj"], save_embedding_layers=True))
     assert sorted(one.extras) == ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"]
-    with pytest.raises(AdapterError, match="but two has not"):
+    with pytest.raises(AdapterError, match="but two does not"):
         shared_extras([one, open_adapter(saved(tmp_path / "two", r=4))])
