@@ -35,13 +35,14 @@ class Finished(NamedTuple):
     """One module of the result: its factors, on the CPU, and what |B A|_F^2 is before they are scaled.
 
     norms: |tau_t|_F of the adapters, where the scale is "auto". figures: what the report says of the module beside its
-    rank and energy, by name.
+    rank and energy, by name. rounding: a merged delta of a norm up to this is what float32 leaves of a sum that is 0.
     """
 
     factors: LowRank
     squared_norm: float
     norms: tuple[float, ...] = ()
     figures: Mapping[str, float] = MappingProxyType({})
+    rounding: float = 0.0
 
 
 class Decompositions:
@@ -75,7 +76,8 @@ def cut(plan: Plan, backend: Backend, work: Work, known: Decompositions | None =
         if core is not None and energy < LOW:
             figures[ENOUGH_RANK] = _rank_that_keeps(ENOUGH, core())
         norms = work.norms() if plan.recipe.scale == "auto" else ()
-        return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures)
+        lost = 0.0 if plan.by_factors else rounding_of(work.module, norms)
+        return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures, lost)
 
 
 class _Cut(NamedTuple):
@@ -144,7 +146,8 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     A, B, energy = result.factors
     if not (finite(A) and finite(B)):
         raise RecipeError(f"{name}: its merge leaves float32; wanted smaller weights")
-    scale = scale_of(recipe, result.norms, result.squared_norm / energy if energy > 0 else 0.0)
+    squared_norm = result.squared_norm / energy if energy > 0 else 0.0
+    scale = scale_of(recipe, result.norms, squared_norm, result.rounding)
     if recipe.scale == "auto":
         result = result._replace(figures={**result.figures, SCALE: scale})
     if scale == 1:
@@ -155,12 +158,20 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     return result._replace(factors=LowRank(A, scaled_B, energy))
 
 
-def scale_of(recipe: Recipe, norms: Sequence[float], squared_norm: float) -> float:
-    """The recipe's scale; for "auto", that of `balance.auto_scale`.
+def scale_of(recipe: Recipe, norms: Sequence[float], squared_norm: float, rounding: float) -> float:
+    """The recipe's scale; for "auto", that of `balance.auto_scale`, or 0 where adapters cancel but for rounding.
 
-    norms: |tau_t|_F, for "auto" only. squared_norm: |merged|_F^2 before the cut to a rank.
+    norms: |tau_t|_F, for "auto" only. squared_norm: |merged|_F^2 before the cut to a rank. rounding: as in `Finished`.
     """
-    return auto_scale(norms, math.sqrt(squared_norm), recipe.gain) if recipe.scale == "auto" else recipe.scale
+    if recipe.scale != "auto":
+        return recipe.scale
+    norm = math.sqrt(squared_norm)
+    return 0.0 if 0 < norm <= rounding else auto_scale(norms, norm, recipe.gain)
+
+
+def rounding_of(module: ModulePlan, norms: Sequence[float]) -> float:
+    """2**-20 sum_t |w_t tau_t|, where norms |tau_t| are known: 16 times the rounding of one element."""
+    return 2.0**-20 * sum(abs(w) * norm for w, norm in zip(module.weights, norms, strict=bool(norms)))
 
 
 def _start(As: Sequence[Tensor], rank: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Sequence
 from threading import RLock
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from merge_engine.errors import about
@@ -22,17 +23,22 @@ _FEW = 4  # modules that are kept where each is read once
 class Space(NamedTuple):
     """The common spaces of a module's deltas: what is merged there is lifted back to [M, N].
 
+    left [K] and right [K'] or [1]: the signs of the basis vectors. A singular vector may have either sign, and a tied
+    vote elects +: so U and V point to where the sums u^T (sum_t tau_t) 1 and 1^T (sum_t tau_t) v are positive.
     nearness: the smallest singular value of the adapters' stacked unit rows, see `lowrank.bases.Nearness`.
     """
 
     kind: str  # "knots" or "core"
     stack: Stack
     cores: Cores
+    left: Tensor
+    right: Tensor
     nearness: float
 
     def lift(self, merged: Tensor, rank: int, energy: float | None) -> LowRank:
         """U P, or U P V^T, on the CPU: see `lowrank.bases`."""
-        return (lift_knots if self.kind == "knots" else lift_core)(self.stack, self.cores, merged, rank, energy)
+        signed = merged * self.left[:, None] * self.right
+        return (lift_knots if self.kind == "knots" else lift_core)(self.stack, self.cores, signed, rank, energy)
 
 
 class Joined(NamedTuple):
@@ -101,9 +107,18 @@ class Joint:
         if self.space is None:
             return Joined(list(zip(As, Bs, strict=True)), norms, None)
         cores = Cores(stack, scalings)
-        projected = knots_factors(cores, As) if self.space == "knots" else core_factors(cores)
-        space = Space(self.space, stack, cores, nearness(cores).rows)
-        return Joined(list(zip(projected.As, projected.Bs, strict=True)), norms, space)
+        rows, columns = knots_factors(cores, As) if self.space == "knots" else core_factors(cores)
+        left, right = _signs([B.double() @ A.double().sum(1) for A, B in zip(As, columns, strict=True)]), torch.ones(1)
+        if self.space == "core":
+            sums = zip(rows, scalings, Bs, strict=True)
+            right = _signs([s * (B.double().sum(0) @ A.double()) for A, s, B in sums])
+            rows = [A * right for A in rows]
+        factors = [(A, left[:, None] * B) for A, B in zip(rows, columns, strict=True)]
+        return Joined(factors, norms, Space(self.space, stack, cores, left, right, nearness(cores).rows))
+
+
+def _signs(sums: Sequence[Tensor]) -> Tensor:
+    return torch.where(torch.stack(list(sums)).sum(0) < 0, -1.0, 1.0)
 
 
 class LastFew:

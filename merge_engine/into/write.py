@@ -11,7 +11,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.cut import MAX_RECOMPRESSIONS, Finished, recompress, scale_of
+from merge_engine.engine.cut import MAX_RECOMPRESSIONS, Finished, recompress, rounding_of, scale_of
 from merge_engine.engine.output import warn_of_one_start
 from merge_engine.engine.plan import ModulePlan
 from merge_engine.engine.prepare import (
@@ -140,7 +140,8 @@ def _scaled_onto(work: Work, base: Tensor, dtype: torch.dtype, recipe: Recipe) -
     """base + scale * merged, where the scale depends on the merged delta's norm."""
     delta = work.merged["delta"]
     with threads(1):  # on several threads the sum would differ in its last bits
-        scale = scale_of(recipe, work.norms(), squared_norm(delta))
+        norms = work.norms()
+        scale = scale_of(recipe, norms, squared_norm(delta), rounding_of(work.module, norms))
     return delta.mul_(scale).add_(base.to(delta.device)).to(dtype)
 
 
