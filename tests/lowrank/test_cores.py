@@ -90,15 +90,16 @@ def test_a_direction_of_too_little_counts_as_none():
 
 
 def test_what_float64_loses_in_a_product_is_no_direction():
-    """B A cancels to a billionth of |B| |A|: 1e-16 of |B| |A| is 1e-7 of the largest singular value, and rounding."""
+    """B A = b a - b a + c d: of |B| |A| only a share of 1e-16 is left of the first two, and c d is all there is."""
     g = generator(3)
-    b, a = torch.randn(40, 2, generator=g, dtype=torch.float64), torch.randn(2, 30, generator=g, dtype=torch.float64)
-    B = torch.cat([b, -b], dim=1)
-    A = torch.cat([a, a * (1 + 1e-12)])
-    (svd,) = Cores(Stack([A], [B]), [1.0]).svds
-    exact = torch.linalg.svdvals(B @ A)
-    assert float(svd.s[0]) == pytest.approx(float(exact[0]), rel=1e-2)
-    assert len(svd.s) == 2
+    b, c = torch.randn(40, 2, generator=g, dtype=torch.float64), torch.randn(40, 1, generator=g, dtype=torch.float64)
+    a, d = torch.randn(2, 30, generator=g, dtype=torch.float64), torch.randn(1, 30, generator=g, dtype=torch.float64)
+    for share, k in ((1.0, 1), (1e-11, 1), (0.0, 0)):
+        B, A = torch.cat([b, -b, share * c], dim=1), torch.cat([a, a, d])
+        (svd,) = Cores(Stack([A], [B]), [1.0]).svds
+        assert len(svd.s) == k
+        # 1e-16 of products of some 50 each.
+        assert svd.s.tolist() == pytest.approx([share * float(c.norm() * d.norm())][:k], abs=1e-13)
 
 
 @pytest.mark.parametrize("sides", [(25, 35), (35, 25), (6, 35), (35, 6), (6, 7)])

@@ -146,6 +146,28 @@ def test_rows_that_nearly_cancel_are_made_by_reflectors(apart, monkeypatch):
     assert len(calls) == (0 if apart == 1e-4 else 2)
 
 
+def test_sums_that_cancel_are_seen_though_they_solve_exactly(monkeypatch):
+    """b and b + 1e-9 e: (second - first) / 1e-9 is exact in the triangle, and loses a billion times more in the sum."""
+    e, b = torch.eye(40, 1, dtype=torch.float64), torch.rand(40, 1, generator=generator(1), dtype=torch.float64)
+    calls = count_reflectors(monkeypatch)
+    stack = Stack(
+        [torch.eye(2, 30, dtype=torch.float64)[:1], torch.eye(2, 30, dtype=torch.float64)[1:]], [b, b + 1e-9 * e]
+    )
+    result = stack.unfold(torch.eye(2, dtype=torch.float64), 2)
+    assert torch.linalg.svdvals(product(result))[:2].tolist() == pytest.approx([1, 1], abs=2.1 * U32)
+    assert len(calls) == 1
+
+
+def test_a_core_of_more_than_the_adapters_span():
+    """Q has columns that no sum of the stacked ones gives where these depend on each other."""
+    given = drawn(9, 30, 40, [3, 3])
+    given.Bs[1].zero_()
+    stack = Stack(given.As, given.Bs)
+    core = torch.randn(6, 6, generator=generator(2), dtype=torch.float64)
+    values = torch.linalg.svdvals(product(stack.unfold(core, 6)))[:6]
+    assert values.tolist() == pytest.approx(torch.linalg.svdvals(core).tolist(), rel=10 * U32)
+
+
 def test_columns_and_rows_are_q_times_a_block():
     given = drawn(6, 35, 45, [4, 4, 2])
     stack = Stack(given.As, given.Bs)
