@@ -46,7 +46,7 @@ def test_factors_whose_product_leaves_float32(tmp_path):
     for method, density in (("ties", 0.2), ("ties", 1), ("magnitude_prune", 0.5)):
         with pytest.raises(AdapterError, match=r"^a: the delta of q may reach 4\.0e\+60, which overflows float32"):
             merge_engine.merge([tmp_path / "a"] * 2, tmp_path / "out", method=method, density=density, rank=2)
-    with pytest.raises(AdapterError, match="the delta of q reaches"):
+    with pytest.raises(AdapterError, match="the delta of q may reach"):
         merge_engine.Session([tmp_path / "a"])
     factors = torch.full((2, 9), 3e38), torch.full((8, 2), 1e-3)
     save_factors(tmp_path / "b", {"q": factors}, lora_alpha=1)
