@@ -1,4 +1,4 @@
-"""A full model as an input of a merge: every tensor is a task tensor, finetuned - base."""
+"""A full model as an input of a merge: each of its tensors, less that of the base, is a task tensor."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from merge_engine.models.targets import Target
 from merge_engine.models.vocabulary import Union, check_vocabulary
 from merge_engine.runtime.finite import what_is_wrong
 
-_PIECE = 1 << 21  # elements of a matrix whose rows move, read at a time
+_PIECE = 1 << 21  # elements that are read at a time of a tensor whose rows are aligned by tokens
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,16 @@ class Difference:
 
 @dataclass(frozen=True, eq=False)
 class Finetuned:
-    """One full model beside its base. Nothing but headers has been read; reading is safe from several threads.
+    """One full model beside its base. Only headers have been read; several threads may read tensors at once.
 
-    An adapter that holds its vocabulary whole is one too: `model` is that alone, and elsewhere it has its factors.
+    An adapter that saves embedding and head whole is one, too: `model` has these layers alone, and the others come from
+    the factors of `adapter`.
     """
 
     model: Checkpoint
-    targets: Mapping[str, Target]  # in the base, by module
+    targets: Mapping[str, Target]  # the base's tensors, by module
     modules: dict[str, Module] = field(repr=False)
-    union: Union | None = None  # of its tokens with the base's, where rows are aligned by them
+    union: Union | None = None  # of the vocabularies, where rows are aligned by tokens
     adapter: Adapter | None = None
 
     @property
@@ -48,10 +49,12 @@ class Finetuned:
         return self.model.source
 
     def difference(self, module: str, base: Tensor | None = None) -> Difference | tuple[Tensor, Tensor]:
-        """Read one tensor, and that of the base where it is not given as [M, N]; of an adapter's module its factors.
+        """Read one module: this model's tensor and the base's, or the factors where an adapter has the module.
+
+        base: the base's tensor as [M, N]; it is read where it is not given.
 
         Raises:
-            MergeError: it cannot be read, or holds NaN or Inf; the message names model, tensor and file.
+            MergeError: a tensor cannot be read, or holds NaN or Inf; the message names model, tensor and file.
         """
         if self.adapter is not None and module in self.adapter.modules:
             return self.adapter.factors(module)
@@ -65,7 +68,7 @@ class Finetuned:
         return Difference(target.matrix(x), base)
 
     def rows(self, key: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """(places in the union [n], rows [n, ...]) of a tensor with one row a token, a piece at a time.
+        """(places in the union [n], rows [n, ...]) of a tensor with one row for each token, piece by piece.
 
         Raises MergeError as `difference` does.
         """
@@ -80,7 +83,7 @@ class Finetuned:
             start += len(rows)
 
     def _aligned(self, key: str, base: Tensor, union: Union) -> Tensor:
-        """This model's row of every token of the base, and the base's own, so that they differ by 0, for the rest."""
+        """This model's row of every token of the base; where it lacks the token, the base's row, so that they are equal."""
         dtype = torch.promote_types(self.model.tensors[key].dtype, base.dtype)
         x = base.to(dtype, memory_format=torch.contiguous_format, copy=True)
         for places, rows in self.rows(key):
@@ -93,8 +96,8 @@ class Finetuned:
 def added_rows(models: Sequence[Finetuned], key: str) -> Tensor:
     """mean_i x_i of each token that the base lacks, over the models i that have it: float32 [added, ...].
 
-    The mean is not weighted: weights say how far to go from the base, and here there is none to go from. Summed in
-    float32 in the models' order. Raises MergeError as `Finetuned.difference` does.
+    The mean is not weighted: weights scale differences from the base, and here the base has no row. Summed in float32
+    in the models' order. Raises MergeError as `Finetuned.difference` does.
     """
     union, shape = models[0].union, models[0].model.tensors[key].shape[1:]
     assert union is not None
@@ -128,22 +131,22 @@ def open_finetuned(
     union: Union | None = None,
     adapter: Adapter | None = None,
 ) -> Finetuned:
-    """A full model as the tasks of its `targets` in the base.
+    """A full model, checked against its base.
 
-    described: what adapters say of modules that they have too, so that mixed modules are seen alike. union: where its
-    rows go, if they are aligned by their tokens; by default they have to be those of the base. adapter: the one that
-    holds this model, which is a part then; it is read once.
+    targets: the base's tensors that are merged, by module. described: modules that adapters have, too; the model's are
+    described alike. union: where its rows go, if they are aligned by tokens; else its vocabulary has to be the base's.
+    adapter: the adapter whose saved layers this model is; it is read once, to check it.
 
-    Raises ModelError: the two have different tensors, shapes or vocabularies, or differ where nothing can be merged;
-    AdapterError: an adapter holds NaN or Inf.
+    Raises ModelError: the two have different tensors, shapes or vocabularies, or differ in a tensor that cannot be
+    merged; AdapterError: an adapter holds NaN or Inf.
     """
     if adapter is not None:
         adapter.check_finite()
     for key in sorted(model.tensors.keys() ^ base.tensors.keys()) if adapter is None else ():
         owner, other = (model, base) if key in model.tensors else (base, model)
         if other.ties_embeddings and owner.twins.get(key) in other.tensors:
-            continue  # a copy of a tied head that only one of them has saved
-        raise ModelError(f"{owner.name} has tensor {key} but {other.name} has not")
+            continue  # a copy of a tied head, which only one of the two has saved
+        raise ModelError(f"{owner.name} has tensor {key} but {other.name} does not")
     if union is None:
         check_vocabulary(base, [model])
     for twin, first in base.twins.items():
@@ -154,7 +157,7 @@ def open_finetuned(
         if key not in base.tensors:
             continue
         wanted = base.tensors[key]
-        same = 1 if union is not None and key in union.keys else 0  # the first dimension that has to be
+        same = 1 if union is not None and key in union.keys else 0  # dimensions from here on have to be the same
         if stored.shape[same:] != wanted.shape[same:]:
             raise ModelError(
                 f"{model.name}: {key} is {list(stored.shape)}, wanted {list(wanted.shape)} as in {base.name}"

@@ -1,4 +1,4 @@
-"""Layers that adapters hold whole (modules_to_save, saved embeddings), and what becomes of them in a base model."""
+"""Layers that adapters save whole (modules_to_save, embeddings), and the tensors of the base that they replace."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,9 +11,12 @@ from merge_engine.models.vocabulary import Union, token_keys, tokens
 
 
 def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
-    """What adapters hold whole (modules_to_save, and embeddings saved beside them), by the key it replaces.
+    """{key of the base: the tensor that replaces it}, of all layers that adapters save whole.
 
-    That all adapters have the same is checked by the plan. Copies of adapted base weights change nothing.
+    The plan checks that all adapters have the same ones. Copies of adapted base weights are left out.
+
+    Raises ModelError where the base lacks the key, has another shape there, or ties it to another layer, and for
+    trained tokens.
     """
     saved = {}
     for adapter in adapters:
@@ -23,7 +26,7 @@ def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, St
             if key.endswith("trainable_tokens_delta"):
                 raise ModelError(f"{adapter.name}: {stored.key}: trained tokens cannot be merged into a base model")
             if key not in base.tensors:
-                raise ModelError(f"{adapter.name}: {stored.key} would replace {key}, which {base.name} has not")
+                raise ModelError(f"{adapter.name}: {stored.key} would replace {key}, which {base.name} does not have")
             want = base.tensors[key].shape
             if stored.shape != want:
                 raise ModelError(
@@ -37,11 +40,11 @@ def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, St
 
 
 def saved_vocabulary(base: Checkpoint, adapter: Adapter) -> Checkpoint | None:
-    """All the layers with a row a token, as a model of these alone, if an adapter holds them whole.
+    """A model of the layers with one row for each token, if an adapter saves all of them whole; else None.
 
-    PEFT saves them beside the factors where tokens were added. Of tied layers the second is left out.
+    PEFT saves them beside the factors where tokens were added. Of two tied layers the second is left out.
 
-    Raises ModelError: tied layers differ; or other layers are held whole too, or the same ones adapted.
+    Raises ModelError: tied layers differ, other layers are saved whole as well, or the same layers are also adapted.
     """
     wanted = [key for key in token_keys(base) if key not in base.twins]
     held = held_whole(adapter)
@@ -61,9 +64,9 @@ def saved_vocabulary(base: Checkpoint, adapter: Adapter) -> Checkpoint | None:
 
 
 def held_whole(adapter: Adapter) -> dict[str, StoredTensor]:
-    """What an adapter holds whole, by the key it replaces.
+    """{key of the base: tensor} of what an adapter saves whole.
 
-    Of a resized embedding in modules_to_save, PEFT saves both the original and a copy of what it saves anyway.
+    For a resized embedding in modules_to_save, PEFT also saves the original and a second copy: both are left out.
     """
     held = {key.removeprefix(KEY_PREFIX): stored for key, stored in adapter.extras.items()}
     for key, stored in list(held.items()):
@@ -74,15 +77,15 @@ def held_whole(adapter: Adapter) -> dict[str, StoredTensor]:
 
 
 def check_tokens(base: Checkpoint, adapters: Sequence[Adapter], targets: Mapping[str, Target], union: Union) -> None:
-    """Raise ModelError where an adapter changes rows of the vocabulary and has tokens that the base lacks.
+    """Raise ModelError where an adapter changes embedding or head and its tokenizer has tokens that the base lacks.
 
-    Its rows are the base's, whatever the strings: a token of its own would have a row of the base's padding.
+    An adapter's rows are those of the base, by index: the row of such a token would be padding there.
     """
     for adapter in adapters:
         keys = {targets[name].stored.key for name in adapter.modules} | saved_tensors(base, [adapter]).keys()
         added = [token for token in tokens(adapter.path) if token not in union.tokens or token in union.added]
         if added and keys & union.keys:
             raise ModelError(
-                f"{adapter.name}: it changes {min(keys & union.keys)} and has tokens that {base.name} has not "
+                f"{adapter.name}: it changes {min(keys & union.keys)} and has tokens that {base.name} does not have "
                 f"({', '.join(added[:8])}); wanted {', '.join(token_keys(base))} saved whole in it"
             )

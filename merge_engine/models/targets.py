@@ -20,20 +20,20 @@ class Target:
     transposed: bool  # a delta [M, N] goes into a weight [N, M]
 
     def matrix(self, tensor: Tensor) -> Tensor:
-        """The tensor as [M, N], without a copy: a vector is one row, a convolution's kernel lies in its row."""
+        """The tensor as [M, N], without a copy: a vector is one row, a convolution has its kernels in the columns."""
         flat = tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
         return flat.t() if self.transposed else flat
 
     def tensor(self, matrix: Tensor) -> Tensor:
-        """What `matrix` undoes: a tensor of the base's shape."""
+        """The inverse of `matrix`: a tensor of the base's shape."""
         return (matrix.t() if self.transposed else matrix).reshape(self.stored.shape)
 
 
 def targets_of_adapters(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Target]:
     """The weight ``<module>.weight`` of every module that an adapter has, checked against its delta.
 
-    An embedding [num, dim] takes its delta [dim, num] transposed, a Conv1D of transformers [in, out] likewise
-    (fan_in_fan_out), a convolution [out, in, ...] with its kernel in the columns.
+    The delta [dim, num] of an embedding [num, dim] is added transposed, as is that of transformers' Conv1D [in, out]
+    (fan_in_fan_out); that of a convolution [out, in, ...] has the kernels in its columns.
 
     Raises ModelError: there is no such tensor, it has another shape or is quantized, or it is shared with another
     layer: an adapter of one of two tied layers would change both. (PEFT's merge_and_unload changes both, and warns.)
@@ -53,7 +53,7 @@ def targets_of_adapters(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[s
 def targets_of_models(base: Checkpoint, models: Sequence[Checkpoint], adapted: dict[str, Target]) -> dict[str, Target]:
     """Every floating-point tensor of the base that a model has too, by module: its key without ``.weight``.
 
-    Twins are merged once. adapted: the targets of adapters, which are as they say.
+    Of tied tensors one is merged. adapted: the targets of adapters, which are taken as they are.
     """
     targets = {
         key.removesuffix(".weight"): Target(stored, transposed=False)
@@ -97,9 +97,9 @@ def in_vocabulary(base: Checkpoint, key: str) -> bool:
 
 
 def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: StoredTensor, flag: bool) -> bool:
-    """Whether the weight is [N, M] for a delta [M, N]; for a square one, what its fellows say, or else the flag.
+    """Whether the weight is [N, M] for a delta [M, N]. For a square weight, other layers decide, else the flag.
 
-    PEFT has one fan_in_fan_out for all layers of an adapter, and leaves it as the last one needed it.
+    The flag fan_in_fan_out does not do for all: an adapter has one, and PEFT sets it as its last layer needs it.
     """
     plain, turned = (module.rows, module.columns), (module.columns, module.rows)
     if module.kind == "conv":
@@ -130,7 +130,7 @@ def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: S
 
 
 def _layouts(base: Checkpoint, inside: bool) -> set[bool]:
-    """Whether weights are [in, out]: of a bias is seen which side is out. inside: of those that are part of a layer."""
+    """Whether weights are [in, out], as the lengths of biases show. inside: those in numbered layers, or all others."""
     found = set()
     for key, bias in base.tensors.items():
         weight = base.tensors.get(f"{key.removesuffix('.bias')}.weight") if key.endswith(".bias") else None

@@ -1,7 +1,7 @@
-"""Which tokens models have, how those differ from the base's, and the union of them all.
+"""Which tokens models have, how those differ from the base's, and the union of all.
 
-A token is known by its string, never by its index: the tokens of a union are the base's at their indices, then the ones
-that models added, in order of first appearance. Every model's rows are sent to the places of their tokens in it.
+A token is identified by its string, never by its index. A union has the base's tokens at their indices, then those that
+models added, in order of first appearance. Every row of a model goes to the place of its token in the union.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from merge_engine.formats.checkpoint import FLOATS, Checkpoint
 TOKENIZER_FILE = "tokenizer.json"
 _SHOWN = 8  # tokens that a message names
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-# How an added token is found in text, where only its string is on record: as transformers adds a plain one.
+# How an added token is found in text, where a file has only its string: as transformers adds a plain token.
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
 
@@ -28,30 +28,30 @@ _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 class Tokenizer:
     """What a model's tokenizer files say of its tokens."""
 
-    tokens: dict[str, int]  # by index
-    added: dict[str, dict[str, Any]]  # of these, those that are found in text as a whole: how, by token
-    rules: dict[str, str]  # what splits the rest of a text into tokens: digests by field, free of indices
+    tokens: dict[str, int]  # {token: index}, sorted by index
+    added: dict[str, dict[str, Any]]  # the added tokens, which are found in text as a whole: {token: how}
+    rules: dict[str, str]  # how the rest of a text is split into tokens: {field: digest}, independent of indices
 
 
 @dataclass(frozen=True, eq=False)
 class Union:
-    """The tokens of a base and of models tuned from it, and the rows of the output that they have."""
+    """The tokens of a base and of models tuned from it, and their rows in the output."""
 
-    tokens: dict[str, int]  # by index
-    added: dict[str, dict[str, Any]]  # those that the base lacks, as entries of a tokenizer.json
-    first: int  # the index of the first added one; they have one each from there
+    tokens: dict[str, int]  # {token: index}
+    added: dict[str, dict[str, Any]]  # the tokens that the base lacks, as entries of a tokenizer.json
+    first: int  # the index of the first added token; the others follow
     base_rows: int
-    keys: frozenset[str]  # the tensors with one row a token
-    places: Mapping[Checkpoint, Tensor] = field(repr=False)  # int64 [rows]: where a model's rows go, -1 for nowhere
+    keys: frozenset[str]  # the tensors with one row for each token
+    places: Mapping[Checkpoint, Tensor] = field(repr=False)  # int64 [rows]: where each row goes, -1 for nowhere
 
     @property
     def rows(self) -> int:
-        """Rows of the output: the base's, padding included, and what the added tokens need beyond its padding."""
+        """Rows of the output: the base's with its padding, or more where the added tokens do not fit in it."""
         return max(self.base_rows, self.first + len(self.added))
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that decides where a row goes and what the tokenizer's files say."""
+        """SHA-256 of everything that decides where a row goes and what is written into the tokenizer's files."""
         digest = hashlib.sha256(json.dumps([self.tokens, self.added, sorted(self.keys)]).encode())
         for places in self.places.values():
             digest.update(places.numpy().tobytes())
@@ -61,11 +61,11 @@ class Union:
 def unite(base: Checkpoint, models: Sequence[Checkpoint]) -> Union:
     """The union of the vocabularies of a base and of models.
 
-    A row without a token is padding: it goes to the row of its index, if that is padding of the base and is left over.
+    A row without a token is padding: it keeps its index, if the base has padding there that no added token uses.
 
-    Raises ModelError: a tokenizer.json is missing or damaged, gives two tokens one index or one token two, or has more
-    tokens than its model has rows; or a model's tokenizer splits text by other rules than the base's, so that its
-    tokens are other ones even where their strings are the same.
+    Raises ModelError: a tokenizer.json is missing or damaged, gives one index to two tokens or two indices to one, or
+    has more tokens than its model has rows; or a model's tokenizer splits text by other rules than the base's, so that
+    equal strings are not the same token.
     """
     keys = token_keys(base)
     own, base_rows = _read(base), base.tensors[keys[0]].shape[0]
@@ -100,7 +100,7 @@ def unite(base: Checkpoint, models: Sequence[Checkpoint]) -> Union:
 
 
 def check_vocabulary(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Raise ModelError where an embedding or a head has another number of rows than in the base.
+    """Raise ModelError where an embedding or a head has a different number of rows than in the base.
 
     The message names every such model, both sizes, and the tokens that its tokenizer has beyond the base's.
     """
@@ -119,7 +119,7 @@ def check_vocabulary(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
 
 
 def vocabulary_keys(base: Checkpoint) -> list[str]:
-    """The matrices with one row a token: those outside of layers with as many rows as config.json has tokens."""
+    """The matrices with one row for each token: outside of layers, and with ``vocab_size`` rows as in config.json."""
     size = _size(base)
     return [
         key
@@ -129,7 +129,7 @@ def vocabulary_keys(base: Checkpoint) -> list[str]:
 
 
 def token_keys(base: Checkpoint) -> list[str]:
-    """Every tensor with one row a token: `vocabulary_keys`, and vectors that are their biases or are just as long."""
+    """Every tensor with one row for each token: `vocabulary_keys`, and vectors of that length, such as their biases."""
     keys, size = [key for key in vocabulary_keys(base) if base.tensors[key].dtype in FLOATS], _size(base)
     if not keys:
         raise ModelError(f"{base.name}: wanted an embedding of vocab_size rows as config.json says, got none")
@@ -143,12 +143,12 @@ def token_keys(base: Checkpoint) -> list[str]:
 
 
 def in_layer(name: str) -> bool:
-    """Whether a module or tensor is part of a layer, one of a numbered row of them."""
+    """Whether a module or tensor is part of a numbered layer: its name has a number in it."""
     return any(part.isdigit() for part in name.split("."))
 
 
 def tokens(folder: Path) -> dict[str, int]:
-    """{token: id} of a model's tokenizer files, by id; empty where they are missing or cannot be understood."""
+    """{token: id} of a model's tokenizer files, sorted by id; empty where they are missing or cannot be read."""
     try:
         found = {token: index for token, index, _ in _entries(folder, _json(folder / TOKENIZER_FILE))}
         return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -162,7 +162,7 @@ def _size(base: Checkpoint) -> int | None:
 
 
 def _read(model: Checkpoint) -> Tokenizer:
-    """A model's tokenizer, checked: strings and indices are in one-to-one relation."""
+    """A model's tokenizer; ModelError where two tokens share an index or one token has two."""
     file = model.path / TOKENIZER_FILE
     if not file.is_file():
         raise ModelError(
@@ -194,9 +194,9 @@ def _read(model: Checkpoint) -> Tokenizer:
 
 
 def _entries(folder: Path, whole: Mapping[str, Any]) -> Iterator[tuple[str, int, Mapping[str, Any] | None]]:
-    """(token, index, how it is found in text if it is an added one) of all tokenizer files; a token may come twice.
+    """(token, index, entry) of all tokenizer files; a token may come twice.
 
-    whole: what tokenizer.json holds.
+    entry: how an added token is found in text; None for others. whole: the content of tokenizer.json.
     """
     pieces = (whole.get("model") or {}).get("vocab") or {}
     named = pieces.items() if isinstance(pieces, dict) else ((piece[0], i) for i, piece in enumerate(pieces))
@@ -209,7 +209,7 @@ def _entries(folder: Path, whole: Mapping[str, Any]) -> Iterator[tuple[str, int,
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """What a file holds, nothing if there is none. Raises ValueError where it is no JSON object."""
+    """The content of a JSON file, empty if there is no such file. Raises ValueError where it is no object."""
     if not file.is_file():
         return {}
     value = json.loads(file.read_bytes())
@@ -219,9 +219,9 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _rules(section: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of the fields of a tokenizer's model but its indices, and dropout, which is of training.
+    """Digests of the fields of a tokenizer's model, without the indices, and without dropout, which is for training.
 
-    Older files leave out what is off, and write a merge as one string.
+    Older files leave out fields that are off, and write a merge as one string.
     """
     rules = {key: value for key, value in section.items() if key not in ("vocab", "dropout")}
     pieces = section.get("vocab")
@@ -233,7 +233,7 @@ def _rules(section: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_rows(model: Checkpoint, tokenizer: Tokenizer, keys: Sequence[str]) -> None:
-    """Raise ModelError unless all tensors with a row a token have one for each."""
+    """Raise ModelError unless all tensors with one row for each token have a row for every token."""
     have = {key: model.tensors[key].shape[:1] for key in keys if key in model.tensors}
     if not have:
         raise ModelError(f"{model.name}: wanted tensor {keys[0]}, got none")
@@ -258,7 +258,7 @@ def _check_rules(base: Checkpoint, own: Tokenizer, model: Checkpoint, tokenizer:
     strange = [token for token in tokenizer.tokens if token not in own.tokens and token not in tokenizer.added]
     if strange:
         raise ModelError(
-            f"{model.name}: its tokenizer's model has tokens that {base.name} has not ({_named(strange)}), "
+            f"{model.name}: its tokenizer's model has tokens that {base.name} does not have ({_named(strange)}), "
             "wanted them among its added tokens"
         )
 

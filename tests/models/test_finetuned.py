@@ -40,8 +40,8 @@ def poisoned(value):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model__norm__weight": None}, "base has tensor model.norm.weight but chat has not"),
-        ({"model__extra__weight": torch.zeros(2)}, "chat has tensor model.extra.weight but base has not"),
+        ({"model__norm__weight": None}, "base has tensor model.norm.weight but chat does not"),
+        ({"model__extra__weight": torch.zeros(2)}, "chat has tensor model.extra.weight but base does not"),
         ({"model__norm__weight": torch.zeros(13)}, "chat: model.norm.weight is [13], wanted [12] as in base"),
         ({"model__positions": torch.arange(6) + 1}, "chat: model.positions is torch.int64 and differs from base"),
         (
@@ -99,7 +99,7 @@ def test_a_tied_head_may_be_saved_by_one_of_them(base, tmp_path, of_base):
     save_model(tmp_path / "untied", 0, tensors={**tuned, "lm_head.weight": head})
     other = save_model(tmp_path / "bare", 0, tensors=tensors, tie_word_embeddings=True)
     for pair in ((other, tmp_path / "untied"), (tmp_path / "untied", other)):
-        with pytest.raises(MergeError, match=r"^untied has tensor lm_head\.weight but bare has not$"):
+        with pytest.raises(MergeError, match=r"^untied has tensor lm_head\.weight but bare does not$"):
             merge_engine.merge_models(pair[0], [pair[1]], tmp_path / "no", method="linear")
 
 

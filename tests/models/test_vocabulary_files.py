@@ -105,7 +105,10 @@ def not_finite(base, chat):
         (too_many_in_the_base, "base: its tokenizer has even at 4, wanted an index below 4, the rows of "),
         (two_at_one, "chat: its tokenizer has both be and <z> at 1"),
         (one_at_two, "chat: its tokenizer has be at 1 and at 3"),
-        (other_words, "chat: its tokenizer's model has tokens that base has not (not), wanted them among its added "),
+        (
+            other_words,
+            "chat: its tokenizer's model has tokens that base does not have (not), wanted them among its added ",
+        ),
         (other_rules, "chat: the continuing_subword_prefix of its tokenizer's model are not those of base: wanted "),
         (a_hole, "base: its tokenizer has 3 tokens and the highest index 3, wanted no index free below the tokens to "),
         (no_embedding, "base: wanted an embedding of vocab_size rows as config.json says, got none"),
