@@ -83,7 +83,7 @@ class Finetuned:
             start += len(rows)
 
     def _aligned(self, key: str, base: Tensor, union: Union) -> Tensor:
-        """This model's row of every token of the base; where it lacks the token, the base's row, so that they are equal."""
+        """This model's row of every token of the base; for tokens that it lacks, a copy of the base's row."""
         dtype = torch.promote_types(self.model.tensors[key].dtype, base.dtype)
         x = base.to(dtype, memory_format=torch.contiguous_format, copy=True)
         for places, rows in self.rows(key):

@@ -62,7 +62,9 @@ def test_an_adapter_merges_into_the_bases_rows(toys):
     assert torch.equal(weights_of(out)[KEYS[0]], want)
     shutil.rmtree(out)
     write_tokenizer(adapter, numbered("to", "be", "or", "<z>"))
-    with pytest.raises(ModelError, match=r"^sql: it changes model\.embed_tokens\.weight and has tokens that base does not have"):
+    with pytest.raises(
+        ModelError, match=r"^sql: it changes model\.embed_tokens\.weight and has tokens that base does not have"
+    ):
         merge_engine.merge_into(base, [adapter], out, vocab="union")
     assert not out.exists()
 
