@@ -1,1 +1,1 @@
-"""The merge-engine command: one file a command."""
+"""The merge-engine command: one file for each command."""

@@ -1,4 +1,4 @@
-"""merge-engine compare: what fights, before adapters are merged."""
+"""merge-engine compare: how adapters conflict, before they are merged."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from merge_engine.cli.options import add_command, asked_for
+from merge_engine.cli.options import add_command, given_options
 from merge_engine.errors import OutputError, RecipeError
 
 COMPARE_EXAMPLES = """\
@@ -18,13 +18,16 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "compare", run, COMPARE_EXAMPLES, "show what fights, before adapters are merged")
+    parser = add_command(
+        commands, "compare", run, COMPARE_EXAMPLES, "show how adapters conflict, before they are merged"
+    )
     parser.add_argument("adapters", nargs="+", help="adapter folders or hub ids (user/repo), two or more")
     parser.add_argument(
         "--density",
         nargs="+",
         metavar="D",
-        help="share kept by the trim: one number, one an adapter, or PATTERN=NUMBER by module; default: 0.2",
+        help="share of elements that the trim keeps: one number, one for each adapter, or PATTERN=NUMBER by module; "
+        "default: 0.2",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure of every module")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots (needs matplotlib)")
@@ -35,15 +38,15 @@ def run(options: argparse.Namespace) -> None:
     from merge_engine.compare.interference import interference
     from merge_engine.files.text import write_text
 
-    asked = asked_for(options)
-    files = {kind: asked.pop(kind) for kind in ("json", "html") if kind in asked}
-    overwrite = asked.pop("overwrite", False)
+    given = given_options(options)
+    files = {kind: given.pop(kind) for kind in ("json", "html") if kind in given}
+    overwrite = given.pop("overwrite", False)
     for path in files.values():
         if path.exists() and not overwrite:
-            raise OutputError(f"{path} exists already; --overwrite replaces it")
+            raise OutputError(f"{path} already exists; pass --overwrite to replace it")
     if "html" in files and find_spec("matplotlib") is None:
         raise RecipeError("html: needs matplotlib; wanted: pip install 'merge-engine[report]'")
-    result = interference(**asked)
+    result = interference(**given)
     print(result.table())
     if "json" in files:
         write_text(files["json"], json.dumps(result.as_dict(), allow_nan=False) + "\n")

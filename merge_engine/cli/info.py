@@ -1,4 +1,4 @@
-"""merge-engine info: rank, scaling, size and norms of adapters, or which backend is used here."""
+"""merge-engine info: ranks, scalings, size and norms of adapters, or which backend is used on this machine."""
 
 import argparse
 from typing import Any
@@ -15,9 +15,9 @@ examples:
 
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
-    parser = add_command(commands, "info", run, INFO_EXAMPLES, "rank, scaling, size and norms of an adapter")
+    parser = add_command(commands, "info", run, INFO_EXAMPLES, "show ranks, scalings, size and norms of adapters")
     parser.add_argument("adapters", nargs="*", metavar="adapter", help="adapter folder or hub id")
-    parser.add_argument("--system", action="store_true", help="show which backend is used here, and why")
+    parser.add_argument("--system", action="store_true", help="show which backend is used on this machine, and why")
 
 
 def run(options: argparse.Namespace) -> None:

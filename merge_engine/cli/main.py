@@ -1,7 +1,7 @@
-"""The merge-engine command. Exit codes: 0 done, 1 unexpected failure, 2 a mistake of the user's, told in one line.
+"""The merge-engine command.
 
-A sweep in which some merges or scores failed ends with 1, what is interrupted with 130, and with 141 where nobody reads
-what is printed any more.
+Exit codes: 0 success; 1 an unexpected failure, or a sweep in which some merges or scores failed; 2 a user's mistake,
+reported in one line; 130 interrupted; 141 the reader of the output has gone, as with ``| head``.
 """
 
 import argparse
@@ -21,22 +21,22 @@ COMMANDS = (merge, merge_models, info, compare, demo)
 
 
 def command() -> int:
-    """`main` in a process of its own, where garbage is hardly collected.
+    """`main` in a process of its own, with garbage collection almost off.
 
-    To import torch and Numba makes millions of objects that stay; going through them again and again, and once more at
-    the end, takes 0.7 s.
+    Importing torch and Numba creates millions of objects that are never freed; collections that go through them again
+    and again, and once more at the end, would take 0.7 s.
     """
     gc.set_threshold(1_000_000, 50, 50)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     code = main()
-    gc.freeze()  # what is left goes with the process
+    gc.freeze()  # so that the interpreter does not collect at its end
     return code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code."""
+    """Run a command line and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("merge-engine: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at its end
         return 141
     except OSError as error:
         print(f"merge-engine: error: {error}", file=sys.stderr)

@@ -1,14 +1,15 @@
-"""merge-engine merge: adapters into one, into a base model, many times over, or as a mergekit recipe says."""
+"""merge-engine merge: adapters into one adapter or into a base model, many merges at once, or a mergekit recipe."""
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from merge_engine.cli.merge_models import tell, write_model
+from merge_engine.cli.merge_models import print_result, write_model
 from merge_engine.cli.options import (
     add_command,
-    asked_for,
+    given_options,
     merge_options,
     methods_text,
     parse_rank,
@@ -29,7 +30,7 @@ examples:
   merge-engine merge sql chat -o swept --sweep method=ties,linear scale=0.5,1,2 weights=2:1,1:1 \\
       --evaluate "python score.py {path}"
 
-recipe.yaml holds the same names as the options:
+The keys of recipe.yaml are the names of the options:
   adapters: [sql, chat, ads]
   output: merged
   method: ties
@@ -43,7 +44,7 @@ or
   merges:
     - {name: both, adapters: [sql, chat], method: linear}
     - {name: all, density: 0.1}
-A recipe of mergekit's, which has a merge_method, is read as mergekit reads it, and makes a full model.
+A file with a merge_method is a recipe of mergekit's. It is read as mergekit reads it, and makes a full model.
 """
 
 
@@ -53,7 +54,7 @@ def add_to(commands: Any) -> None:
         commands, "merge", run, MERGE_EXAMPLES + methods_text(KINDS), "merge adapters into one, or into a base model"
     )
     parser.add_argument("adapters", nargs="+", help="adapter folders or hub ids (user/repo), or one recipe.yaml")
-    parser.add_argument("--into", metavar="BASE", help="write a full model: this one with the adapters merged into it")
+    parser.add_argument("--into", metavar="BASE", help="write a full model: BASE with the adapters merged into it")
     merge_options(parser)
     parser.add_argument(
         "--space",
@@ -61,39 +62,40 @@ def add_to(commands: Any) -> None:
         help="what is merged: the deltas B @ A, A and B apart, or small matrices in common spaces; default: delta",
     )
     parser.add_argument(
-        "--rank", type=parse_rank, help="of the result: a number, or auto (sum of the ranks); default: auto"
+        "--rank", type=parse_rank, help="rank of the result: a number, or auto (the sum of the ranks); default: auto"
     )
-    parser.add_argument("--energy", type=float, help="the smallest rank, up to --rank, that keeps this share, as 0.9")
+    parser.add_argument(
+        "--energy", type=float, help="use the smallest rank, up to --rank, that keeps this share of the energy, as 0.9"
+    )
     sweep_options(parser)
 
 
 def run(options: argparse.Namespace) -> int | None:
     from merge_engine.engine.merge import merge
 
-    asked = asked_for(options)
-    recipe = recipe_file(asked)
+    given = given_options(options)
+    recipe = recipe_file(given)
     if "merge_method" in recipe:
-        _mergekit(asked)
+        _mergekit(given)
         return None
-    swept = asked.get("sweep", ())
-    asked = {**{key: value for key, value in recipe.items() if key not in swept}, **asked}
-    several = "sweep" in asked or "merges" in asked
-    for key in ("merges", "sweep") if "into" in asked else () if several else ("evaluate", "timeout", "best", "memory"):
-        if key in asked:
-            wanted = "no --into" if "into" in asked else "--sweep with it"
-            raise RecipeError(f"{key}: is of several merges into adapters; wanted {wanted}")
-    if "into" in asked:
-        write_model(asked, asked.pop("into"), asked.pop("adapters"))
+    swept = given.get("sweep", ())
+    given = {**{key: value for key, value in recipe.items() if key not in swept}, **given}
+    several = "sweep" in given or "merges" in given
+    if several and "into" in given:
+        key = "sweep" if "sweep" in given else "merges"
+        raise RecipeError(f"{key}: makes adapters, not full models; wanted no --into with it")
+    if not several:
+        _refuse(given, ("evaluate", "timeout", "best", "memory"), "a sweep", "--sweep")
+    if "into" in given:
+        write_model(given, given.pop("into"), given.pop("adapters"))
         return None
-    for key in ("vocab", "shard_size", "dry_run"):
-        if key in asked:
-            raise RecipeError(f"{key}: is of merges into a full model; wanted --into BASE with it")
+    _refuse(given, ("vocab", "shard_size", "dry_run"), "full models", "--into BASE")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("ranks: adapters are merged into one by a single process; wanted --into BASE with several")
-    adapters, output = asked.pop("adapters"), take_output(asked)
+        raise RecipeError("ranks: a single process merges adapters into one; wanted --into BASE with several processes")
+    adapters, output = given.pop("adapters"), take_output(given)
     if several:
-        return _several(adapters, output, asked)
-    merged = merge(adapters, output, **asked)
+        return _several(adapters, output, given)
+    merged = merge(adapters, output, **given)
     print(
         f"{output}: {len(adapters)} adapters, {len(merged.ranks)} modules, "
         f"rank up to {max(merged.ranks.values())}, kept energy {merged.total_energy:.4f}"
@@ -101,43 +103,52 @@ def run(options: argparse.Namespace) -> int | None:
     return None
 
 
-def _several(adapters: Any, output: Any, asked: dict[str, Any]) -> int:
-    """A sweep, or the merges of a recipe file: a table of them all; 1 where one failed."""
+def _refuse(given: dict[str, Any], keys: Sequence[str], subject: str, option: str) -> None:
+    """Raise RecipeError for keys that only apply to a subject, which another option asks for."""
+    for key in keys:
+        if key in given:
+            raise RecipeError(f"{key}: only applies to {subject}; wanted {option} with it")
+
+
+def _several(adapters: Any, output: Any, given: dict[str, Any]) -> int:
+    """A sweep, or the merges of a recipe file; prints a table of all. The exit code is 1 if one failed."""
     from merge_engine.sweep.run import run as run_sweep
     from merge_engine.sweep.score import command
     from merge_engine.sweep.trials import pool_trials, sweep_trials
 
-    axes, merges, text = asked.pop("sweep", None), asked.pop("merges", None), asked.pop("evaluate", None)
-    for key in ("timeout", "best"):
-        if key in asked and text is None:
-            raise RecipeError(f"{key}: is of an evaluation; wanted --evaluate with it")
+    axes, merges, text = given.pop("sweep", None), given.pop("merges", None), given.pop("evaluate", None)
+    if text is None:
+        _refuse(given, ("timeout", "best"), "an evaluation", "--evaluate")
     if axes is not None and merges is not None:
         raise RecipeError("sweep: wanted a sweep or merges, got both")
-    timeout, choose = asked.pop("timeout", None), asked.pop("best", "highest")
+    timeout, choose = given.pop("timeout", None), given.pop("best", "highest")
     evaluation = None if text is None else command(text, timeout)
-    how = {key: asked.pop(key) for key in ("memory", "overwrite", "backend") if key in asked}
+    options = {key: given.pop(key) for key in ("memory", "overwrite", "backend") if key in given}
     if merges is None:
-        trials = sweep_trials(axes, asked, len(adapters))
+        trials = sweep_trials(axes, given, len(adapters))
     else:
-        adapters, trials = pool_trials(merges, adapters, asked)
+        adapters, trials = pool_trials(merges, adapters, given)
     try:
-        outcome = run_sweep(adapters, output, trials, evaluation=evaluation, choose=choose, **how)
+        outcome = run_sweep(adapters, output, trials, evaluation=evaluation, choose=choose, **options)
     except KeyboardInterrupt:
-        print(f"merge-engine: interrupted; the same command goes on with {output} from here", file=sys.stderr)
+        print(f"merge-engine: interrupted; run the same command again to go on with {output}", file=sys.stderr)
         return 130
     print(outcome.table())
     if outcome.failed:
-        print(f"merge-engine: {len(outcome.failed)} of {len(trials)} failed; run again to try them:", file=sys.stderr)
+        print(
+            f"merge-engine: {len(outcome.failed)} of {len(trials)} failed; run the command again to retry them:",
+            file=sys.stderr,
+        )
         for row in outcome.failed:
             print(f"  {row.trial.name}: {row.error}", file=sys.stderr)
     return 1 if outcome.failed else 0
 
 
-def _mergekit(asked: dict[str, Any]) -> None:
+def _mergekit(given: dict[str, Any]) -> None:
     from merge_engine.mergekit.recipe import merge_recipe
 
-    (file,), output = asked.pop("adapters"), take_output(asked)
-    for key in asked:
+    (file,), output = given.pop("adapters"), take_output(given)
+    for key in given:
         if key not in ("seed", "shard_size", "overwrite", "dry_run", "backend"):
-            raise RecipeError(f"{key}: wanted it in {file}, which is mergekit's; got it as an option")
-    tell(merge_recipe(file, output, **asked), output)
+            raise RecipeError(f"{key}: wanted it in {file}, a recipe of mergekit's; got it as an option")
+    print_result(merge_recipe(file, output, **given), output)

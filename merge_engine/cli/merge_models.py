@@ -1,10 +1,10 @@
-"""merge-engine merge-models: full models of one base, and adapters on it, into one."""
+"""merge-engine merge-models: merge full models of one base, and adapters on it, into one full model."""
 
 import argparse
 import os
 from typing import Any
 
-from merge_engine.cli.options import add_command, asked_for, merge_options, methods_text, take_output
+from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output
 
 MODELS_EXAMPLES = """\
 examples:
@@ -20,25 +20,25 @@ def add_to(commands: Any) -> None:
     parser = add_command(
         commands, "merge-models", run, MODELS_EXAMPLES + methods_text(["elementwise"]), "merge full models of one base"
     )
-    parser.add_argument("models", nargs="+", help="folders or hub ids of full models, and of adapters on the same base")
-    parser.add_argument("--base", required=True, help="the full model that they were trained from")
+    parser.add_argument("models", nargs="+", help="folders or hub ids of full models, and of adapters on the base")
+    parser.add_argument("--base", required=True, help="the full model from which they were trained")
     merge_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    asked = asked_for(options)
-    write_model(asked, asked.pop("base"), asked.pop("models"))
+    given = given_options(options)
+    write_model(given, given.pop("base"), given.pop("models"))
 
 
-def write_model(asked: dict[str, Any], base: str, inputs: list[str]) -> None:
+def write_model(given: dict[str, Any], base: str, inputs: list[str]) -> None:
     from merge_engine.into.merge import merge_models
 
-    output = take_output(asked)
-    tell(merge_models(base, inputs, output, **asked), output)
+    output = take_output(given)
+    print_result(merge_models(base, inputs, output, **given), output)
 
 
-def tell(merged: Any, output: Any) -> None:
-    """Say what became of a full model, once however many ranks there are."""
+def print_result(merged: Any, output: Any) -> None:
+    """Print a line about a merged full model; only rank 0 does."""
     if int(os.environ.get("RANK", "0")) > 0:
         return
     inputs = len(merged.plan.adapters)
@@ -49,5 +49,5 @@ def tell(merged: Any, output: Any) -> None:
         for name, nbytes in merged.shards.items():
             print(f"  {name}  {nbytes / 1e6:.1f} MB")
     else:
-        resumed = f", {merged.resumed} tensors found finished" if merged.resumed else ""
+        resumed = f", {merged.resumed} tensors finished by an earlier run" if merged.resumed else ""
         print(f"{output}: {what}, {merged.seconds:.1f} s{resumed}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they say together with a recipe file."""
+"""Options that several commands share, and recipe files, whose keys are the names of the options."""
 
 import argparse
 from collections.abc import Collection, Sequence
@@ -9,7 +9,7 @@ from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import CHOICES
 from merge_engine.rules.methods import METHODS
 
-# Of the keys of a recipe file that are not the recipe's own.
+# Types of the keys of a recipe file that are not fields of `Recipe`.
 _KINDS = {"output": str, "into": str, "evaluate": str, "backend": str, "vocab": str, "overwrite": bool, "dry_run": bool}
 
 
@@ -25,12 +25,13 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, help="folder to write")
     add("--overwrite", action="store_true", default=None, help="replace an existing output")
     add("--method", choices=CHOICES["method"], metavar="METHOD", help="one of those listed below; default: ties")
-    add("--weights", nargs="+", type=float, metavar="W", help="one an input; default: 1 each")
+    add("--weights", nargs="+", type=float, metavar="W", help="one number for each input; default: 1 each")
     add(
         "--density",
         nargs="+",
         metavar="D",
-        help="share kept by a trim or a drop: one number, one an input, or PATTERN=NUMBER by module; default: 0.2",
+        help="share of elements that a trim or a drop keeps: one number, one for each input, or PATTERN=NUMBER by "
+        "module; default: 0.2",
     )
     add(
         "--scale",
@@ -40,35 +41,55 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         "default: 1",
     )
     add("--gain", type=float, help="multiplies --scale auto; default: 1")
-    add("--gamma", type=float, help="of breadcrumbs: share of the largest elements, which is dropped; default: 0.01")
-    add("--mask", type=float, help="of consensus: how much of the other inputs' sum one has to exceed; default: 0.4")
-    add("--min-tasks", type=int, metavar="K", help="of consensus: how many inputs have to; default: 2")
-    add("--ridge", type=float, help="of actmat: what is added to the covariances; default: 1")
+    add("--gamma", type=float, help="breadcrumbs: drop this share of the elements, the largest ones; default: 0.01")
+    add(
+        "--mask",
+        type=float,
+        help="consensus: an input counts where it exceeds this share of the sum of the others; default: 0.4",
+    )
+    add("--min-tasks", type=int, metavar="K", help="consensus: an element is kept if so many inputs count; default: 2")
+    add("--ridge", type=float, help="actmat: added to the covariances; default: 1")
     add("--balance", choices=CHOICES["balance"], help="damp directions that many adapters share, before the merge")
     add("--election", choices=CHOICES["election"], help="how signs are elected; default: total")
-    add("--scope", choices=CHOICES["scope"], help="one trim threshold a tensor, or one a model")
-    add("--trim-ties", choices=CHOICES["trim_ties"], help="equal magnitudes at the threshold")
-    add("--convention", choices=CHOICES["convention"], help="whose arithmetic; default: peft")
-    add("--seed", type=int, help="of the random drops; default: 0")
-    add("--backend", choices=CHOICES["backend"], help="who computes; default: auto")
-    add("--dtype", choices=CHOICES["dtype"], help="of what is written; default: the inputs' own, or the base's")
-    add("--vocab", choices=("base", "union"), help="of a full model: the base's tokens, or all inputs'; default: base")
-    add("--shard-size", metavar="SIZE", help="of each weight file of a full model, as 2GB; default: 5GB")
-    add("--dry-run", action="store_true", default=None, help="full models: show plan, sizes and time; write nothing")
+    add(
+        "--scope",
+        choices=CHOICES["scope"],
+        help="one trim threshold for each tensor, or one for the model; default: the convention's",
+    )
+    add(
+        "--trim-ties",
+        choices=CHOICES["trim_ties"],
+        help="of equal magnitudes at the threshold keep exactly as many as wanted, or all; default: the convention's",
+    )
+    add("--convention", choices=CHOICES["convention"], help="whose arithmetic to follow; default: peft")
+    add("--seed", type=int, help="seed of the random drops; default: 0")
+    add("--backend", choices=CHOICES["backend"], help="triton (GPU), torch (CPU) or auto; default: auto")
+    add("--dtype", choices=CHOICES["dtype"], help="dtype of the output; default: that of the inputs, or of the base")
+    add(
+        "--vocab",
+        choices=("base", "union"),
+        help="full models: tokens of the base, or of all inputs; default: base",
+    )
+    add("--shard-size", metavar="SIZE", help="full models: largest weight file, as 2GB; default: 5GB")
+    add("--dry-run", action="store_true", default=None, help="full models: show sizes and time, write nothing")
 
 
 def sweep_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("several merges, each in a folder of its own below the output").add_argument
+    add = parser.add_argument_group("several merges, each in its own folder below the output").add_argument
     add(
         "--sweep",
         nargs="+",
         metavar="FIELD=V,V",
-        help="merge every combination, as density=0.1,0.2 scale=0.5,1; one number an input as weights=2:1:1,1:1:1",
+        help="merge every combination of values, as density=0.1,0.2 scale=0.5,1; lists as weights=2:1:1,1:1:1",
     )
-    add("--evaluate", metavar="COMMAND", help="score each: run this with {path} as its folder; the last number printed")
-    add("--timeout", type=float, metavar="SECONDS", help="of one evaluation; default: none")
+    add(
+        "--evaluate",
+        metavar="COMMAND",
+        help="score each result: run this command, with its folder for {path}; the score is the last number printed",
+    )
+    add("--timeout", type=float, metavar="SECONDS", help="limit of one evaluation; default: none")
     add("--best", choices=("highest", "lowest"), help="which score is best; default: highest")
-    add("--memory", metavar="SIZE", help="that the merges may take together; default: 4GB")
+    add("--memory", metavar="SIZE", help="limit for all merges together; default: 4GB")
 
 
 def add_command(commands: Any, name: str, run: Any, examples: str, summary: str) -> argparse.ArgumentParser:
@@ -83,8 +104,8 @@ def add_command(commands: Any, name: str, run: Any, examples: str, summary: str)
     return parser
 
 
-def asked_for(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given on the command line, by the names of the recipe."""
+def given_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given on the command line, by the names of a recipe."""
     given = {key: value for key, value in vars(options).items() if value is not None and key != "run"}
     if "density" in given:
         given["density"] = density(given["density"])
@@ -95,17 +116,17 @@ def asked_for(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def take_output(asked: dict[str, Any]) -> Any:
-    output = asked.pop("output", None)
+def take_output(given: dict[str, Any]) -> Any:
+    output = given.pop("output", None)
     if output is None:
         raise RecipeError("output: wanted a folder to write to (-o OUT), got none")
     return output
 
 
 def recipe_file(given: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe file, if one was given in place of adapters.
+    """The keys of the recipe file, if one was given in place of adapters, else none.
 
-    `adapters` is taken out of `given` then, if the recipe is one of ours; mergekit's have a merge_method.
+    Takes `adapters` out of `given`, unless the file is mergekit's: those have a merge_method.
     """
     first = Path(given["adapters"][0])
     if first.suffix not in (".yaml", ".yml"):
@@ -125,14 +146,14 @@ def recipe_file(given: dict[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"{first}: adapters: wanted folders or hub ids, got {each!r}")
     for key, kind in _KINDS.items():
         if not isinstance(recipe.get(key, kind()), kind):
-            wanted = "true or false" if kind is bool else "a text"
+            wanted = "true or false" if kind is bool else "text"
             raise RecipeError(f"{first}: {key}: wanted {wanted}, got {recipe[key]!r}")
     del given["adapters"]
     return recipe
 
 
 def density(texts: Sequence[str]) -> Any:
-    """0.2 -> 0.2; 0.2 0.3 -> [0.2, 0.3]; .*q_proj=0.3 .*=0.2 -> a table."""
+    """0.2 -> 0.2; 0.2 0.3 -> [0.2, 0.3]; .*q_proj=0.3 .*=0.2 -> {".*q_proj": 0.3, ".*": 0.2}."""
     pairs = [text.rpartition("=") for text in texts]
     try:
         numbers = [float(number) for _, _, number in pairs]

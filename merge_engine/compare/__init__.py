@@ -1,1 +1,1 @@
-"""What fights between adapters, before they are merged."""
+"""How adapters conflict, before they are merged."""

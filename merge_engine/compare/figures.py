@@ -1,4 +1,4 @@
-"""The figures of a comparison: what they are, and how they are told."""
+"""The figures of a comparison: their formulas, and how they become text, notes and JSON."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,20 +11,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 SHOWN = 10  # adapters, pairs and modules in the table for a terminal
-LONGER, PARALLEL, OPPOSED = 2.0, 0.9, -0.1  # ratios of norms and cosines from which on a note is made
+LONGER, PARALLEL, OPPOSED = 2.0, 0.9, -0.1  # a ratio of norms and cosines beyond which a note is written
 CAVEAT = (
-    "These figures are of weights, not of what adapters do: a conflict says that two adapters pull one element in "
-    "opposite directions, not that either task needs it. Only an evaluation of the merge tells."
+    "These figures describe weights, not behaviour: a conflict means that two adapters pull an element in opposite "
+    "directions, not that either task needs that element. Only an evaluation shows what a merge does."
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """What is compared in one module, or in several together: sums, which add up over modules, and their ratios.
+    """The figures of one module, or of several together: sums, which add up over modules, and ratios of these.
 
-    Arrays are by adapter [n] or by pair [n, n], in the order of the comparison. Delta_i = s_i B_i A_i; K_i holds the
-    elements of Delta_i that a trim keeps (the k = int(density M N) largest magnitudes of a module, equal ones by lowest
-    flat index) and that are not 0. Of a pair, only modules that both adapters have count.
+    Arrays are by adapter [n] or by pair [n, n], in the order of the comparison. Delta_i = s_i B_i A_i. K_i is the set
+    of elements of Delta_i that a trim keeps (the k = int(density M N) largest magnitudes of a module, of equal ones
+    those with the lowest flat index) and that are not 0. For a pair, only modules that both adapters have count.
 
     elements: M N. modules: how many each adapter has [n]. ranks: sum of the effective ranks [n].
     inner: <Delta_i, Delta_j>. squares: [i, j] = |Delta_i|_F^2 where adapter j is too. kept_squares: |Delta_i|^2 over
@@ -49,20 +49,20 @@ class Figures:
 
     @property
     def norms(self) -> np.ndarray:
-        """|Delta_i|_F over all its modules [n], NaN for an adapter that is not there."""
+        """|Delta_i|_F over all its modules [n], NaN for an adapter without these modules."""
         return np.where(self.modules > 0, np.sqrt(self.squares.diagonal()), np.nan)
 
     @property
     def effective_ranks(self) -> np.ndarray:
-        """exp(-sum_k p_k ln p_k), p = sigma / sum(sigma), of the singular values sigma of Delta_i [n]; of 0 it is 0.
+        """exp(-sum_k p_k ln p_k), p = sigma / sum(sigma), of the singular values sigma of Delta_i [n]; 0 if it is zero.
 
-        Over several modules, their mean. Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+        Over several modules, the mean. Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
         """
         return _ratio(self.ranks, self.modules)
 
     @property
     def kept_energy(self) -> np.ndarray:
-        """|Delta_i|^2 over K_i / |Delta_i|_F^2 [n]: what a trim leaves of the squared norm."""
+        """|Delta_i|^2 over K_i / |Delta_i|_F^2 [n]: the share of the squared norm that a trim keeps."""
         return np.minimum(_ratio(self.kept_squares, self.squares.diagonal()), 1.0)
 
     @property
@@ -82,7 +82,7 @@ class Figures:
 
     @property
     def conflict_rate(self) -> float:
-        """#{e : c(e) >= 2 and both signs occur} / #{e : c(e) >= 2}, c(e) = #{i : e in K_i}; NaN where no c(e) is."""
+        """#{e : c(e) >= 2 and both signs occur} / #{e : c(e) >= 2}, c(e) = #{i : e in K_i}; NaN if no c(e) >= 2."""
         return self.conflicting / self.contested if self.contested else math.nan
 
     @property
@@ -110,7 +110,7 @@ class Figures:
 
 
 class Pair(NamedTuple):
-    """Two adapters by number, and how they fare together."""
+    """Two adapters by number, and their figures."""
 
     one: int
     other: int
@@ -121,10 +121,10 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Interference:
-    """How adapters compare, in each module and overall.
+    """The comparison of adapters, in each module and overall.
 
-    adapters: their names, made different. sources: as they were asked for. shapes: of the deltas, by module.
-    modules: in name order.
+    adapters: their names, made unique. sources: the folders or hub ids that were given. shapes: of the deltas, by
+    module. modules: in name order.
     """
 
     adapters: tuple[str, ...]
@@ -135,7 +135,7 @@ class Interference:
     overall: Figures
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON; arrays are in the order of ``adapters``, and None is what is not defined."""
+        """Plain data, for JSON; arrays are in the order of ``adapters``, and None stands for an undefined figure."""
         return {
             "adapters": list(self.adapters),
             "sources": list(self.sources),
@@ -147,7 +147,7 @@ class Interference:
         }
 
     def pairs(self) -> list[Pair]:
-        """The pairs that meet in a module, most conflicting first."""
+        """The pairs of adapters with a module in common, most conflicting first."""
         cosine, conflict, overlap = self.overall.cosine, self.overall.conflict, self.overall.overlap
         met = [
             Pair(i, j, float(cosine[i, j]), float(conflict[i, j]), float(overlap[i, j]))
@@ -161,45 +161,45 @@ class Interference:
         return sorted(self.modules.items(), key=lambda item: _falling(item[1].conflict_rate))
 
     def expected(self) -> str:
-        """What the pairs of unrelated deltas would show."""
+        """The figures that unrelated deltas would have, in a sentence."""
         known = isinstance(self.density, int | float) and self.density > 0
         overlap = f", overlap {percent(min(self.density, 1) / (2 - min(self.density, 1)))}" if known else ""
         return (
-            f"A pair of unrelated random deltas: cosine 0, conflict 50.0 %{overlap}; with more adapters, more conflict."
+            f"Two unrelated random deltas: cosine 0, conflict 50.0 %{overlap}; more adapters conflict in more elements."
         )
 
     def notes(self) -> list[str]:
-        """What stands out, in sentences; none where nothing does."""
+        """Sentences about figures that stand out."""
         notes, names, norms = [], self.adapters, self.overall.norms
         pairs = [pair for pair in self.pairs() if not math.isnan(pair.cosine)]
         zero = [name for name, norm in zip(names, norms, strict=True) if norm == 0]
         if zero:
             notes.append(f"The delta of {', '.join(zero)} is zero: merging it changes nothing.")
         if not pairs:
-            notes.append("No two adapters change the same module: nothing can fight.")
+            notes.append("No two adapters change the same module: nothing can conflict.")
             return notes
         long, short = int(np.argmax(norms)), int(np.argmin(np.where(norms > 0, norms, np.inf)))
         if norms[long] >= LONGER * norms[short]:
             notes.append(
                 f"The delta of {names[long]} has {norms[long] / norms[short]:.1f} times the norm of that of "
-                f"{names[short]}: in a sum, and in an election by total, it counts that much more. "
+                f"{names[short]}, and counts that much more in a sum and in an election by total. "
                 "Weights can change that."
             )
         near, far = max(pairs, key=lambda pair: pair.cosine), min(pairs, key=lambda pair: pair.cosine)
         if near.cosine >= PARALLEL:
             notes.append(
-                f"{names[near.one]} and {names[near.other]} point the same way (cosine {near.cosine:.3f}): "
-                "their sum is about as long as both together, so a scale below 1 may be right."
+                f"{names[near.one]} and {names[near.other]} point the same way (cosine {near.cosine:.3f}): the norm of "
+                "their sum is almost the sum of their norms, so a scale below 1 may be right."
             )
         if far.cosine <= OPPOSED:
             notes.append(
                 f"{names[far.one]} and {names[far.other]} point apart (cosine {far.cosine:.3f}): "
-                "in a sum they cancel in part. Evaluate both tasks after a merge."
+                "they partly cancel in a sum. Evaluate both tasks after a merge."
             )
         return notes
 
     def table(self) -> str:
-        """A short text for a terminal: adapters, then pairs and modules, most conflicting first."""
+        """A short text for a terminal: adapters; then pairs and modules, most conflicting first."""
         overall, shown = self.overall, self.ranked()[:SHOWN]
         pairs = self.pairs()
         counted = f"{len(self.adapters)} adapters, {some(len(self.modules), 'module')}, density {self.density}"
@@ -254,18 +254,18 @@ class Interference:
 
 
 def together(figures: Iterable[Figures]) -> Figures:
-    """The figures of several modules as one."""
+    """The figures of several modules together."""
     return reduce(add, figures)
 
 
 def upper(matrix: np.ndarray) -> list[float]:
-    """What is defined of a figure by pair [n, n], each pair once."""
+    """The defined values of a figure by pair [n, n], each pair once."""
     values = matrix[np.triu_indices(len(matrix), 1)]
     return values[~np.isnan(values)].tolist()
 
 
 def figure(value: float, how: str) -> str:
-    """A number, or a dash for what is not defined."""
+    """A number as text; a dash if it is undefined."""
     if math.isnan(value):
         return "-"
     text = format(value, how)
@@ -286,7 +286,7 @@ def _of(what: str, count: int) -> str:
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns, the first to the left, numbers to the right."""
+    """Text in columns: the first column aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in [names, *rows]

@@ -1,7 +1,7 @@
-"""What fights, before anything is merged: norms, cosines, sign conflicts, overlap and effective ranks of deltas.
+"""How adapters conflict, before a merge: norms, cosines, sign conflicts, overlap and effective ranks of their deltas.
 
-Norms, cosines and ranks come from the factors alone, in float64. Signs and overlap are of the deltas as a merge would
-trim them: they are counted tile by tile on the CPU, and no delta is ever in memory as a whole.
+Norms, cosines and ranks are computed from the factors alone, in float64. Conflicts and overlap are those of the trimmed
+deltas: they are counted tile by tile on the CPU, and no whole delta is ever in memory.
 """
 
 import math
@@ -36,16 +36,16 @@ def interference(
     """Norms, cosines, sign conflicts, overlap and effective ranks of the deltas s_i B_i A_i, before a merge.
 
     adapters: folders or hub ids (``user/repo``) of LoRA adapters as PEFT writes them, two or more.
-    density: what a trim keeps, as in `Recipe`: one number, one an adapter, or a table by module.
+    density: share that a trim keeps, as in `Recipe`: one number, one for each adapter, or a table by module.
     progress: a bar on standard error; None shows it on a terminal only.
 
-    Formulas are with `Figures`. From the factors alone, in float64: each Delta = U S V^T by a QR of A and of B and an
-    SVD of the small core, and <Delta_i, Delta_j> = sum_kl S_i,k S_j,l (U_i^T U_j)_kl (V_i^T V_j)_kl, which is
-    tr((A_j A_i^T)(B_i^T B_j)) but errs by a few roundings of |Delta_i| |Delta_j| only, where that errs by roundings of
-    |A_i| |B_i| |A_j| |B_j|. Singular values that float64 cannot tell from 0 count as 0.
-    Counted on the float32 deltas that `tiled` merges: kept elements and their signs, which are what ``ties`` sees.
+    `Figures` has the formulas. From the factors alone, in float64: each Delta = U S V^T by a QR of A and of B and an
+    SVD of the small core, and <Delta_i, Delta_j> = sum_kl S_i,k S_j,l (U_i^T U_j)_kl (V_i^T V_j)_kl. This equals
+    tr((A_j A_i^T)(B_i^T B_j)), but its error is a few roundings of |Delta_i| |Delta_j|, and that of the trace is a few
+    roundings of |A_i| |B_i| |A_j| |B_j|. Singular values that float64 cannot tell from 0 count as 0.
+    Counted on the float32 deltas that the CPU backend merges: kept elements and their signs, as ``ties`` sees them.
 
-    Raises MergeError for adapters that could not be merged either, or fewer than two.
+    Raises MergeError for adapters that could not be merged either, or for fewer than two.
     """
     recipe = Recipe(method="ties", density=density)
     opened = open_adapters(adapters)
@@ -54,7 +54,7 @@ def interference(
     plan = make_plan(opened, recipe)
     modules = dict(_compared(plan, progress))
     return Interference(
-        adapters=_unlike([adapter.name for adapter in opened]),
+        adapters=_made_unique([adapter.name for adapter in opened]),
         sources=tuple(adapter.source for adapter in opened),
         density=recipe.as_dict()["density"],
         shapes={module.name: (module.rows, module.columns) for module in plan.modules},
@@ -64,7 +64,7 @@ def interference(
 
 
 def _compared(plan: Plan, progress: bool | None) -> Iterator[tuple[str, Figures]]:
-    """Every module with its figures; the next one is read meanwhile."""
+    """Every module with its figures; the next module is read in the background."""
     from tqdm import tqdm
 
     shown = None if progress is None else not progress
@@ -76,7 +76,7 @@ def _compared(plan: Plan, progress: bool | None) -> Iterator[tuple[str, Figures]
 
 
 def _compare(plan: Plan, module: ModulePlan, factors: Factors) -> Figures:
-    """The figures of one module, from the factors of the adapters that have it."""
+    """The figures of one module; factors: of the adapters that have it."""
     spectra = [_spectrum(A, B, scaling) for (A, B), scaling in zip(factors, module.scalings, strict=True)]
     sources = [Product(A, B, scaling) for (A, B), scaling in zip(factors, module.scalings, strict=True)]
     (keeps,) = find_keeps([Group(plan, [module], "delta", sources, {})], [{} for _ in sources])
@@ -86,7 +86,7 @@ def _compare(plan: Plan, module: ModulePlan, factors: Factors) -> Figures:
     here[list(module.adapters)] = 1
 
     def placed(values: np.ndarray) -> np.ndarray:
-        """[m] or [m, m], by the adapters that have the module -> by all of them, 0 elsewhere."""
+        """[m] or [m, m] by the adapters that have the module -> [n] or [n, n] by all adapters, 0 for the others."""
         out = np.zeros((len(here),) * values.ndim, values.dtype)
         out[np.ix_(*[module.adapters] * values.ndim)] = values
         return out
@@ -107,7 +107,7 @@ def _compare(plan: Plan, module: ModulePlan, factors: Factors) -> Figures:
 
 
 class _Spectrum(NamedTuple):
-    """Delta = left @ diag(values) @ right.T: left [M, p] and right [N, p] of orthonormal columns, float64."""
+    """Delta = left @ diag(values) @ right.T: left [M, p] and right [N, p] with orthonormal columns, float64."""
 
     left: Tensor
     values: Tensor
@@ -115,7 +115,7 @@ class _Spectrum(NamedTuple):
 
 
 def _spectrum(A: Tensor, B: Tensor, scaling: float) -> _Spectrum:
-    """The singular value decomposition of scaling * B @ A, from the QR of its factors; noise counts as 0."""
+    """The singular value decomposition of scaling * B @ A, by QR of its factors; values below the noise count as 0."""
     A, B = A.double().T, B.double() * scaling
     (q_left, left), (q_right, right) = torch.linalg.qr(B), torch.linalg.qr(A)
     u, values, vh = torch.linalg.svd(left @ right.T, full_matrices=False)
@@ -130,7 +130,7 @@ def _inner(spectra: Sequence[_Spectrum]) -> np.ndarray:
     scaled = torch.cat([spectrum.left * spectrum.values for spectrum in spectra], dim=1)
     right = torch.cat([spectrum.right for spectrum in spectra], dim=1)
     rows = []
-    for spectrum in spectra:  # one after the other: all at once would be [sum r, sum r]
+    for spectrum in spectra:  # one at a time: all together would take [sum r, sum r]
         products = ((spectrum.left * spectrum.values).T @ scaled) * (spectrum.right.T @ right)
         rows.append(np.add.reduceat(products.sum(0).numpy(), starts))
     return np.stack(rows)
@@ -142,13 +142,13 @@ def _effective_rank(values: Tensor) -> float:
     return math.exp(-float((shares * shares.log()).sum())) if len(shares) else 0.0
 
 
-def _unlike(names: Sequence[str]) -> tuple[str, ...]:
-    """The names, with a number after one that was there before: a, a -> a, a (2)."""
-    unlike: list[str] = []
+def _made_unique(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, with a number after each one that occurred before: a, a -> a, a (2)."""
+    unique: list[str] = []
     for name in names:
-        number, told = 1, name
-        while told in unlike:
+        number, candidate = 1, name
+        while candidate in unique:
             number += 1
-            told = f"{name} ({number})"
-        unlike.append(told)
-    return tuple(unlike)
+            candidate = f"{name} ({number})"
+        unique.append(candidate)
+    return tuple(unique)

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: for a screen, a phone, and print."""
+"""A comparison as one HTML page that needs no other files: for a screen, a phone, and print."""
 
 import base64
 import math
@@ -40,24 +40,23 @@ th.text, td.text { text-align: left; min-width: 14rem; white-space: normal; }
 """
 READING = {
     "cosine": "⟨Δ<sub>i</sub>, Δ<sub>j</sub>⟩ / (|Δ<sub>i</sub>| |Δ<sub>j</sub>|) of two deltas Δ = s · B · A, as "
-    "they are, untrimmed. Near 0 they have little to do with each other; near 1 they do the same; below 0 they undo "
-    "each other in part.",
-    "kept": "An adapter keeps the share <i>density</i> of each delta's elements, those of largest magnitude, as TIES "
-    "does; zeros do not count.",
+    "they are, untrimmed. Near 0 they have little in common; near 1 they do the same; below 0 they partly cancel.",
+    "kept": "An adapter keeps the share <i>density</i> of each delta's elements: those with the largest magnitudes, as "
+    "in TIES. Zeros do not count as kept.",
     "overlap": "Of the elements that either of two adapters keeps, the share that both keep.",
     "conflict": "Of the elements that both of two adapters keep, the share whose signs differ. For a module: of its "
-    "<i>contested</i> elements, those that two or more adapters keep, the share that has both signs. This grows with "
-    "the number of adapters, even among unrelated ones.",
+    "<i>contested</i> elements, which two or more adapters keep, the share with both signs. This grows with the number "
+    "of adapters, even of unrelated ones.",
     "effective rank": "exp of the entropy of a delta's singular values, as shares of their sum (Roy and Vetterli "
-    "2007): how many directions it really uses; the mean over its modules.",
+    "2007): the number of directions that it really uses; the mean over its modules.",
     "energy kept": "The share of the squared norm that the trim leaves.",
 }
 
 
 def render(result: Interference) -> str:
-    """The page: what stands out, adapters, heat maps, pairs, plots by layer, every module, and how to read it.
+    """The page: notes, adapters, heat maps, pairs, plots by layer, every module, and how to read it.
 
-    Of pairs, only modules that both adapters have count. Needs matplotlib.
+    For a pair, only modules that both adapters have count. Needs matplotlib.
     """
     title = f"Interference of {len(result.adapters)} adapters"
     lead = f"{some(len(result.modules), 'module')}; at density {result.density}, {result.summary()}."
@@ -116,12 +115,12 @@ def _heat_maps(result: Interference) -> str:
         ("Overlap of what they keep, in %", overall.overlap, "overlap", percent),
     ]
     figures = []
-    for caption, matrix, what, told in maps:
+    for caption, matrix, what, as_text in maps:
         pairs = np.where(np.triu(np.ones(matrix.shape, bool), 1), matrix, np.nan)
         if np.isnan(pairs).all():
             continue
         ends = [np.unravel_index(end(pairs), pairs.shape) for end in (np.nanargmin, np.nanargmax)]
-        low, high = (f"{told(matrix[i, j])} ({names[i]} and {names[j]})" for i, j in ends)
+        low, high = (f"{as_text(matrix[i, j])} ({names[i]} and {names[j]})" for i, j in ends)
         alt = f"Heat map by pair of adapters. {caption}: from {low} to {high}."
         figures.append(_image(heat_map(matrix, names, what), caption, alt))
     return f'<div class="plots">{"".join(figures)}</div>' if figures else "<p>No pair shares a module.</p>"
@@ -143,7 +142,7 @@ def _pairs(result: Interference) -> str:
 def _layers(result: Interference) -> str:
     kinds = by_layer(list(result.modules))
     if not kinds:
-        return "<p>No module's name holds a layer's number.</p>"
+        return "<p>No module's name has a layer's number.</p>"
 
     def of_modules(value: Callable[[Figures], float]) -> Lines:
         return lines_by_kind(kinds, lambda names: value(together(result.modules[name] for name in names)))
@@ -165,12 +164,12 @@ def _layers(result: Interference) -> str:
     ]
     counted = sum(len(names) for layers in kinds.values() for names in layers.values())
     rest = len(result.modules) - counted
-    left = f"<p>{some(rest, 'module')} without a layer's number in the name: in the table only.</p>" if rest else ""
+    left = f"<p>{some(rest, 'module')} without a layer's number in the name: only in the table.</p>" if rest else ""
     return f'<div class="plots wide">{"".join(figures)}</div>{left}'
 
 
 def _norms(result: Interference, kinds: Iterable[dict[int, list[str]]]) -> Lines:
-    """Each adapter's norm over all the modules of a layer."""
+    """Each adapter's norm over all modules of a layer."""
     layers: dict[int, list[Figures]] = {}
     for kind in kinds:
         for layer, names in kind.items():
@@ -185,7 +184,7 @@ def _norms(result: Interference, kinds: Iterable[dict[int, list[str]]]) -> Lines
 
 
 def _ends(lines: Lines) -> str:
-    """Where the lowest and the highest value of a plot are, in words."""
+    """The lowest and the highest value of a plot, with their lines and layers, in words."""
     points = [(value, name, layer) for name, line in lines.items() for layer, value in line.items()]
     low, high = (f"{value:.3g} ({name}, layer {layer})" for value, name, layer in (min(points), max(points)))
     return f"{some(len(lines), 'line')}: from {low} to {high}"
@@ -212,7 +211,7 @@ def _modules(result: Interference) -> str:
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls in its own box where it is too wide; a last column called "from" is text."""
+    """A table that scrolls in its own box where it is too wide. The column "from" is text, the others are numbers."""
     kinds = [' class="text"' if name == "from" else "" for name in names]
     head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(kinds, names, strict=True))
     body = "\n".join(

@@ -1,4 +1,4 @@
-"""The plots of a comparison, as PNG: heat maps by pair of adapters, and lines by layer."""
+"""The plots of a comparison, as PNG: heat maps by pair of adapters, and line plots by layer."""
 
 import io
 import re
@@ -10,34 +10,39 @@ import numpy as np
 
 from merge_engine.report.charts import COLOURS, MARKERS, NAMED
 
-DPI = 192  # two pixels for one of a page
-LABELLED = 12  # adapters whose names are on the axes
-ANNOTATED = 9  # adapters up to which every cell has its number
-MARKED = 20  # layers up to which every point has its marker
+DPI = 192  # twice the pixels of a page, for sharp screens
+LABELLED = 12  # up to so many adapters have their names on the axes
+ANNOTATED = 9  # up to so many adapters, every cell shows its number
+MARKED = 20  # up to so many layers, every point has a marker
 LONGEST = 16  # letters of a label
 LIMITS = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)  # of a colour scale
 
 
 class Scale(NamedTuple):
-    """How a figure by pair is shown: its colours, the value in the middle of them, where there is one, and numbers."""
+    """How a figure by pair is shown.
+
+    colours: matplotlib's name of the colour map. centre: the value of its middle colour, None for a map that begins
+    at 0. limit: the largest distance from the centre, or from 0. factor: multiplies values for display. number: the
+    format of a number in a cell.
+    """
 
     colours: str
     centre: float | None
-    limit: float  # at most, from the centre or from 0
+    limit: float
     factor: float
     number: str
 
 
 SCALES = {
     "cosine": Scale("RdBu_r", 0.0, 1.0, 1, ".2f"),
-    "conflict": Scale("PuOr_r", 0.5, 0.5, 100, ".0f"),  # white is what unrelated deltas show
+    "conflict": Scale("PuOr_r", 0.5, 0.5, 100, ".0f"),  # white: as unrelated deltas
     "overlap": Scale("Blues", None, 1.0, 100, ".0f"),
 }
-Lines = Mapping[str, Mapping[int, float]]  # by name, value by layer
+Lines = Mapping[str, Mapping[int, float]]  # {line: {layer: value}}
 
 
 def heat_map(matrix: np.ndarray, names: Sequence[str], what: str) -> bytes:
-    """A figure by pair [n, n]; the diagonal and what is not defined are grey. what: a row of `SCALES`."""
+    """A figure by pair [n, n]; the diagonal and undefined values are grey. what: a row of `SCALES`."""
     import matplotlib
     from matplotlib.ticker import MaxNLocator
 
@@ -82,7 +87,7 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], what: str) -> bytes:
 
 
 def layer_plot(lines: Lines, what: str) -> bytes:
-    """Values along the layers, a line each; of more than ten, the highest ten have names and the others are grey."""
+    """Lines of values by layer. Of more than ten lines, the ten that reach highest are named, the others are grey."""
     from matplotlib.ticker import MaxNLocator
 
     tops = sorted(lines, key=lambda name: max(lines[name].values()), reverse=True)[:NAMED]
@@ -90,7 +95,7 @@ def layer_plot(lines: Lines, what: str) -> bytes:
     figure, plot = _figure(5.0, 3.1 + 0.19 * -(-len(named) // 3))
     marked = max(map(len, lines.values())) <= MARKED
     handles = []
-    for name in sorted(lines, key=lambda name: name in tops):  # grey ones below
+    for name in sorted(lines, key=lambda name: name in tops):  # grey lines first, below the others
         style: dict[str, Any] = {"color": "0.8", "linewidth": 1, "marker": ".", "markersize": 4 * marked}
         if name in tops:
             number = named.index(name)
@@ -118,13 +123,13 @@ def layer_plot(lines: Lines, what: str) -> bytes:
     )
     for text, name in zip(legend.get_texts(), [name for name in lines if name in tops], strict=True):
         text.set_parse_math(False)
-        text.set_text(short(name))  # given to the legend itself, a name that begins with _ would be left out
+        text.set_text(short(name))  # set only here: matplotlib's legend leaves out names that begin with _
     return _png(figure)
 
 
 def by_layer(names: Sequence[str]) -> dict[str, dict[int, list[str]]]:
-    """{kind: {layer: modules}}. The layer is the first number in a module's name, its kind is what the name is without
-    numbers, by as many of its last parts as tell the kinds apart. Modules without a number are left out.
+    """{kind: {layer: modules}}. The layer is the first number in a module's name. The kind is the name without numbers,
+    shortened to as many of its last parts as tell the kinds apart. Modules without a number are left out.
     """
     groups: dict[tuple[str, ...], dict[int, list[str]]] = {}
     for name in names:
@@ -140,19 +145,19 @@ def by_layer(names: Sequence[str]) -> dict[str, dict[int, list[str]]]:
 
 
 def lines_by_kind(kinds: Mapping[str, Mapping[int, Sequence[str]]], of: Callable[[Sequence[str]], float]) -> Lines:
-    """of(modules) for every kind and layer; what is not defined is left out."""
+    """of(modules) for every kind and layer; undefined values are left out."""
     lines = {kind: {layer: of(modules) for layer, modules in layers.items()} for kind, layers in kinds.items()}
     return defined(lines)
 
 
 def defined(lines: Lines) -> Lines:
-    """The lines without what is NaN, and without lines of which nothing is left."""
+    """The lines without their NaN values; lines of nothing else are left out."""
     kept = {name: {at: value for at, value in line.items() if not np.isnan(value)} for name, line in lines.items()}
     return {name: line for name, line in kept.items() if line}
 
 
 def short(name: str) -> str:
-    """The name on one line, with its middle left out where it is long."""
+    """The name on one line, with its middle left out if it is long."""
     name = " ".join(name.encode(errors="replace").decode().split())
     half = (LONGEST - 1) // 2
     return name if len(name) <= LONGEST else f"{name[:half]}…{name[-half:]}"
@@ -172,6 +177,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _png(figure: Any) -> bytes:
     with io.BytesIO() as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the number beside a name stays
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the adapter's number is still shown
         figure.savefig(file, format="png", metadata={"Software": None}, bbox_inches="tight", pad_inches=0.02)
         return file.getvalue()

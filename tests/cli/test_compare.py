@@ -22,7 +22,7 @@ def test_the_command_equals_the_api(three, tmp_path, capsys, monkeypatch):
     assert files["--html"].read_text() == "('sql', 'chat', 'ads') at 0.1"
     assert main(["compare", *map(str, three), *options]) == 2
     error = capsys.readouterr().err
-    assert error == f"merge-engine: error: {files['--json']} exists already; --overwrite replaces it\n"
+    assert error == f"merge-engine: error: {files['--json']} already exists; pass --overwrite to replace it\n"
     assert main(["compare", *map(str, three), *options, "--overwrite"]) == 0
     assert json.loads(files["--json"].read_text())["density"] == 0.2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ads", "chat", "new", "report.html", "sql"]

@@ -101,4 +101,4 @@ def test_adapters_alone_are_merged_by_one_process(three, tmp_path, monkeypatch, 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert main(["merge", *map(str, three), "-o", str(tmp_path / "out")]) == 2
-    assert "ranks: adapters are merged into one by a single process" in capsys.readouterr().err
+    assert "ranks: a single process merges adapters into one; wanted --into BASE" in capsys.readouterr().err

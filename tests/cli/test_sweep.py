@@ -16,7 +16,8 @@ def test_the_command_sweeps_and_goes_on(three, tmp_path, capsys):
     assert code == 1
     assert [line.split()[0] for line in out.splitlines()] == ["scale", "0.5", "1", "2"]
     assert out.splitlines()[1].endswith("0.8") and out.splitlines()[2].endswith("50  <- best")
-    assert err == "merge-engine: 1 of 3 failed; run again to try them:\n  scale=2: evaluate: exit status 4\n"
+    failed = "  scale=2: evaluate: exit status 4\n"
+    assert err == f"merge-engine: 1 of 3 failed; run the command again to retry them:\n{failed}"
     assert_same(output / "scale=0.5", three, method="linear", scale=0.5)
     options[-1] = script.replace("exit 4", "echo 99")
     code, out, err = run_cli(capsys, "merge", *three, "-o", output, *options)
@@ -64,10 +65,10 @@ def test_a_recipe_file_with_merges(three, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--evaluate", "cat {path}"], "evaluate: is of several merges into adapters; wanted --sweep with it"),
-        (["--memory", "1GB"], "memory: is of several merges into adapters"),
-        (["--sweep", "scale=1", "--into", "base"], "sweep: is of several merges into adapters"),
-        (["--sweep", "scale=1", "--timeout", "3"], "timeout: is of an evaluation; wanted --evaluate with it"),
+        (["--evaluate", "cat {path}"], "evaluate: only applies to a sweep; wanted --sweep with it"),
+        (["--memory", "1GB"], "memory: only applies to a sweep"),
+        (["--sweep", "scale=1", "--into", "base"], "sweep: makes adapters, not full models; wanted no --into with it"),
+        (["--sweep", "scale=1", "--timeout", "3"], "timeout: only applies to an evaluation; wanted --evaluate with it"),
         (["--sweep", "scale=1", "--scale", "3"], "scale: wanted one value of it, or several in the sweep, got both"),
         (["--sweep", "scale=1", "--evaluate", "cat"], "evaluate: wanted a command with {path} in it"),
         (["--sweep", "scale=1", "--memory", "lots"], "memory: wanted a size such as 5GB"),

@@ -100,4 +100,4 @@ def test_page_without_layers_or_pairs(tmp_path):
     folders = [save_lora(tmp_path / n, {n: normal(0, 2, 8, 9)}) for n in ("a", "b")]
     page = Page(render(merge_engine.interference(folders)))
     assert page.images == []
-    assert "No pair shares a module." in page.text and "No module's name holds a layer's number." in page.text
+    assert "No pair shares a module." in page.text and "No module's name has a layer's number." in page.text

@@ -91,7 +91,7 @@ def test_a_rank_that_dies_fails_the_run_and_torchrun_resumes_it(big, tmp_path, f
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     resumed = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
-    assert "tensors found finished" in resumed.stdout
+    assert "tensors finished by an earlier run" in resumed.stdout
     merge_engine.merge_into(*big, tmp_path / "want", method="ties", shard_size="300KB")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
 
@@ -193,4 +193,4 @@ def test_several_processes_and_the_command_write_the_same_union(toys, capsys, fo
     assert done.codes == [0, 0], done.err
     assert bytes_of(base.parent / "two") == bytes_of(want)
     assert main(["merge", str(models[0]), "-o", str(base.parent / "no"), "--vocab", "union"]) == 2
-    assert "vocab: is of merges into a full model" in capsys.readouterr().err
+    assert "vocab: only applies to full models; wanted --into BASE with it" in capsys.readouterr().err
