@@ -1,4 +1,4 @@
-"""Small cores: their leading singular vectors, and the low-rank factors that are made of them."""
+"""Small matrices ("cores"): their leading singular vectors, and the low-rank factors made from these."""
 
 import math
 from typing import NamedTuple
@@ -38,13 +38,15 @@ def product_norm(A: Tensor, B: Tensor) -> float:
 def leading(
     core: Tensor, rank: int, energy: float | None, *, total: float | None = None, noise: float = 0.0
 ) -> Leading:
-    """The leading singular vectors of core, as many as are asked for; ``total`` is |D|_F^2, that of core unless given.
+    """The leading ``rank`` singular vectors of core, or the fewest that keep ``energy``.
 
-    Singular values up to ``noise`` count as zero. Where a few of many are wanted, they are found in the span of as many
-    eigenvectors U of core core^T, in half the time: U U^T core loses to the best at most what float64 loses in core^2,
-    some 2**-26 |core|, and its own SVD has orthonormal vectors however small a value is.
+    ``total`` is |D|_F^2, by default |core|_F^2. Singular values up to ``noise`` count as zero.
+
+    Where the rank is a quarter of the size or less, they are found in half the time: in the span of as many
+    eigenvectors U of core core^T. U U^T core is worse than the best approximation by at most what float64 loses in
+    core core^T, some 2**-26 |core|, and its SVD has orthonormal vectors however small a singular value is.
     """
-    unit = float(core.abs().max()) or 1.0  # of which squares stay in float64
+    unit = float(core.abs().max()) or 1.0  # in this unit squares do not overflow float64
     core, noise, span, rest = core / unit, noise / unit, None, 0.0
     if 4 * rank <= len(core):
         squares, vectors = torch.linalg.eigh(core @ core.T)
@@ -70,15 +72,15 @@ def unfolded(core: Leading, left: Decomposed, right: Decomposed) -> LowRank:
 
 
 def rounded(A: Tensor, B: Tensor, core: Leading) -> LowRank:
-    """The factors in float32; raises ValueError where that is too narrow."""
+    """The factors in float32; raises ValueError where B overflows it."""
     A, B = A.float().contiguous(), B.float().contiguous()
     if not finite(B):
-        raise ValueError(f"the largest singular value is {float(core.s[0]):.1e}: B does not fit float32")
+        raise ValueError(f"the largest singular value is {float(core.s[0]):.1e}: B overflows float32")
     return LowRank(A, B, core.kept)
 
 
 def q_times(decomposed: Decomposed, block: Tensor) -> Tensor:
-    """Q @ block [p, k] for Q [m, p] by its reflectors: a third of a QR would go into a Q that is not asked for."""
+    """Q @ block [p, k] for Q [m, p], by its reflectors: to make Q itself would take half as long as the QR did."""
     packed, tau = decomposed
     tall = block.new_zeros(len(packed), block.shape[1])
     tall[: len(block)] = block
@@ -86,7 +88,7 @@ def q_times(decomposed: Decomposed, block: Tensor) -> Tensor:
 
 
 def completed(rows: Tensor, count: int) -> Tensor:
-    """Orthonormal rows, and more of them up to that number."""
+    """Orthonormal rows: the given ones, then fixed random ones, ``count`` in all."""
     if len(rows) == count:
         return rows
     generator = torch.Generator().manual_seed(0)
@@ -97,21 +99,26 @@ def completed(rows: Tensor, count: int) -> Tensor:
 
 
 def rounding(columns: int) -> float:
-    """How far float64 moves a singular value of a matrix that so many columns are stacked for, as a share of the sum of
-    their norms: 2**-51 max(columns, 8), a bound on QR and SVD together that random matrices never come near."""
+    """The rounding error of a singular value by QR and SVD of so many stacked columns, as a share of their norms' sum.
+
+    It is 2**-51 max(columns, 8), for float64: a bound that random matrices never come near.
+    """
     return 2 * max(columns, 8) * torch.finfo(torch.float64).eps
 
 
 def upper(decomposed: Decomposed) -> Tensor:
+    """R of a QR decomposition."""
     packed, tau = decomposed
     return packed[: len(tau)].triu()
 
 
 def orthonormal(block: Tensor) -> Tensor:
+    """Orthonormal rows that span the rows of ``block``."""
     return torch.linalg.qr(block.T)[0].T
 
 
 def check_request(rank: int, energy: float | None) -> None:
+    """Raise ValueError unless rank is 1 or more, and energy None or in (0, 1]."""
     if rank < 1:
         raise ValueError(f"rank is {rank}, wanted at least 1")
     if energy is not None and not 0 < energy <= 1:

@@ -1,7 +1,7 @@
-"""Low-rank factors of what a merge makes: of a sum of products exactly, of a dense merged delta by a Krylov iteration.
+"""Low-rank factors of a dense merged delta, by a Krylov iteration.
 
 ``|D - B A|_F`` is the smallest that rank k allows, and the factors are split as PEFT splits them: ``B = U S, A = Vh``.
-Matrices with few columns are handled in float64, where they cost next to nothing; a dense one is only multiplied, in
+Matrices with few columns are handled in float64, which costs next to nothing. The dense one is only multiplied: in
 float32, and on a GPU in float64. Rounding the factors to float32 moves their product by at most ``2 * 2**-24 |B A|_F``.
 """
 
@@ -17,26 +17,26 @@ from merge_engine.lowrank.products import squared_norm, times
 from merge_engine.runtime.finite import finite
 
 logger = logging.getLogger(__name__)
-# Gaussian rows that join the start, so that no direction of the matrix stays unseen. The space starts at least this
-# much wider than the rank: it never finds more vectors of a repeated singular value than it was wide at first.
+# Gaussian rows that are added to the start, so that no direction of the matrix is missed. The space starts at least so
+# much wider than the rank: of a repeated singular value it never finds more vectors than it has rows at first.
 _OVERSAMPLING = 8
-# From rank n / 12 on, the n eigenvectors of the Gram matrix are found sooner than the leading ones. On two Zen 4 cores,
+# From rank n / 12 on, all n eigenvectors of the Gram matrix are faster than the leading ones alone. On two Zen 4 cores,
 # 2048 x 2048, in seconds, Krylov against Gram: 0.02 and 1.0 at rank 16, 0.4 and 1.1 at 128, 1.9 and 1.1 at 256.
 _DENSE_FRACTION = 12
 _MAX_STEPS = 24
-# A step is never expected to leave less than this share of the excess.
+# The estimate of `_excess` assumes that a step leaves at least this share of the excess.
 _BEST_RATIO = 0.1
-# An excess of less than this share of |D|_F^2 is not looked for: products in float32 blur captured energy by more.
+# An excess below this share of |D|_F^2 counts as none: products in float32 change the captured energy by more.
 _NOISE = 2.0**-32
-_CONVERGED = 2.0**-20  # of a vector's norm: float32 products leave more than that of one that has not converged
-_BLUR = 2.0**-26  # how far float32 products move captured energy, as a share of |D|_F^2
+_CONVERGED = 2.0**-20  # of a vector's norm: what is left of a vector that has converged is below this share
+_BLUR = 2.0**-26  # how much float32 products change the captured energy, as a share of |D|_F^2
 
 
 def first_space(start: Tensor, shape: tuple[int, int], k: int) -> Tensor:
-    """Orthonormal rows [p, N] that the iteration for k vectors of a matrix [M, N] = ``shape`` begins with, in float64.
+    """Orthonormal rows [p, N] in float64, with which the iteration for k vectors of a [M, N] = ``shape`` matrix begins.
 
-    They span ``start`` [., N], or min(M, N) / 4 random sums of its rows where there are more, and fixed Gaussian rows:
-    8, and as many as p = k + 8 takes.
+    They span the rows of ``start`` [., N], or min(M, N) / 4 random sums of these where there are more, and fixed
+    Gaussian rows: 8, or more so that p is at least k + 8.
     """
     widest = min(shape) // 4
     generator = torch.Generator().manual_seed(0)
@@ -58,19 +58,19 @@ def from_matrix(
 ) -> LowRank:
     """B A = an approximation of rank k = min(rank, M, N) of D = ``matrix``, as good as the best within ``tolerance``.
 
-    ``matrix`` is [M, N] float32; ``start`` [p, N], of any floating dtype and with any p, holds rows that D is near to
-    being made of, as the stacked A of the merged adapters: the better they are, the fewer the steps.
-    ``tolerance`` bounds the excess (|D - B A|_F^2 - best) / best, so the error itself ends within tolerance / 2; it is
-    an estimate (`_excess`), which a flat spectrum can deceive, and below about 1e-8 |D|_F^2 float32
-    hides what is missing. Where 24 steps do not reach it
-    a warning is logged. With ``energy`` in (0, 1], k is the smallest rank, up to the above, that keeps this share of
-    |D|_F^2, or the above where none does. ``space`` is `first_space`, or knows what that would return.
+    ``matrix`` is [M, N] float32; ``start`` [p, N], of any floating dtype and with any p, holds rows whose span contains
+    most of D, such as the stacked A of the merged adapters: the better they are, the fewer the steps.
+    ``tolerance`` bounds the excess (|D - B A|_F^2 - best) / best, so the error itself is within tolerance / 2 of the
+    best. The excess is estimated (`_excess`): a flat spectrum can deceive the estimate, and float32 hides what is below
+    about 1e-8 |D|_F^2. A warning is logged where 24 steps do not reach the tolerance. With ``energy`` in (0, 1], k is
+    the smallest rank, up to the above, that keeps this share of |D|_F^2, or the above where none does. ``space`` is
+    `first_space`, or a function that returns what that would return.
 
     Method: block Krylov with Rayleigh-Ritz. The space V starts as the rows of ``start`` and 8 or more fixed Gaussian
     ones; a step takes the k leading left Ritz vectors U of D V, and adds D^T U to V: two passes over D, k columns wide.
     From rank min(M, N) / 12 on, the eigenvectors of the smaller Gram matrix in float64 are faster and exact.
     The same input, device and thread count give the same result; no global random state is read or written.
-    Memory beyond D: O((M + N) (p + k steps)) in float64; for the Gram matrix 24 min(M, N)^2 bytes or so.
+    Memory beside D: O((M + N) (p + k steps)) in float64; for the Gram matrix about 24 min(M, N)^2 bytes.
 
     Source: Musco and Musco, "Randomized block Krylov methods", NeurIPS 2015; the choice of Ritz vectors is Davidson's.
     Raises ValueError for shapes, dtypes or a request that do not fit, and for values that are not finite.
@@ -86,7 +86,7 @@ def from_matrix(
     if not (math.isfinite(total) and finite(start)):
         raise ValueError("matrix or start is not finite")
     if total >= torch.finfo(torch.float32).max ** 2:  # no product with a unit vector is larger
-        raise ValueError(f"the norm of matrix is {math.sqrt(total):.1e}: its products do not fit float32")
+        raise ValueError(f"the norm of matrix is {math.sqrt(total):.1e}: its products overflow float32")
 
     start = start.to(matrix.device, torch.float64)
     rank = min(rank, *matrix.shape)
@@ -109,8 +109,8 @@ def from_matrix(
     return _cut(left, right, rank, energy, total=total)
 
 
-# Vectors are rows from here on, in float64: rows that join lie behind the others, and BLAS multiplies few rows sooner
-# than few columns.
+# Vectors are rows from here on, in float64: new ones are appended in memory, and BLAS multiplies a few rows faster than a
+# few columns.
 
 
 def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float)
         excess = _excess(captured, total)
         if excess <= max(tolerance * (total - captured[-1]), _NOISE * total):
             return u, z
-        # A vector that has converged leaves nothing but rounding, which no projection could keep orthogonal to V.
+        # What is left of a converged vector is rounding, which no projection could make orthogonal to V.
         rest = z - z @ v.T @ v
         rest = rest[rest.norm(dim=1) > _CONVERGED * z.norm(dim=1)]
         if len(rest) == 0:
@@ -149,12 +149,12 @@ def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float)
 
 
 def _excess(captured: Sequence[float], total: float) -> float:
-    """The energy that further steps would still capture: gain * q / (1 - q), a geometric series of ratio q.
+    """The energy that further steps would capture, as a geometric series of ratio q: gain * q / (1 - q).
 
     q is the ratio of the last two gains. Krylov spaces converge faster than any geometric series, so q falls from step
-    to step and the estimate errs on the high side, once the first steps have done away with what is easy: for these q
-    is bounded from below. With one gain only, q = 1/2. The energy may fall for a step, since the Ritz vectors are the
-    best for D V and not for D: that tells nothing, unless it is rounding.
+    to step and the estimate is too high rather than too low. Only the first steps, which capture what is easy, make q
+    too small, so it is bounded from below. With one gain only, q = 1/2. The energy may fall in a step, since the Ritz
+    vectors are the best for D V and not for D: then nothing is known (Inf), unless it fell by no more than rounding.
     """
     if len(captured) < 2:
         return math.inf

@@ -1,8 +1,8 @@
-"""Passes over a large matrix: its norm, its products with a few vectors, and whether all of it are numbers.
+"""The norm of a large matrix, and its products with a few vectors.
 
-By compiled loops where Numba is installed, on a CPU with one thread; else by torch's operators. BLAS is made for square
-blocks: with sixteen vectors it computes at less than half of its best rate. The loops keep the sums of several rows and
-vectors in registers, and read the matrix once for every four vectors, mostly from a cache.
+On a CPU with one thread, compiled loops compute them where Numba is installed; else torch's operators do. BLAS is made
+for square blocks: with sixteen vectors it reaches less than half of its best speed. The loops keep the sums of several
+rows and vectors in registers, and read the matrix once for every four vectors, mostly from a cache.
 """
 
 from types import ModuleType
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from merge_engine.loops import door
 
-_MOST = 64  # vectors that are multiplied with columns by loops: the sums of more leave the L2 cache
-_LONGEST = 1 << 21  # elements of vectors that are multiplied with rows by loops: they are read for every six rows
+_MOST = 64  # vectors that loops multiply with columns, at most: the sums of more do not fit the L2 cache
+_LONGEST = 1 << 21  # elements of vectors that loops multiply with rows, at most: they are read for every six rows
 
 
 def times(block: Tensor, matrix: Tensor) -> Tensor:
     """block [p, N] @ matrix.T in float64: matrix is float32 [M, N], block of any float dtype.
 
-    Sums are in float32, and on a GPU in float64.
-    Off by some 2**-21 of |block| |matrix| for N of some thousands, as BLAS is.
+    Sums are in float32, and on a GPU in float64. The error is some 2**-21 |block| |matrix| for N of some thousands, as
+    with BLAS.
     """
     if matrix.is_cuda:
         return _in_float64(block, matrix)
@@ -44,7 +44,7 @@ def times(block: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _in_float64(block: Tensor, matrix: Tensor) -> Tensor:
-    """The same, some rows at a time: in float32 a GPU multiplies with 10 bits wherever a program allows TF32."""
+    """block @ matrix.T, some rows at a time. In float32 a GPU would use TF32, of 10 bits, if the program allows it."""
     wide = block.double()
     return torch.cat([wide @ rows.double().T for rows in matrix.split(512)], dim=1)
 

@@ -1,4 +1,4 @@
-"""Sums of products B_i A_i: stacked factors, decomposed once, cut to a rank for any weights."""
+"""Sums of products B_i A_i: the stacked factors are decomposed once, and cut to a rank for any weights."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from merge_engine.lowrank.core import (
 )
 from merge_engine.runtime.finite import finite
 
-# A singular value of less than this share of what its products sum up to comes with rounding of a share of 2**-33.
+# Below this share of sum_i |w_i| |B_i|_F |A_i|_F, a singular value has a relative rounding error of 2**-33 or more.
 _CANCELLED = 2.0**-20
 # What a solution may miss of a column, as a share of it: a 64th of what rounding to float32 loses.
 _MISSED = 2.0**-30
@@ -34,18 +34,18 @@ def from_products(
     weights be zero or negative. k = min(rank, M, N, sum r_i), since further rows could only be zero; with ``energy`` in
     (0, 1], the smallest k up to that which keeps this share of |D|_F^2, or that number where none does.
 
-    In float64, rounded once: |B A - D_k|_F <= 2 * 2**-24 |D_k|_F, and what float64 loses, which shows only where
-    products cancel: singular values below 2**-51 max(sum r_i, 8) sum_i |w_i| |B_i|_F |A_i|_F count as zero.
+    Computed in float64 and rounded once: |B A - D_k|_F <= 2 * 2**-24 |D_k|_F, plus the rounding of float64, which shows
+    only where products cancel: singular values below 2**-51 max(sum r_i, 8) sum_i |w_i| |B_i|_F |A_i|_F count as zero.
     Time O((M + N) (sum r_i)^2); no [M, N] matrix is made.
 
-    Raises ValueError for shapes, weights or a request that do not fit, and where a factor is not
-    finite or the result leaves float32.
+    Raises ValueError for shapes, weights or a request that do not fit, and where a factor is not finite or the result
+    overflows float32.
     """
     return Stack(As, Bs).cut(weights, rank, energy)
 
 
 class Stack:
-    """Sums of products whose weights change: the stacked factors in float64, and of their QR the triangle.
+    """Sums of products whose weights change: the stacked factors in float64, and the triangles R of their QR.
 
     ``sum_i w_i B_i A_i = Q_B (R_B W R_A^T) Q_A^T`` with ``X_B = [B_1 ... B_n] = Q_B R_B`` and
     ``X_A = [A_1^T ... A_n^T] = Q_A R_A``. Weights act on the core ``R_B W R_A^T = U S V^T`` alone, and no Q is needed:
@@ -81,7 +81,7 @@ class Stack:
 
         k = min(rank, M, N, sum r_i), or the smallest up to that which keeps ``energy`` of the squared norm. Singular
         values below 2**-51 max(sum r_i, 8) sum_i |w_i| |B_i|_F |A_i|_F count as zero.
-        Raises ValueError for weights or a request that do not fit, and where the result leaves float32.
+        Raises ValueError for weights or a request that do not fit, and where the result overflows float32.
         """
         if len(weights) != len(self.ranks):
             raise ValueError(f"got {len(weights)} weights, wanted {len(self.ranks)}")
@@ -95,7 +95,7 @@ class Stack:
         core = leading((self._upper_left * columns) @ self._upper_right.T, rank, energy, noise=noise)
         found, k = int((core.s > 0).sum()), len(core.s)
         u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
-        if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) has lost too much to be divided by S
+        if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) is too inexact to be divided by S
             return unfolded(core, torch.geqrf(self._left.T), torch.geqrf(self._right.T))
         B = (vh @ self._upper_right * columns) @ self._left
         A = ((u / s).T @ self._upper_left * columns) @ self._right
@@ -108,26 +108,26 @@ class Stack:
 
     @property
     def triangles(self) -> tuple[Tensor, Tensor]:
-        """R_B [p, R] and R_A [q, R] in float64, p = min(M, R), q = min(N, R), R = sum r_i; trapezoids where R is more.
+        """R_B [p, R] and R_A [q, R] in float64, p = min(M, R), q = min(N, R), R = sum r_i: trapezoids if R > M or N.
 
-        Column j belongs to adapter i as row j of the stacked A does. sum_i w_i B_i A_i = Q_B (R_B W R_A^T) Q_A^T.
+        Column j belongs to the same adapter as row j of the stacked A. sum_i w_i B_i A_i = Q_B (R_B W R_A^T) Q_A^T.
         """
         return self._upper_left, self._upper_right
 
     @property
     def sizes(self) -> Tensor:
-        """|B[:, j]| |A[j]| of each stacked column and row [R], float64: what rounding is measured by."""
+        """|B[:, j]| |A[j]| of each stacked column and row, [R] float64: rounding errors are shares of their sum."""
         return self._norms
 
     def unfold(self, core: Tensor, rank: int, energy: float | None = None, noise: float = 0.0) -> LowRank:
         """B A = the best approximation of rank k of ``Q_B X Q_A^T``, X = ``core`` [p, q] float64, p and q as above.
 
-        k = min(rank, p, q), or the smallest up to that which keeps ``energy`` of |X|_F^2, as in `cut`; what X has no
-        singular values for is zero columns of B. Singular values up to ``noise``, or 2**-51 max(sum r_i, 8) |X|_F,
-        count as zero. Computed in float64 and rounded once to float32; ``core`` may lie on the CPU while the factors
-        lie elsewhere. O(R^3 + R k (M + N)): see `columns`.
+        k = min(rank, p, q), or the smallest up to that which keeps ``energy`` of |X|_F^2, as in `cut`; where X has
+        fewer singular values than k, columns of B are zero. Singular values up to ``noise``, or up to
+        2**-51 max(sum r_i, 8) |X|_F, count as zero. Computed in float64 and rounded once to float32; ``core`` may be on
+        the CPU while the factors are elsewhere. O(R^3 + R k (M + N)): see `columns`.
 
-        Raises ValueError for a core or a request that does not fit, and where the result leaves float32.
+        Raises ValueError for a core or a request that does not fit, and where the result overflows float32.
         """
         wanted = len(self._upper_left), len(self._upper_right)
         if tuple(core.shape) != wanted or core.dtype != torch.float64:
@@ -145,19 +145,19 @@ class Stack:
     def columns(self, block: Tensor) -> Tensor:
         """Q_B @ block [M, k] of ``block`` [p, k], float64.
 
-        As X_B @ C with R_B C = block, for a third of the time that Q takes; where block is no sum of columns of R_B,
-        or one of large columns that cancel, by the reflectors of a second QR.
+        As X_B @ C with R_B C = block, in a third of the time that Q takes. By the reflectors of a second QR where block
+        is no combination of columns of R_B, or only one in which large columns cancel.
         """
         return _times_q(self._left, self._upper_left, block).T
 
     def rows(self, block: Tensor) -> Tensor:
-        """(Q_A @ block)^T [k, N] of ``block`` [q, k], as `columns`."""
+        """(Q_A @ block)^T [k, N] of ``block`` [q, k]; see `columns`."""
         return _times_q(self._right, self._upper_right, block)
 
 
 def _times_q(stacked: Tensor, triangle: Tensor, block: Tensor) -> Tensor:
     """(Q @ block)^T, stacked^T = Q @ triangle: see `Stack.columns`."""
-    if block.shape[1] == 0:  # which LAPACK refuses
+    if block.shape[1] == 0:  # LAPACK refuses this
         return stacked.new_zeros(0, stacked.shape[1])
     triangle, block = triangle.cpu(), block.cpu()
     lengths = torch.linalg.vector_norm(triangle, dim=0)
@@ -172,13 +172,13 @@ def _times_q(stacked: Tensor, triangle: Tensor, block: Tensor) -> Tensor:
 
 
 def _solutions(unit: Tensor, block: Tensor) -> Iterator[Tensor]:
-    """C with unit @ C = block, where there is one: by substitution, which is soonest; then the one of the least norm.
+    """C with unit @ C = block, if there is one: first by substitution, which is fastest, then that of the least norm.
 
-    With the latter, columns that depend on each other share, and those of zeros get nothing.
+    The least norm spreads C over columns that depend on each other, and gives nothing to columns of zeros.
     """
     if unit.shape[0] == unit.shape[1]:
         yield torch.linalg.solve_triangular(unit, block, upper=True)  # Inf or NaN where it is singular
-    # LAPACK's gelsy is faster, but torch hands it pivots that nobody has set.
+    # LAPACK's gelsy is faster, but torch leaves its pivots uninitialised.
     yield torch.linalg.lstsq(unit, block, rcond=rounding(unit.shape[1]), driver="gelsd").solution
 
 

@@ -57,5 +57,5 @@ def test_a_stack_refuses_what_does_not_fit():
     for weights, rank in (([], 1), ([1.0], 0), ([math.nan], 1)):
         with pytest.raises(ValueError, match=r"wanted|not finite"):
             Stack([A], [B]).cut(weights, rank)
-    with pytest.raises(ValueError, match="does not fit float32"):
+    with pytest.raises(ValueError, match="overflows float32"):
         Stack([A], [B]).cut([1e39], 3)

@@ -222,5 +222,5 @@ def test_requests_that_do_not_fit():
     core[1, 2] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         stack.unfold(core, 1)
-    with pytest.raises(ValueError, match="does not fit float32"):
+    with pytest.raises(ValueError, match="overflows float32"):
         stack.unfold(torch.full((4, 6), 1e39, dtype=torch.float64), 1)
