@@ -100,12 +100,12 @@ class Joint:
         scalings = [adapter.modules[name].scaling for adapter in having]
         As, Bs = [A.float() for A, _ in pairs], [B.float() for _, B in pairs]
         norms = tuple(norms_of(As, Bs, scalings))
-        stack = Stack(As, Bs)
         if self.balance is not None:
-            Bs = pico(stack, Cores(stack, scalings), Bs)
-            stack = Stack(As, Bs)
+            unbalanced = Stack(As, Bs)
+            Bs = pico(unbalanced, Cores(unbalanced, scalings), Bs)
         if self.space is None:
             return Joined(list(zip(As, Bs, strict=True)), norms, None)
+        stack = Stack(As, Bs)
         cores = Cores(stack, scalings)
         rows, columns = knots_factors(cores, As) if self.space == "knots" else core_factors(cores)
         left, right = _signs([B.double() @ A.double().sum(1) for A, B in zip(As, columns, strict=True)]), torch.ones(1)

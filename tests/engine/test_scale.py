@@ -47,7 +47,6 @@ def check(merged, zoo, tasks, recipe, gain=1.0):
             assert merged.figures[name]["scale"] == pytest.approx(scale, rel=2 * lost / float(dense.norm())), name
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize(("method", "space"), SPACES)
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0, 0.0, 2.0]], ids=str)
 def test_every_method_in_every_space(zoo, tasks, method, space, weights):
