@@ -1,4 +1,4 @@
-"""What balances adapters around a merge: damped shared directions before it, a norm for the result after it."""
+"""Balancing around a merge: shared directions are damped before it, the result gets the adapters' norm after it."""
 
 import math
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def pico_strengths(cores: Cores) -> Tensor:
 def pico(stack: Stack, cores: Cores, Bs: Sequence[Tensor]) -> list[Tensor]:
     """B_t + U ((alpha - 1) * (U^T B_t)) [M, r_t] for each adapter: tau_t <- (I + U diag(alpha - 1) U^T) tau_t.
 
-    Directions that adapters share are damped; any rule merges what comes of it, and `auto_scale` makes up for what is
-    lost. ``Bs`` are those that ``stack`` holds; U and alpha as in `pico_strengths`. No parameters. O(M R^2).
+    Directions that adapters share are damped. Any rule can merge the new factors; `auto_scale` restores the norm.
+    ``Bs`` are those that ``stack`` holds; U and alpha as in `pico_strengths`. No parameters. O(M R^2).
     Computed in float64, rounded once, to float32 or the dtype of B_t if that is wider.
 
     Source: "Pico", 2604.16826, where the spectrum is that of [B_1 | ... | B_T], without scalings: that of the deltas

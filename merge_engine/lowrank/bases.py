@@ -9,8 +9,8 @@ right ones of the stacked tau_t, in descending order, K and K' the numerical ran
 | core | U^T tau_t V = (U^T s_t B_t) (A_t V) [K, K'] | U P V^T |
 
 The bases are those of the deltas, not of stacked factors: how a delta is split into B and A changes nothing. Signs of
-the vectors change no rule that treats both signs alike; within equal singular values a rotation is open, and a rule
-that looks at single elements may give one result on one machine and another on the next.
+the vectors do not matter to a rule that treats both signs alike. Vectors of equal singular values are known only up to
+a rotation: there an elementwise rule may give different results on different machines.
 
 Sources: Stoica et al., "Model merging with SVD to tie the Knots", ICLR 2025 (2410.19735), whose bases are those of the
 deltas; Panariello et al., "Accurate and efficient low-rank model merging in core space", NeurIPS 2025 (2509.17786),
@@ -42,8 +42,8 @@ class Nearness(NamedTuple):
     ``rows``: of [V_1 ... V_T]^T, the right singular vectors of every delta as rows; 0 where a row of one is a sum of
     rows of the others, 1 where all are orthogonal. 1e-4 or so is an A that was drawn once and trained apart.
     ``columns``: of [U_1 ... U_T], the left ones.
-    ``polar``: the smaller of the two, among those that count: the polar factors that `spectral.tsv` uses change by
-    1 / polar times as much as the adapters do. Directions that are the same have been dropped there and do not harm.
+    ``polar``: the smallest on both sides within the numerical rank: the polar factors that `spectral.tsv` uses change
+    by 1 / polar times as much as the adapters do. Exactly parallel directions do not count here: they do no harm.
     """
 
     rows: float

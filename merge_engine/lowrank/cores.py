@@ -1,4 +1,4 @@
-"""The cores of a module's adapters, and what merges need of them whatever their weights are: computed once, kept."""
+"""The small cores of a module's adapters, and what merges of any weights need from them. Computed once and kept."""
 
 import copy
 import threading
@@ -14,8 +14,8 @@ from merge_engine.runtime.finite import finite
 
 T = TypeVar("T")
 # A singular value of up to this share of the largest counts as zero. Rounding the factors of a delta to float32 moves
-# it by 2 * 2**-24 |B| |A|, and |B| |A| is some times |B A|: below 8 times that, a direction says how a file was rounded
-# and nothing about the adapter. In float64, vectors of what is kept are still right to 2**-32 or so.
+# it by up to 2 * 2**-24 |B| |A|, and |B| |A| is a few times |B A|, hence a factor of 8 over that: a weaker direction
+# may be nothing but rounding. The singular vectors that are kept are right to about 2**-32 in float64.
 TOLERANCE = 2.0**-20
 
 
@@ -28,10 +28,10 @@ class Thin(NamedTuple):
 
 
 class Polar(NamedTuple):
-    """``factor`` [p, n]: the polar factor W H^T of W diag(values) H^T, a matrix of unit columns, of its numerical rank.
+    """``factor`` [p, n] = W H^T, the polar factor of a matrix W diag(values) H^T that has unit columns.
 
-    ``values`` [min(p, n)] are all its singular values, descending; ``rank`` of them count. The factor is a partial
-    isometry: it maps what the matrix maps to zero to zero.
+    ``values`` [min(p, n)] are all singular values of the matrix, descending. Only the first ``rank`` of them, its
+    numerical rank, have their vectors in the factor, which is a partial isometry.
     """
 
     factor: Tensor
@@ -40,7 +40,7 @@ class Polar(NamedTuple):
 
     @property
     def smallest(self) -> float:
-        """The smallest singular value that counts, 1 where none does: disturbances grow by its inverse."""
+        """The smallest singular value within the rank, or 1 at rank 0. Input errors grow by its inverse."""
         return float(self.values[self.rank - 1]) if self.rank else 1.0
 
 
@@ -87,7 +87,7 @@ class Cores:
 
     @property
     def nbytes(self) -> int:
-        """What this takes once all of it has been computed, in bytes, at most: four pairs of [p, R] and [q, R]."""
+        """Bytes that this object takes at most, once every property has been computed: four pairs of [p, R], [q, R]."""
         p, q = self.shape
         columns, adapters = sum(self.ranks), len(self.ranks)
         return 8 * (4 * (p + q) * columns + 6 * columns + adapters * (adapters + 2))
@@ -98,7 +98,7 @@ class Cores:
         return self.left[:, start : start + self.ranks[t]], self.right[:, start : start + self.ranks[t]]
 
     def with_left(self, left: Tensor) -> "Cores":
-        """The cores left[:, t] R_A[:, t]^T: of deltas that are linear images of these, no longer than them."""
+        """The cores left[:, t] R_A[:, t]^T, for deltas that a linear map of norm 1 or less made from these."""
         if left.shape != self.left.shape:
             raise ValueError(f"left is {list(left.shape)}, wanted {list(self.left.shape)}")
         other = copy.copy(self)
@@ -110,7 +110,7 @@ class Cores:
         return (self.left * self._by_column(torch.as_tensor(coefficients, dtype=torch.float64))) @ self.right.T
 
     def noise(self, coefficients: Sequence[float] | Tensor) -> float:
-        """Singular values of sum_t c_t C_t up to this are rounding."""
+        """The largest singular value of sum_t c_t C_t that may be rounding alone."""
         return rounding(len(self.left.T)) * float(
             (torch.as_tensor(coefficients, dtype=torch.float64).abs() * self.sizes).sum()
         )
@@ -148,7 +148,7 @@ class Cores:
     def polars(self, used: Sequence[bool]) -> tuple[Polar, Polar]:
         """Polar factors of [U_t] [p, n] and [V_t] [q, n] over the adapters that are ``used``.
 
-        Kept where all adapters but zero ones are.
+        They are kept if all adapters are used (zero ones do not matter), else computed anew.
         """
         if all(chosen or not len(svd.s) for chosen, svd in zip(used, self.svds, strict=True)):
             return self._once("polars", lambda: (self._polar(self.vectors.u), self._polar(self.vectors.v)))
@@ -160,7 +160,7 @@ class Cores:
         return values.repeat_interleave(torch.tensor([len(svd.s) for svd in self.svds]))
 
     def counted(self, values: Tensor, noise: float = 0.0) -> int:
-        """How many of some singular values, in descending order, count: the numerical rank."""
+        """The numerical rank: how many of these singular values, in descending order, do not count as zero."""
         return int((values > max(self.tolerance * float(values[0]), noise)).sum()) if len(values) else 0
 
     def _by_column(self, values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Merges c_1 tau_1 + ... + c_T tau_T whose coefficients follow from the inner products of the adapters alone.
 
-``gram`` [T, T] holds G[i, j] = <tau_i, tau_j>, as `cores.gram_of` or `Cores.gram` computes it; flattened deltas lie on
-a sphere here, whatever shape they have. A zero adapter has coefficient 0.
+``gram`` [T, T] holds G[i, j] = <tau_i, tau_j>, as `cores.gram_of` or `Cores.gram` computes it; flattened deltas are
+points of a sphere here. A zero adapter has coefficient 0.
 """
 
 import math
@@ -19,8 +19,8 @@ _STILL = 1e-5  # an angle below which nothing moves
 def multislerp(gram: Tensor, weights: Sequence[float]) -> list[float]:
     """(sum_t w_t |tau_t|) * normalise(sum_t w_t tau_t / |tau_t|): the weighted mean direction, of the mean norm.
 
-    Weights are used as they are; mergekit divides them by their sum first. As there, all of them negated change
-    nothing. Raises ValueError where the directions cancel.
+    Weights are used as they are; mergekit divides them by their sum first. Negating all of them changes nothing,
+    as in mergekit. Raises ValueError where the directions cancel.
     Source: mergekit's method of that name; its step in the tangent space is always 0.
     """
     norms, cosines = _sphere(gram)
@@ -37,7 +37,7 @@ def karcher(gram: Tensor, weights: Sequence[float]) -> list[float]:
     """(sum_t |w_t| |tau_t|) * m, m the point of the unit sphere with the least sum_t |w_t| angle(m, +-tau_t)^2.
 
     The sign is that of w_t. Ten steps at most, of 1e-5 at least, from the weighted mean of the directions, or the
-    first of them where that is 0. Weights may be scaled at will but for the norm of the result: mergekit has 1 / T.
+    first of them where that is 0. Weights times a constant change only the norm of the result; mergekit's are 1 / T.
     Source: mergekit's method of that name; Karcher's mean of points on a sphere.
     """
     norms, cosines = _sphere(gram)
@@ -54,7 +54,7 @@ def karcher(gram: Tensor, weights: Sequence[float]) -> list[float]:
     for _ in range(_STEPS):
         along = (cosines @ mean).clamp(-1, 1)
         angles = along.arccos()
-        # A point at an angle of pi lies in all directions at once, and pulls into none.
+        # A point opposite to the mean lies in every direction at once: it has no pull.
         pulls = torch.where((angles < _STILL) | (math.pi - angles < _STILL), 0.0, shares * angles / angles.sin())
         tangent = pulls - float(pulls @ along) * mean
         length = _length(cosines, tangent)

@@ -2,7 +2,7 @@
 
 All work on R x R matrices in float64 and know nothing of the long sides: `Stack.unfold` makes factors of the result.
 The methods merge w_t tau_t. An adapter of weight 0 is left out, of polar factors too, so that results jump where
-a weight reaches 0; a negative weight subtracts its adapter. Numerical ranks decide everywhere: see `cores.TOLERANCE`.
+a weight reaches 0; a negative weight subtracts its adapter. Null directions are never used: see `cores.TOLERANCE`.
 """
 
 import math
@@ -18,14 +18,15 @@ from merge_engine.lowrank.gram import karcher, multislerp
 
 
 class MergedCore(NamedTuple):
-    """A merged module as its ``core`` [p, q]: Q_B core Q_A^T = B A, for `Stack.unfold`, with |B A|_F = `norm`.
+    """One merged module: its delta is Q_B core Q_A^T, ``core`` [p, q] float64. `Stack.unfold` makes factors of it.
 
-    ``rank``: its numerical rank; fewer rows of an adapter lose something. Of a flat spectrum, which iso_c and tsv_iso
-    make, a cut to half the rank loses half of the energy.
-    ``smallest``: the smallest singular value of what the polar factors were taken of (tsv, tsv_iso: unit columns), or
-    the inverse (iso_c, actmat: of a largest of 1), among those that count; None of a method that takes neither.
-    Near 0 adapters are nearly parallel, and small changes of them, such as a rounding, grow by its inverse.
-    ``noise``: singular values of the core up to this are rounding.
+    ``rank``: the numerical rank of the core. An output of a smaller rank loses energy; iso_c and tsv_iso have a flat
+    spectrum, so that half the rank loses half of it.
+    ``smallest``: how ill-conditioned the merge was. For tsv and tsv_iso the smallest singular value, within the rank,
+    of the unit directions [U_1 ... U_T] and [V_1 ... V_T]; for iso_c and actmat that of the matrix which is made
+    isotropic or inverted, divided by the largest; None for other methods. Near 0, adapters are nearly parallel, and
+    small changes of them, such as rounding, change the result by up to 1 / smallest times as much.
+    ``noise``: singular values of the core up to this may be rounding alone.
     """
 
     core: Tensor
@@ -35,6 +36,7 @@ class MergedCore(NamedTuple):
 
     @property
     def norm(self) -> float:
+        """|merged delta|_F."""
         return float(torch.linalg.matrix_norm(self.core))
 
 
@@ -62,7 +64,7 @@ def tsv(cores: Cores, weights: Tensor) -> MergedCore:
     Adds the adapters after making their directions orthogonal, the two sides apart. Rank <= sum r_t.
     One adapter: that adapter. Orthogonal ones: their sum. n equal ones: that adapter, not n times it.
     Source: TSV-Merge, Gargiulo et al., "Task singular vectors", CVPR 2025; all singular values of each adapter are
-    kept, none of a null direction.
+    kept, except those that count as zero.
     """
     used = weights != 0
     left, right = cores.polars(used.tolist())
