@@ -1,4 +1,4 @@
-"""The fused pass: product -> keep -> elect -> combine (-> + base), with one store an output element."""
+"""The fused pass: product -> keep -> elect -> combine (-> + base), with one store per output element."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +9,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .source import Drop, Keep, Source, check_tensor, keep_name, launch_of, task_arguments, terms_of, tiles_of
+from .source import Keep, Source, check_tensor, keep_name, launch_of, task_arguments, terms_of, tiles_of
 from .tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
 
-# What the loop over adapters costs, and what was tried: SASS instructions an adapter and element for ties, bfloat16,
-# rank 16, on sm_90 (`python -m bench.report --only static`; nothing was run). 15 with five accumulators (a first
-# draft). 11.0 with the two counts packed in one integer and added as selects; 8.1 with the sign shifted in and a
-# predicated add; 7.5 now, with |S| + sum |w t| in place of two one-sided sums. Two sides by sign predicates take 14, by
-# min and max with predicated adds 9 to 10. A table of divisors gained nothing (its pointers go through shared memory),
-# num_stages = 2 cost 1.3, and 64 elements a thread spilled 200 bytes. A cut as one column limit a row took 5.4 in the
-# tiles that hold it, now 3.3. By weighted votes a band takes 9.8, the largest 8.1, and each of the two loops of a
-# consensus about 9.
+# What the loop over adapters costs, and what was tried: SASS instructions per adapter and element for ties, bfloat16,
+# rank 16, on sm_90 (`python -m bench.report --only static`; nothing was run).
+#   15    with five accumulators (a first draft)
+#   11.0  with the two counts packed in one integer and added by selects
+#   8.1   with the sign shifted in and a predicated add
+#   7.5   now, with |S| + sum |w t| in place of two one-sided sums
+# Two sides by sign predicates take 14, by min and max with predicated adds 9 to 10. A table of divisors gained nothing
+# (its pointers go through shared memory), num_stages = 2 cost 1.3, and 64 elements per thread spilled 200 bytes. A cut
+# as one column limit per row took 5.4 in the tiles that hold the cut, now 3.3. With weighted votes a band takes 9.8,
+# the largest 8.1, and each of the two loops of a consensus about 9.
 
-# WEIGH says where the weights come in: "never" (equal ones are one factor at the end), "before" the vote, or "after"
+# WEIGH says when weights are applied: "never" (equal weights are one factor at the end), "before" the vote, or "after"
 # it. Where the vote is the weighted sum S up to a positive factor, the elected side is (|S| + sum |w t|) / 2: two sums
-# and no cancellation. Elsewhere the two sides are summed apart, beside the vote.
+# and no cancellation. Elsewhere the sums of the two sides and the vote are three sums.
 
 
 LARGEST_NEGATIVE: tl.constexpr = tl.constexpr(-(2**31) + 1)  # the bits of -2**-149
@@ -42,8 +44,8 @@ def _enter(
 ):
     """The ledger with one adapter's tile t entered where `keep`.
 
-    ledger: (vote, plus, minus, plus_share, minus_share, counts), of which only the tiles in use cost registers. counts
-    is 65536 a kept element, and 1 more a negative one. Every add is predicated, so no zero is selected first.
+    ledger: (vote, plus, minus, plus_share, minus_share, counts); only the tiles in use cost registers. counts is 65536
+    for each kept element, and 1 more for each negative one. Every add is predicated, so no zero is selected first.
     """
     vote, plus, minus, plus_share, minus_share, counts = ledger
     if WEIGH == "before":
@@ -199,7 +201,7 @@ def _passing(
 
 @triton.jit
 def _merge_place(modules, M, N, RECIPES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first recipe, place) of this program: tiles of a module are neighbours, then come modules, then recipes."""
+    """(first recipe, place) of this program: programs are numbered by tiles, then modules, then recipes."""
     slab, row, column = tile_place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     return slab // modules * RECIPES, (slab % modules, row, column)
 
@@ -236,7 +238,7 @@ def _merge_deltas_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out = base + scale * combine(elect(keep(t))): one program a tile of one module."""
+    """out = base + scale * combine(elect(keep(t))): one program for each tile of a module."""
     tl.static_assert((COMBINE == "sum") | (COMBINE == "max") | (COMBINE == "consensus"), "no such combine")
     task = (x_ptr, stride_xm, stride_xa, stride_xr, a_ptr, minus_ptr, modules, adapters, M, N)
     first, place = _merge_place(modules, M, N, RECIPES, BLOCK_M, BLOCK_N)
@@ -369,7 +371,7 @@ def merge_deltas(
     """out[recipe, module] = base + scale * combine(w_i t_i where sign(t_i) is elected): [recipes, modules, M, N].
 
     source: the task tensors t_i of a group (`Lora` or `Dense`).
-    weights: [recipes][adapters], on the host, since weights that are all equal take a cheaper kernel.
+    weights: [recipes][adapters], on the host: where they are all equal, a cheaper kernel is used.
     keep: None, `Trim`, `Band` or `Drop`, with a row for each recipe.
     elect: "none", "total" (sign of the sum), "frequency" (sign of the sum of signs).
     combine: the "sum" of the elected side; its element of largest magnitude, "max", by a weighted vote; or "consensus",
@@ -406,7 +408,7 @@ def merge_deltas(
     if out is None:
         out = torch.empty(recipes, modules, rows, columns, dtype=dtype, device=device)
     check_tensor("out", out, (recipes, modules, rows, columns), device)
-    launch = launch or launch_of(source, recipes=recipes, random=isinstance(keep, Drop))
+    launch = launch or launch_of(source, recipes=recipes, keep=keep, twice=combine == "consensus")
     arguments = _arguments(source, weights, keep, elect, vote_weighted, precision, launch)
     if arguments["WEIGH"] == "never":
         # Equal weights are one factor at the end, which a divisor by weight cancels.
@@ -442,7 +444,7 @@ def vote_balance(
     precision: str = "ieee",
     launch: Launch | None = None,
 ) -> Tensor:
-    """How many elements vote + less how many vote -, over all modules: int64 [recipes], added to `out` if given.
+    """The number of elements that vote +, less those that vote -, over all modules: int64 [recipes], added to `out`.
 
     Its sign over all groups of a model is the model's majority sign. Arguments as in `merge_deltas`.
     """
@@ -451,7 +453,7 @@ def vote_balance(
     if out is None:
         out = torch.zeros(recipes, dtype=torch.int64, device=source.x.device)
     check_tensor("out", out, (recipes,), source.x.device, (torch.int64,))
-    launch = launch or launch_of(source, recipes=recipes, random=isinstance(keep, Drop))
+    launch = launch or launch_of(source, recipes=recipes, keep=keep)
     arguments = _arguments(source, weights, keep, elect, vote_weighted, precision, launch)
     programs = _programs(source, recipes, launch)
     if programs:
@@ -469,7 +471,7 @@ def _arguments(
     precision: str,
     launch: Launch,
 ) -> dict[str, Any]:
-    """What both kernels take."""
+    """The arguments of both kernels."""
     adapters = source.shape[1]
     _one_of("elect", elect, "none", "total", "frequency")
     if not weights or any(len(row) != adapters for row in weights):

@@ -1,13 +1,13 @@
 """The k-th largest magnitude, exactly: histograms of bits(|t|), a monotone integer, over recomputed tiles.
 
-A coarse histogram of every element finds a narrow interval that holds the k-th, and finer ones of the elements within
-it close in on a single value. Counts are integers, so that the result depends on no order. The coarse one is made in
-registers (`tl.histogram`), the fine ones by atomics, which few elements reach.
+A coarse histogram of all elements finds a narrow interval that holds the k-th; finer histograms of the elements in the
+interval narrow it down to a single value. Counts are integers, so the result does not depend on their order. The coarse
+histogram is made in registers (`tl.histogram`), the fine ones by atomics, which few elements need.
 
-Why 128 coarse bins and not 2048: `tl.histogram` ballots, so that its cost grows with the bins. In the SASS for sm_90 an
-element takes 37 instructions at 128 bins, 54 at 256 and 222 (with 255 registers) at 2048; and one atomic an element
-into a global histogram would queue at the few bins that hold most of a bell curve. 128 bins of a quarter octave's width
-cover 2**-30 to 2**2. Only the two outermost bins are wide: a k-th that falls there takes one more fine pass.
+Why 128 coarse bins and not 2048: `tl.histogram` uses ballots, so its cost grows with the number of bins. In the SASS
+for sm_90 an element takes 37 instructions at 128 bins, 54 at 256 and 222 (with 255 registers) at 2048. And with one
+atomic per element into a global histogram, threads would queue at the few bins that hold most of a bell curve. 128 bins
+of a quarter octave each cover 2**-30 to 2**2. Only the two outermost are wide: a k-th there takes one more fine pass.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ COARSE_FIRST: tl.constexpr = tl.constexpr(((127 + 2) << 2) - 128)  # the last bi
 FINE_BINS: tl.constexpr = tl.constexpr(2048)
 FINE_PASSES = 3  # an outermost bin is at most 2**31 wide: 11 + 11 + 9 bits; the others are done after two
 
-TILES_A_PROGRAM = 16  # so that a program adds its coarse counts to memory once in 16 tiles
+TILES_A_PROGRAM = 16  # a program adds its coarse counts to memory once for so many tiles
 
-# What narrows per recipe, module and adapter: int32 (first, width, shift) of an interval of bits(|t|).
+# int32 words of an interval of bits(|t|), one for each recipe, module and adapter: (first, width, shift).
 INTERVAL: tl.constexpr = tl.constexpr(3)
 
 Total = Callable[[Tensor], Tensor]  # what this process counted -> the sum over all processes
@@ -96,7 +96,7 @@ def _coarse_histogram_kernel(
 ):
     """counts[module, adapter, bin] += how many elements have clamp((bits(|t|) >> 21) - COARSE_FIRST) = bin.
 
-    Elements outside the tensor are 0 and swell the first bin, which changes no rank: ranks count from the top.
+    Elements outside the tensor are 0 and count in the first bin, which changes no rank: ranks count from the top.
     """
     task = (x_ptr, stride_xm, stride_xa, stride_xr, a_ptr, minus_ptr, modules, adapters, M, N)
     tensor, first, end = _share(tl.program_id(0), adapters, M, N, TILES, BLOCK_M, BLOCK_N)
@@ -348,11 +348,11 @@ def model_trims(
 
     sources: groups on one device. kept: int64 [recipes, adapters].
     adapters: which of these each group has, by default all.
-    order: the place in the model of every module, groups one after another; among equal magnitudes of different
-    modules, that of the lowest place stays. By default that of the groups.
-    modules: how many the model has, by default those of the groups. total: where other processes have the rest, the
-    sum of what every process counted: int64 tensors of one shape. Every process calls it as often, also one that has no
-    group. Other arguments as in `trims`.
+    order: the place in the model of every module, groups one after another; of equal magnitudes in different modules,
+    the one in the lowest place stays. By default modules are in the order of the groups.
+    modules: how many the model has, by default those of the groups. total: if other processes have further modules, a
+    function that sums the int64 counts of all processes, of one shape. Every process calls it equally often, also one
+    that has no group. Other arguments as in `trims`.
     """
     recipes, known = len(kept), kept.shape[-1]
     check_tensor("kept", kept, (recipes, known), kept.device, (torch.int64,), contiguous=False)
@@ -385,7 +385,7 @@ def l1_factors(source: Source, drop: Drop, *, precision: str = "ieee", launch: L
     """
     modules, adapters, _, _ = source.shape
     recipes, device = len(drop.seeds), source.x.device
-    launch = launch or launch_of(source, recipes=recipes, random=True)
+    launch = launch or launch_of(source, recipes=recipes, keep=drop)
     unscaled = replace(drop, factor=torch.ones(drop.density.shape))
     tiles = tiles_of(source, launch)
     norms = torch.zeros(recipes, modules, tiles, adapters, 2, device=device)
@@ -403,10 +403,10 @@ def l1_factors(source: Source, drop: Drop, *, precision: str = "ieee", launch: L
 
 
 class _Selection:
-    """The passes over one group: counts are int64, and the interval of each task tensor narrows in between.
+    """The passes over one group; counts are int64. Between passes the interval of each task tensor is narrowed.
 
-    slots, places: int64 [modules, adapters]. Task tensors of one slot share a threshold; of equal magnitudes, that in
-    the lowest place comes first.
+    slots, places: int64 [modules, adapters]. Task tensors with the same slot share a threshold; of equal magnitudes,
+    the one in the lowest place stays first.
     """
 
     def __init__(
@@ -453,7 +453,6 @@ class _Selection:
         row = torch.searchsorted(upto, quota.clamp_min(1)[..., None]).squeeze(-1)
         before = _at(torch.nn.functional.pad(upto, (1, 0)), row)
         partial = (quota > 0) & (quota < total)
-        # None stays before the first row, and all before the row after the last.
         flags = torch.zeros(*quota.shape, self.columns, dtype=torch.int8, device=self.device)
         if self._programs:
             with torch.cuda.device_of(flags):
@@ -462,7 +461,7 @@ class _Selection:
                     flags_ptr=flags, row_ptr=torch.where(partial, row, -1).int(), value_ptr=value, **self._task
                 )
         column = torch.searchsorted(flags.cumsum(-1), (quota - before).clamp_min(1)[..., None]).squeeze(-1) + 1
-        # None stays before the first place, and all before the row after the last.
+        # (0, 0) keeps none of the tied elements, and (M, 0) keeps all.
         row = torch.where(partial, row, torch.where(quota > 0, self.rows, 0))
         return row.int(), torch.where(partial, column, 0).int()
 

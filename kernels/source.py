@@ -1,4 +1,4 @@
-"""What the kernels read: task tensors packed by group of same-shaped modules, and what becomes of each.
+"""What the kernels read: task tensors, packed in groups of modules of one shape, and what is kept of each.
 
 Shapes: modules of one shape [M, N] in a group, `adapters` adapters that have every one of them, R the padded rank.
 """
@@ -122,7 +122,7 @@ class Drop:
     """Keep at random with probability density, then multiply by factor, or divide by density where it is None.
 
     density: float64 [recipes, modules, adapters], 0 < density <= 1. seeds: one a recipe, in [0, 2**64).
-    streams: int64 [modules], `rng.stream_id` of each. adapters: int64 [adapters], the adapters' indices.
+    streams: int64 [modules], `rules.philox.stream_id` of each. adapters: int64 [adapters], the adapters' indices.
     factor: float32 [recipes, modules, adapters] or None.
     Tensors may lie on any device: they are small and copied.
     """
@@ -188,12 +188,11 @@ def pack(
     return Lora(slab_a, slab_b, torch.tensor(scaling, dtype=torch.float32).to(device))
 
 
-def launch_of(source: Source, *, recipes: int = 1, random: bool = False) -> Launch:
+def launch_of(source: Source, *, recipes: int = 1, keep: Keep = None, twice: bool = False) -> Launch:
     """`launch_for` of a source."""
     _, _, rows, columns = source.shape
-    return launch_for(
-        rows, columns, source.rank, source.x.dtype, arch_of(source.x.device), recipes=recipes, random=random
-    )
+    how = {"random": isinstance(keep, Drop), "band": isinstance(keep, Band), "twice": twice}
+    return launch_for(rows, columns, source.rank, source.x.dtype, arch_of(source.x.device), recipes=recipes, **how)
 
 
 def task_arguments(source: Source, precision: str, launch: Launch) -> dict[str, Any]:
@@ -265,7 +264,7 @@ def terms_of(source: Source, keep: Keep, weights: Tensor) -> Tensor:
         density = keep.density.double().cpu()
         if not bool(((density > 0) & (density <= 1)).all()):
             raise ValueError(f"drop has densities {density.unique().tolist()}, wanted 0 < density <= 1")
-        threshold = (density * 2.0**32).round().long()  # exact product, half to even: rng.keep_threshold
+        threshold = (density * 2.0**32).round().long()  # exact product, half to even: philox.keep_threshold
         if keep.factor is not None and keep.factor.shape != shape:
             raise ValueError(f"drop factor is {list(keep.factor.shape)}, wanted {list(shape)}")
         factor = density.reciprocal() if keep.factor is None else keep.factor.double().cpu()

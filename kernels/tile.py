@@ -1,8 +1,8 @@
 """Device helpers that selection and merge share, so that both see the same bits of a task tensor.
 
-A task tensor is seen through tiles, recomputed wherever they are looked at: from the factors of a LoRA adapter, or from
-a dense tensor, less its base where that is asked for. What one recipe does with one adapter in one module is a row of
-``terms`` int32 [recipes, modules, adapters, TERMS], packed by `source.terms_of`; floats lie in it by their bits.
+A task tensor is seen in tiles, which are computed anew wherever they are needed: from the factors of a LoRA adapter, or
+from a dense tensor, less its base if there is one. What one recipe does with one adapter in one module is a row of
+``terms`` int32 [recipes, modules, adapters, TERMS], packed by `source.terms_of`; floats are stored as their bits.
 """
 
 import triton
@@ -37,7 +37,7 @@ def word_term(terms_ptr, FIELD: tl.constexpr):
 
 @triton.jit
 def tile_place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(module, row, column), int64, of the first element of a tile: columns run fastest, then rows, then modules."""
+    """(module, row, column), int64, of a tile's first element: tiles are numbered along rows, then by module."""
     across = tl.cdiv(N, BLOCK_N)
     tiles = tl.cdiv(M, BLOCK_M) * across
     row = tl.cast(tile % tiles // across, tl.int64) * BLOCK_M

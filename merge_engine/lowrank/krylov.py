@@ -109,7 +109,7 @@ def from_matrix(
     return _cut(left, right, rank, energy, total=total)
 
 
-# Vectors are rows from here on, in float64: new ones are appended in memory, and BLAS multiplies a few rows faster than a
+# From here on vectors are rows, in float64: new ones are appended in memory, and BLAS multiplies few rows faster than
 # few columns.
 
 
