@@ -17,10 +17,10 @@ _STILL = 1e-5  # an angle below which nothing moves
 
 
 def multislerp(gram: Tensor, weights: Sequence[float]) -> list[float]:
-    """(sum_t w_t |tau_t|) * normalise(sum_t w_t tau_t / |tau_t|): the weighted mean direction, of the mean norm.
+    """(sum_t w_t |tau_t|) / (sum_t |w_t|) * normalise(sum_t w_t tau_t / |tau_t|): the mean direction, of the mean norm.
 
-    Weights are used as they are; mergekit divides them by their sum first. Negating all of them changes nothing,
-    as in mergekit. Raises ValueError where the directions cancel.
+    Only ratios of weights matter, as in mergekit, which divides them by their sum; zero adapters do not count. Negating
+    all of them changes nothing. Raises ValueError where the directions cancel.
     Source: mergekit's method of that name; its step in the tangent space is always 0.
     """
     norms, cosines = _sphere(gram)
@@ -30,14 +30,14 @@ def multislerp(gram: Tensor, weights: Sequence[float]) -> list[float]:
         if w.any():
             raise ValueError("the weighted directions of the adapters cancel: wanted weights for which they do not")
         return [0.0] * len(norms)
-    return _coefficients(w * float((w * norms).sum()) / length, norms)
+    return _coefficients(w * float((w * norms).sum() / w.abs().sum()) / length, norms)
 
 
 def karcher(gram: Tensor, weights: Sequence[float]) -> list[float]:
-    """(sum_t |w_t| |tau_t|) * m, m the point of the unit sphere with the least sum_t |w_t| angle(m, +-tau_t)^2.
+    """(sum_t |w_t| |tau_t|) / (sum_t |w_t|) * m, m the point of the unit sphere with the least sum_t |w_t| angle(m, +-tau_t)^2.
 
     The sign is that of w_t. Ten steps at most, of 1e-5 at least, from the weighted mean of the directions, or the
-    first of them where that is 0. Weights times a constant change only the norm of the result; mergekit's are 1 / T.
+    first of them where that is 0. Only ratios of weights matter; mergekit has none. Zero adapters do not count.
     Source: mergekit's method of that name; Karcher's mean of points on a sphere.
     """
     norms, cosines = _sphere(gram)
@@ -62,7 +62,7 @@ def karcher(gram: Tensor, weights: Sequence[float]) -> list[float]:
             break
         mean = math.cos(length) * mean + math.sin(length) / length * tangent
         mean = mean / _length(cosines, mean)
-    return _coefficients(signs * mean * float((w.abs() * norms).sum()), norms)
+    return _coefficients(signs * mean * float((shares * norms).sum()), norms)
 
 
 def _sphere(gram: Tensor) -> tuple[Tensor, Tensor]:

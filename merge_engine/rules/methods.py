@@ -57,7 +57,7 @@ METHODS: dict[str, Method] = {
     "iso_c": Method("the sum of the deltas with all its directions equally strong", kind="core"),
     "tsv_iso": Method("tsv with all its directions equally strong", kind="core"),
     "actmat": Method("least squares over directions that tasks use (experimental)", kind="core", options=("ridge",)),
-    "multislerp": Method("the mean direction of the deltas, of their summed norm", kind="core"),
+    "multislerp": Method("the mean direction of the deltas, of their mean norm", kind="core"),
     "karcher": Method("the Karcher mean of the deltas' directions, of their mean norm", kind="core"),
 }
 

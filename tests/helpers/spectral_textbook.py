@@ -86,7 +86,8 @@ def multislerp(deltas, weights):
     direction = sum(w * delta / delta.norm() for delta, w in present) if present else torch.zeros_like(deltas[0])
     if not direction.any():
         return direction
-    return sum(w * delta.norm() for delta, w in present) * direction / direction.norm()
+    mean_norm = sum(w * delta.norm() for delta, w in present) / sum(abs(w) for _, w in present)
+    return mean_norm * direction / direction.norm()
 
 
 def karcher(deltas, weights, steps=10, still=1e-5):
@@ -99,6 +100,7 @@ def karcher(deltas, weights, steps=10, still=1e-5):
             scale += abs(w) * float(delta.norm())
     if not points:
         return torch.zeros_like(deltas[0])
+    scale /= sum(shares)
     shares = [share / sum(shares) for share in shares]
     mean = sum(share * point for share, point in zip(shares, points, strict=True))
     mean = mean / mean.norm() if mean.norm() >= still else points[0]

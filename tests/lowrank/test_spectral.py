@@ -15,6 +15,7 @@ from merge_engine.lowrank.stack import Stack
 
 U32 = 2.0**-24
 METHODS = sorted(CORE_METHODS)
+MEANS = {"actmat", "multislerp", "karcher"}  # which use weights as shares
 
 
 def on_cores(method: str, given: Adapters, **options) -> tuple[Stack, MergedCore]:
@@ -129,7 +130,7 @@ def test_larger_adapters_make_a_larger_merge(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_larger_weights(method):
-    times = 1 if method == "actmat" else 3  # only ratios matter to it
+    times = 1 if method in MEANS else 3  # only ratios matter to these
     larger = TRIPLE._replace(weights=[3 * w for w in TRIPLE.weights])
     close(merged(method, larger), times * merged(method, TRIPLE), 1e-12)
 
@@ -230,6 +231,8 @@ def test_one_adapter(method, sides):
         "tsv_iso": 0.7 * s.mean() * u @ vh,
         # mu = ridge / k of the unit delta, and each singular value is damped by its own.
         "actmat": (u * (s * unit**2 / (unit**2 + 1 / k))) @ vh,
+        "multislerp": delta,
+        "karcher": delta,
     }.get(method, 0.7 * delta)
     close(merged(method, one), wanted, 1e-12)
 
