@@ -1,8 +1,8 @@
 """Six real LoRA adapters, small enough to ship, and what merging them does.
 
-The base is a two-layer Llama that half-knows six sequence tasks, as a real base model half-knows what it is tuned for;
-each adapter was trained with PEFT on one of them. ``python -m merge_engine.demo.train`` makes the files under ``data/``
-again; ``merge_engine.demo.run`` merges the adapters and measures every result.
+The base is a two-layer Llama that half-knows six sequence tasks, as a real base model half-knows the tasks that it is
+tuned for. Each adapter was trained with PEFT on one of them. ``python -m merge_engine.demo.train`` makes the files in
+``data/`` again; ``merge_engine.demo.run`` merges the adapters and measures every result.
 
 | adapter    | its task on the letters x1..x6           | lora_A starts from              |
 | ---------- | ---------------------------------------- | ------------------------------- |
@@ -21,5 +21,5 @@ BASE = DATA / "base"
 
 
 def adapter_paths(data: Path = DATA) -> dict[str, Path]:
-    """Folder of each adapter below ``data``, by the name of its task and in the order of the table above."""
+    """{task: folder of its adapter in ``data``}, in the order of the table above."""
     return {name: data / "adapters" / name for name in ("shift3", "reverse", "swap", "rotate", "complement", "shift7")}

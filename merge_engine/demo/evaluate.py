@@ -1,8 +1,8 @@
-"""``python -m merge_engine.demo.evaluate [ADAPTER]``: how an adapter of the demo's base does, its last line a number.
+"""``python -m merge_engine.demo.evaluate [ADAPTER]``: measures an adapter of the demo's base; prints a number last.
 
-The number is the mean over the six tasks of what the adapter reaches of each task's own adapter, in percent: on the
-sample that the demo tunes on (``--sample tuning``, the default: choose by it), or the one that it reports (``--sample
-reported``: quote that). Without an adapter, the base's own.
+The number is the mean over the six tasks of the adapter's accuracy relative to that of the task's own adapter, in
+percent. ``--sample tuning`` (the default) measures on the sample on which the demo chooses scales, and ``--sample
+reported`` on the one that it reports: choose by the first, quote the second. Without an adapter, measures the base.
 """
 
 import argparse
@@ -15,7 +15,7 @@ SAMPLES = {"tuning": run.TUNING, "reported": run.REPORTED}
 
 
 def score(adapter: Path | None, sample: str = "tuning") -> dict[str, float]:
-    """Percent of each task's own adapter, by task, and their mean. Raises MergeError without transformers and peft."""
+    """Percent of the accuracy of each task's own adapter, by task, and the mean. Needs transformers and peft."""
     run._require()
     seed = SAMPLES[sample]
     with run._quiet():
@@ -24,7 +24,7 @@ def score(adapter: Path | None, sample: str = "tuning") -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line a task, and the mean last."""
+    """Print a line for each task, and the mean last."""
     parser = argparse.ArgumentParser(prog="python -m merge_engine.demo.evaluate", description=__doc__)
     parser.add_argument("adapter", nargs="?", type=Path)
     parser.add_argument("--sample", choices=SAMPLES, default="tuning")

@@ -1,4 +1,4 @@
-"""``merge-engine demo``: merge the bundled adapters by several methods, load each result with PEFT, and measure it."""
+"""``merge-engine demo``: merges the bundled adapters by several methods, loads each result by PEFT and measures it."""
 
 import tempfile
 import time
@@ -39,20 +39,20 @@ MERGES: dict[str, dict[str, Any]] = {
 }
 SCALES = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 TUNING, REPORTED = 2, 3
-"""Seeds of the sample that a best scale is chosen on, and of the one that every printed figure comes from."""
+"""Seeds of two samples: the best scale is chosen on the first, and every printed figure is measured on the second."""
 COUNT = {TUNING: 128, REPORTED: 256}
-"""Sequences a task."""
+"""Sequences of each task, by seed."""
 
 NAME_WIDTH = 30
 ABOUT = """\
 Six LoRA adapters of one small Llama, each trained on a task of its own, merged into one adapter by each method.
-Each result is written to disk, loaded with transformers and PEFT, and tried on all six tasks: here, now.
+Each result is written to disk, loaded with transformers and PEFT, and measured on all six tasks.
 """
 LEGEND = """
-d        share of the entries that a method keeps (dare: keeps at random)
+d        density: share of the elements that a method keeps (dare: at random)
 auto     scale="auto": each merged layer is as large as the adapters' are on average; the last columns multiply it
 knots    the products' coordinates in the column space that all adapters share are merged
-factors  A and B are merged apart, as PEFT's linear and ties do; the other rows merge the products B @ A
+factors  A and B are merged separately, as by PEFT's linear and ties; the other rows merge the products B @ A
 rank 8   the result is cut to rank 8; it has up to 48, the sum of the adapters' ranks, in the other rows
 scale    multiplies the merged adapter; all is at scale 1 but the last column, at the best scale of
          {scales}, chosen on a sample of its own
@@ -63,8 +63,8 @@ scale    multiplies the merged adapter; all is at scale 1 but the last column, a
 class Row:
     """One line of the table; figures in percent by task.
 
-    kind: "accuracy" (share of letters right) or "relative" (that, over what the task's own adapter reaches).
-    figures: at scale 1. best_scale, best: the scale of `SCALES` with the highest mean, and the figures at it.
+    kind: "accuracy" (share of letters that are right) or "relative" (this, divided by that of the task's own adapter).
+    figures: at scale 1. best_scale: the scale of `SCALES` with the highest mean. best: the figures at that scale.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Row:
 
 
 def run(print_line: Callable[[str], object]) -> list[Row]:
-    """Merge, measure and hand each line of the table to ``print_line`` when it is known; the rows.
+    """Merge and measure; call ``print_line`` with each line of the table as soon as it is known. Returns the rows.
 
     Raises MergeError if transformers or peft is not installed.
     """
@@ -116,14 +116,14 @@ def run(print_line: Callable[[str], object]) -> list[Row]:
 
 
 def _require() -> None:
-    """Say what to install where transformers or peft is missing."""
+    """Raise MergeError, with what to install, if transformers or peft is missing."""
     missing = [name for name in ("transformers", "peft") if find_spec(name) is None]
     if missing:
         raise MergeError(f"demo: needs {' and '.join(missing)}: pip install 'merge-engine[peft]'")
 
 
 def _merge(adapters: list[Path], output: Path, recipe: dict[str, Any]) -> Path:
-    """The folder of one merged adapter."""
+    """Merge the adapters; the folder of the result."""
     from merge_engine import merge
 
     merge(adapters, output, progress=False, **recipe)
@@ -156,9 +156,9 @@ def _own_marks(seed: int) -> Figures:
 
 
 def _measure(name: str, adapter: Path, own: dict[int, Figures]) -> Row:
-    """The row of one merged adapter; own: by seed, what each task's own adapter reaches.
+    """The row of one merged adapter; own: {seed: accuracy of each task's own adapter}.
 
-    A scale multiplies the merged delta, so PEFT applies it to the loaded adapter and nothing is merged again.
+    A scale multiplies the merged delta: PEFT applies it to the loaded adapter, and nothing is merged again.
     """
     from peft.helpers import rescale_adapter_scale
 
@@ -197,9 +197,9 @@ def _width(name: str) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers without progress bars and warnings, and torch with one thread, until the table is complete.
+    """transformers without progress bars and warnings, and torch with one thread, inside the block.
 
-    Layers of this size gain little from a second thread, and threads that wait for each other on busy cores cost much.
+    Layers of this size gain little from a second thread, and lose much where threads wait for each other on busy cores.
     """
     import torch
     from transformers.utils import logging as chatter

@@ -1,4 +1,4 @@
-"""The six tasks: what a sequence is, how one is drawn, and how a model is marked.
+"""The six tasks: their sequences, how these are drawn, and how a model's accuracy is measured.
 
 A sequence is ``[TASK] x1..x6 [SEP] y1..y6``: letters x, and the letters y that the task makes of them.
 Tokens 0..25 are the letters, 26 is SEP, and 27.. are the tasks in the order of ``TASKS``.
@@ -34,7 +34,7 @@ def draw(task: str, count: int, generator: torch.Generator) -> Tensor:
 
 
 def predict(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits ``[count, 6, vocabulary]`` of y1..y6 by a causal language model, each given the true ``tokens`` before it.
+    """A causal language model's logits ``[count, 6, vocabulary]`` of y1..y6, each from the true ``tokens`` before it.
 
     tokens: ``[count, 14]``, as from `draw`.
     """
@@ -43,9 +43,9 @@ def predict(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, task: str, *, seed: int, count: int = 256) -> float:
-    """Share of the letters y that are the model's first choice, over ``count`` sequences drawn from ``seed``.
+    """The share of letters y that the model predicts first, over ``count`` sequences drawn from ``seed``.
 
-    The sample depends on the task and the seed only, so two models are marked on the same sequences.
+    The sample depends on the task and the seed only: all models are measured on the same sequences.
     """
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task} {seed}".encode()))
     tokens = draw(task, count, generator)

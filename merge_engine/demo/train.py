@@ -1,8 +1,8 @@
-"""Make the bundled base and adapters again: ``python -m merge_engine.demo.train [--output DIR] [--seed N]``.
+"""``python -m merge_engine.demo.train [--output DIR] [--seed N]``: makes the bundled base and adapters again.
 
-What makes a merge of the adapters worth measuring: the base half-knows every task (training stops there), and the
-adapters move it little (a small learning rate; the norm of a delta is some 4 % of its weight's). With tasks that the
-base knows nothing of, or adapters trained hard, every merge collapses to the base or below.
+Two things make a merge of these adapters worth measuring. The base half-knows every task (its training stops there).
+And the adapters change it little (a small learning rate; the norm of a delta is about 4 % of its weight's). If the base
+knew nothing of a task, or the adapters were trained for long, every merge would be as bad as the base or worse.
 """
 
 import argparse
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 BASE_NAME = "merge-engine-demo-base"
 SEED = 3
-"""Of the bundled files. With seeds 0, 1, 2 and 3 the textbook's ties (d = .2) is 12, 35, 9 and 20 points above its
-linear at scale 1, in the mean of accuracy over that of the task's own adapter: 3 is nearest to the mean of the four."""
+"""Seed of the bundled files. With seeds 0, 1, 2 and 3, the textbook's ties (density 0.2) is 12, 35, 9 and 20 points
+above its linear at scale 1, in mean accuracy relative to the own adapter. 3 is nearest to the mean of the four."""
 SHARED_A = ("rotate", "complement", "shift7")
-"""Adapters that start from one and the same lora_A; each of the others draws its own."""
+"""Adapters that start from the same lora_A; each of the others draws its own."""
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MARKS = 1
-"""Seed of the samples that training is marked on."""
+"""Seed of the samples on which accuracy is measured in training."""
 
 
 def _step(model: torch.nn.Module, tokens: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -43,7 +43,7 @@ def _step(model: torch.nn.Module, tokens: torch.Tensor, optimizer: torch.optim.O
 
 
 def train_base(seed: int, *, target: float = 0.6, max_steps: int = 2000, batch: int = 96) -> "PreTrainedModel":
-    """A Llama that half-knows every task: each step trains those below ``target`` accuracy, until none is left."""
+    """A Llama that half-knows every task: each step trains the tasks below ``target`` accuracy, until none is."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -76,7 +76,7 @@ def train_base(seed: int, *, target: float = 0.6, max_steps: int = 2000, batch: 
 def train_adapter(
     base: "PreTrainedModel", task: str, seed: int, *, steps: int = 120, batch: int = 96, lr: float = 3e-4
 ) -> "PeftModel":
-    """An r = 8 LoRA of one task on every linear layer of a copy of ``base``; one cycle of Adam up to ``lr``."""
+    """A LoRA of rank 8 on every linear layer of a copy of ``base``, trained on one task by one cycle of Adam."""
     from peft import LoraConfig, get_peft_model
 
     order = list(TASKS).index(task)
@@ -98,7 +98,7 @@ def train_adapter(
 
 
 def delta_norm(model: "PeftModel") -> float:
-    """``|s B A| / |W|``, Frobenius norms over all adapted modules together."""
+    """``|s B A| / |W|``: Frobenius norms over all adapted modules together."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -108,7 +108,7 @@ def delta_norm(model: "PeftModel") -> float:
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:
-    """Write the adapter as PEFT does, without the blank model card and in a fixed order."""
+    """Write the adapter as PEFT does, with its targets sorted and without the blank model card."""
     config: Any = model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)
     model.save_pretrained(str(folder), save_embedding_layers=False)
@@ -116,9 +116,9 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
 
 
 def train(output: Path, seed: int) -> None:
-    """Train the base and the six adapters and write ``base`` and ``adapters/<task>`` below ``output``.
+    """Train the base and the six adapters, and write them to ``base`` and ``adapters/<task>`` in ``output``.
 
-    On one thread, so that the files do not depend on the number of cores.
+    Uses one thread, so that the files do not depend on the number of cores.
     """
     torch.set_num_threads(1)
     base = train_base(seed)
@@ -132,7 +132,7 @@ def train(output: Path, seed: int) -> None:
 
 
 def main() -> None:
-    """The command line: see the top of this file."""
+    """The command line, as at the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m merge_engine.demo.train", description=train.__doc__)
     parser.add_argument(
         "--output", type=Path, default=DATA, metavar="DIR", help="where to write (default: %(default)s)"

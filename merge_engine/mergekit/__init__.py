@@ -1,1 +1,1 @@
-"""mergekit's YAML."""
+"""mergekit's recipes: YAML files, read and carried out."""

@@ -1,8 +1,8 @@
-"""mergekit's YAML, taken apart: every key of it is understood or refused, naming file and key.
+"""mergekit's YAML, parsed: every key is understood, or refused by its file and name.
 
-Models are named as ``path``, ``path@revision`` or ``path+lora``. A parameter's setting is a value, a gradient (a list
-of values over the layers), or a list of tables {filter, value} of which the first counts whose filter is a part of the
-tensor's name. What is not checked here is what depends on the models; see `mergekit_recipe`.
+Models are named as ``path``, ``path@revision`` or ``path+lora``. The setting of a parameter is a value, a gradient (a
+list of values over the layers), or a list of tables {filter, value}, of which the first counts whose filter is a part
+of the tensor's name. Checks that need the models are in `mergekit.recipe`.
 
 Source: mergekit 0.1.5 (https://github.com/arcee-ai/mergekit), its documentation and its behaviour.
 """
@@ -23,12 +23,15 @@ from merge_engine.rules.recipe import DTYPES
 
 
 class MergekitMethod(NamedTuple):
-    """One row of the table of mergekit's methods: ours, and what its parameters are where a recipe is silent."""
+    """One row of the table of mergekit's methods.
+
+    ours: the name of our method. normalize, rescale: mergekit's defaults. parameters: those that have an effect.
+    """
 
     ours: str
     normalize: bool
     rescale: bool
-    parameters: tuple[str, ...]  # those that change something
+    parameters: tuple[str, ...]
 
 
 MERGEKIT_METHODS = {
@@ -41,17 +44,17 @@ MERGEKIT_METHODS = {
 NUMBERS = ("weight", "density", "lambda")
 SWITCHES = ("normalize", "rescale", "int8_mask")
 OF_A_MODEL = ("weight", "density")
-INERT = "int8_mask"  # the dtype of mergekit's masks: it changes no value
+INERT = "int8_mask"  # the dtype of mergekit's masks, which changes no result
 
 
 class Clause(NamedTuple):
-    """The value of a parameter in the tensors whose name holds the filter: one, or a gradient over the layers."""
+    """A parameter's value, or gradient over the layers, in the tensors whose name contains the filter."""
 
-    filter: str | None  # None and "*": every tensor
+    filter: str | None  # None and "*" are for every tensor
     values: tuple[float | bool, ...]
 
     def at(self, depth: float) -> float | bool | None:
-        """Between the two values next to depth, from 0 in the first layer to 1 in the last; of switches the lower."""
+        """The value at a depth from 0 (first layer) to 1 (last): interpolated; for switches the lower neighbour."""
         if not self.values:
             return None
         place = depth * (len(self.values) - 1)
@@ -67,7 +70,7 @@ Parameters = Mapping[str, Sequence[Clause]]
 
 @dataclass(frozen=True)
 class Reference:
-    """A model by name as mergekit writes it, ``path``, ``path@revision``, and ``+lora`` behind it for an adapter."""
+    """A model by name, as mergekit writes it: ``path`` or ``path@revision``, and ``+lora`` after it for an adapter."""
 
     path: str
     revision: str | None = None
@@ -79,12 +82,12 @@ class Reference:
 
     @property
     def place(self) -> tuple[str, str | None]:
-        """What two names of one full model have in common."""
+        """The same for all names of one full model."""
         folder = Path(self.path).expanduser()
         return (str(folder.resolve()) if folder.exists() else self.path), self.revision
 
     def open(self) -> Adapter | Checkpoint:
-        """The adapter if there is one, else the full model."""
+        """Open the adapter if there is one, else the full model."""
         if self.lora is not None:
             return open_adapter(self.lora.path, revision=self.lora.revision)
         return open_checkpoint(self.path, revision=self.revision)
@@ -92,7 +95,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Entry:
-    """One model of the recipe with its own parameters, and whether it may differ from the base."""
+    """One model of the recipe with its own parameters; differs: False where it is the base itself."""
 
     reference: Reference
     parameters: Parameters
@@ -101,16 +104,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class MergekitRecipe:
-    """A recipe as it was written, every key of it checked; see `read_recipe`."""
+    """A recipe as it was written, with every key checked; see `read_recipe`."""
 
     file: str
     method: str
     base: Reference  # the full model that the others are seen as changes of
-    entries: tuple[Entry, ...]  # what the weights are of
-    scopes: tuple[Parameters, ...]  # where parameters are looked for after the entry's own
-    layers: tuple[int, int] | None  # the range that slices ask for
+    entries: tuple[Entry, ...]  # each has a weight
+    scopes: tuple[Parameters, ...]  # searched for a parameter after the entry's own
+    layers: tuple[int, int] | None  # the range in slices
     dtype: str | None
-    vocab: str | None  # whose tokens: "base", "union", or None: rows are taken as they are
+    vocab: str | None  # "base", "union", or None: rows of embeddings are taken as they are
 
     @property
     def inputs(self) -> list[Entry]:
@@ -119,14 +122,14 @@ class MergekitRecipe:
 
 
 def read_recipe(recipe: str | Path | Mapping[str, Any]) -> MergekitRecipe:
-    """A recipe of mergekit's, from its file or from what that holds. Raises RecipeError naming file and key."""
+    """A recipe of mergekit's, from its file or its parsed YAML. Raises RecipeError, which names file and key."""
     if isinstance(recipe, Mapping):
         return _Reader("recipe").recipe(recipe)
     return _Reader(str(recipe)).recipe(read_yaml(Path(recipe)))
 
 
 class _Reader:
-    """Takes a recipe apart, and says of everything it cannot use where it stands."""
+    """Parses a recipe; an error names the place in the file."""
 
     def __init__(self, file: str) -> None:
         self.file = file
@@ -135,7 +138,7 @@ class _Reader:
         return RecipeError(f"{self.file}: {where}: wanted {wanted}, got {got!r}")
 
     def table(self, where: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:
-        """A table with these keys only, without those that are null."""
+        """A table that has no other keys than these; keys that are null are left out."""
         if not isinstance(value, Mapping):
             raise self.error(where, "a table of keys", value)
         for key in value:
@@ -145,7 +148,7 @@ class _Reader:
         return {key: value for key, value in value.items() if value is not None}
 
     def items(self, where: str, value: Any) -> Iterator[tuple[str, Any]]:
-        """(where, what) of the members of a list."""
+        """(its place, a member) for each member of a list."""
         if not isinstance(value, list) or not value:
             raise self.error(where, "a list", value)
         return ((f"{where}[{i}]", each) for i, each in enumerate(value))
@@ -187,13 +190,13 @@ class _Reader:
         return Entry(reference, self.parameters(f"{where}.parameters", found, method, OF_A_MODEL))
 
     def one_slice(self, value: Any) -> dict[str, Any]:
-        """The keys of the one slice that may be asked for, which is all layers."""
+        """The keys of the slice. Only one slice, of all layers, is supported."""
         if not isinstance(value, list) or len(value) != 1:
             raise RecipeError(f"{self.file}: slices: wanted one slice of all layers; several are not supported")
         return self.table("slices[0]", value[0], ("sources", "base_model", "parameters"))
 
     def layer_range(self, sources: Sequence[tuple[str, Any]]) -> tuple[int, int]:
-        """The one that all sources of the slice have."""
+        """The layer_range that all sources of the slice share."""
         ranges = [source.get("layer_range") for _, source in sources]
         for (where, _), each in zip(sources, ranges, strict=True):
             if not isinstance(each, list) or len(each) != 2 or not all(type(number) is int for number in each):
@@ -203,18 +206,18 @@ class _Reader:
         return ranges[0][0], ranges[0][1]
 
     def base(self, method: str, named: Reference | None, entries: Sequence[Entry]) -> Reference:
-        """The model that the others are changes of. A linear merge need not name one: any of its models will do."""
+        """The model that the others are seen as changes of; linear needs none, and takes one of its models."""
         if named is None and method == "linear":
             adapted = [entry.reference for entry in entries if entry.reference.lora]
             named = replace((adapted or [entries[0].reference])[0], lora=None)
         if named is None:
-            raise RecipeError(f"{self.file}: base_model: {method} wants one, got none")
+            raise RecipeError(f"{self.file}: base_model: {method} needs one, got none")
         if named.lora is not None:
             raise self.error("base_model", "a full model without an adapter", str(named))
         return named
 
     def bound(self, method: str, base: Reference, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries that have a weight: all in a linear merge, in others all but the base."""
+        """The entries that have a weight: all of them for linear, all but the base for other methods."""
         bound = []
         for entry in entries:
             reference = entry.reference
@@ -228,7 +231,7 @@ class _Reader:
             elif reference != base:
                 bound.append(entry)
             elif entry.parameters:
-                self.warn(f"what {reference} has as parameters", f"{method} takes none for the base model")
+                self.warn(f"the parameters of {reference}", f"{method} has none for the base model", "have")
         if not any(entry.differs for entry in bound):
             raise RecipeError(f"{self.file}: wanted at least one model besides {base}, got none")
         return bound
@@ -260,16 +263,16 @@ class _Reader:
     def parameters(
         self, where: str, holder: Mapping[str, Any], method: str, useful: Sequence[str] = (*NUMBERS, *SWITCHES)
     ) -> Parameters:
-        """The parameters that the holder has: {name: clauses, the first that fits counts}."""
+        """The parameters of a model, a slice or the recipe: {name: clauses, of which the first that fits counts}."""
         found = {}
         settings = holder.get("parameters", {})
         self.table(where, settings, (*NUMBERS, *SWITCHES))
         for name, setting in settings.items():
             found[name] = self.setting(f"{where}.{name}", name, setting)
             if name != INERT and name not in MERGEKIT_METHODS[method].parameters:
-                self.warn(f"{where}.{name}", f"{method} does not look at it")
+                self.warn(f"{where}.{name}", f"{method} does not use it")
             elif name not in useful and name != INERT:
-                self.warn(f"{where}.{name}", "it is of the whole merge, not of one model")
+                self.warn(f"{where}.{name}", "it applies to the whole merge, not to one model")
         return found
 
     def setting(self, where: str, name: str, value: Any) -> list[Clause]:
@@ -292,7 +295,7 @@ class _Reader:
         return tuple(convert(where, name, each) for each in (value if isinstance(value, list) else [value]))
 
     def number(self, where: str, name: str, value: Any) -> float:
-        """A finite one; YAML takes 1e-3 for text."""
+        """A finite number; also as text, since YAML reads 1e-3 as text."""
         try:
             number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
@@ -309,7 +312,7 @@ class _Reader:
         return bool(value)
 
     def dtype(self, found: Mapping[str, Any]) -> str | None:
-        """That of the output: out_dtype, or else dtype."""
+        """The dtype of the output: out_dtype, else dtype."""
         names = {key: found[key] for key in ("dtype", "out_dtype") if key in found}
         for key, name in names.items():
             if not isinstance(name, str) or name.removeprefix("torch.") not in DTYPES:
@@ -318,7 +321,7 @@ class _Reader:
         return None if name is None else name.removeprefix("torch.")
 
     def vocab(self, found: Mapping[str, Any], base: Reference) -> str | None:
-        """Whose tokens the output has: "base" or "union"; None where the recipe does not look at tokens."""
+        """The tokens of the output: "base" or "union"; None where the recipe does not say."""
         if "tokenizer" in found and "tokenizer_source" in found:
             raise RecipeError(f"{self.file}: wanted either tokenizer or tokenizer_source, got both")
         where, source = "tokenizer_source", found.get("tokenizer_source")
@@ -331,5 +334,5 @@ class _Reader:
             return "base"
         raise self.error(where, f"base, union or {base}", source)
 
-    def warn(self, where: str, why: str) -> None:
-        warnings.warn(f"{self.file}: {where} has no effect: {why}", stacklevel=2)
+    def warn(self, subject: str, why: str, verb: str = "has") -> None:
+        warnings.warn(f"{self.file}: {subject} {verb} no effect: {why}", stacklevel=2)

@@ -1,8 +1,8 @@
 """mergekit's recipes, carried out: the same file gives the same model.
 
-Here the settings of a recipe are worked out tensor by tensor, against the tensors of the base, into a `Recipe` of ours
-with ``convention="mergekit"``. They are looked for at the model, then at its slice, then in the whole recipe; the first
-that has something to say of a tensor counts.
+For each tensor of the base the settings that apply to it are found, and become a `Recipe` of ours with
+``convention="mergekit"``. A setting is searched for at the model, then at its slice, then in the whole recipe; the
+first one whose filter fits the tensor counts.
 """
 
 import math
@@ -22,12 +22,12 @@ from merge_engine.mergekit.file import MERGEKIT_METHODS, MergekitRecipe, Paramet
 from merge_engine.models.vocabulary import tokens
 from merge_engine.rules.recipe import DTYPES
 
-TINY = 1e-8  # a sum of weights below this divides nothing
+TINY = 1e-8  # sums of weights below this are not divided by
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 class Values(NamedTuple):
-    """The numbers of one tensor: one an input, and those of the merge."""
+    """The settings of one tensor: a weight and a density for each input, and those of the whole merge."""
 
     weights: tuple[float, ...]
     densities: tuple[float, ...]
@@ -47,13 +47,13 @@ def merge_recipe(
     progress: bool | None = None,
     backend: str | None = None,
 ) -> MergedModel:
-    """What mergekit makes of its YAML file, written by `merge_models`: see there for the arguments and the output.
+    """The model that mergekit makes from its YAML file, written by `merge_models`, which documents the other arguments.
 
-    recipe: the file, or what it holds. Its methods are linear, task_arithmetic, ties, dare_linear and dare_ties; paths
-        in it are relative to the current folder, as in mergekit. seed: of the random drops.
+    recipe: the file, or its parsed YAML. Its methods are linear, task_arithmetic, ties, dare_linear and dare_ties;
+        paths in it are relative to the current folder, as in mergekit. seed: of the random drops.
 
-    All arithmetic is float32 whatever ``dtype`` says, which is, like ``out_dtype``, that of the output; random drops
-    are our own. Raises MergeError, before anything is written; warns (UserWarning) of parameters without effect.
+    All arithmetic is in float32; ``dtype`` and ``out_dtype`` only set the dtype of the output. Random drops are our
+    own. Raises MergeError before anything is written; warns (UserWarning) of parameters without effect.
     """
     asked = read_recipe(recipe)
     base = open_checkpoint(asked.base.path, revision=asked.base.revision)
@@ -81,7 +81,7 @@ def merge_recipe(
 def bind(recipe: MergekitRecipe, base: Checkpoint) -> dict[str, Any]:
     """The fields of `Recipe` that give mergekit's result on this base.
 
-    Raises RecipeError: a weight is missing, or the arithmetic cannot follow what the parameters say.
+    Raises RecipeError if a weight is missing, or if our arithmetic does not support the parameters.
     """
     keys = [key for key, stored in base.tensors.items() if stored.dtype in FLOATS]
     depth = depths(keys)
@@ -106,7 +106,7 @@ def bind(recipe: MergekitRecipe, base: Checkpoint) -> dict[str, Any]:
 
 
 def _values(recipe: MergekitRecipe, key: str, depth: float) -> Values:
-    """The numbers of one tensor, in the terms of our own arithmetic."""
+    """The settings of one tensor, converted to our own arithmetic."""
     row = MERGEKIT_METHODS[recipe.method]
 
     def find(name: str, default: Any, own: Sequence[Parameters] = ()) -> Any:
@@ -121,24 +121,24 @@ def _values(recipe: MergekitRecipe, key: str, depth: float) -> Values:
     total = math.fsum(weights)
     if recipe.method == "linear":
         _check_average(recipe, key, total, normalize)
-    if row.ours in ("linear", "dare_linear"):  # a sum: its weights take up what it is divided and multiplied by
+    if row.ours in ("linear", "dare_linear"):  # a sum: divisor and scale go into its weights
         share = scale / total if normalize and abs(total) >= TINY else scale
         weights, scale = [share * weight for weight in weights], 1.0
     weights = [weight for entry, weight in zip(recipe.entries, weights, strict=True) if entry.differs]
     if row.ours == "ties" and rescale:
         raise RecipeError(f"{recipe.file}: rescale: wanted false for ties, got true: trims are not rescaled")
-    if row.rescale and not rescale:  # what we rescale by the weights take back
+    if row.rescale and not rescale:  # then ours is by 1 / density, and the weights undo it
         if row.ours == "dare_ties" and normalize:
             raise RecipeError(f"{recipe.file}: rescale: wanted true for dare_ties with normalize, got false")
         weights = [weight * density for weight, density in zip(weights, densities, strict=True)]
-    kept = [density > 0 for density in densities]  # of a density of 0 nothing is, as of a weight of 0
+    kept = [density > 0 for density in densities]  # a density of 0 keeps nothing: the same as a weight of 0
     weights = [weight if keep else 0.0 for weight, keep in zip(weights, kept, strict=True)]
     densities = [density if keep else 1.0 for density, keep in zip(densities, kept, strict=True)]
     return Values(tuple(weights), tuple(densities), normalize, scale, rescale)
 
 
 def _check_average(recipe: MergekitRecipe, key: str, total: float, normalize: bool) -> None:
-    """A linear merge of whole models is one of differences from a base where the weights sum to 1."""
+    """A weighted sum of whole models equals base + the weighted sum of differences only if the weights sum to 1."""
     if normalize and abs(total) < TINY:
         raise RecipeError(f"{recipe.file}: weight: linear divides by their sum, got 0 for {key}")
     if not normalize and not math.isclose(total, 1.0, abs_tol=1e-9):
@@ -159,7 +159,7 @@ def _check_layers(recipe: MergekitRecipe, base: Checkpoint, keys: Sequence[str])
 
 
 def _one(recipe: MergekitRecipe, name: str, values: Mapping[str, Any]) -> Any:
-    """The one value that every tensor has."""
+    """The value that all tensors share. Raises RecipeError where they differ."""
     first = next(iter(values))
     for other, value in values.items():
         if value != values[first]:
@@ -171,9 +171,9 @@ def _one(recipe: MergekitRecipe, name: str, values: Mapping[str, Any]) -> Any:
 
 
 def depths(keys: Sequence[str]) -> dict[str, float]:
-    """{key: how deep in the model}, 0 in the first layer and 1 in the last; 0 outside of layers, 1 in an only one.
+    """{key: depth in the model}: 0 in the first layer, 1 in the last or only one; 0 for tensors outside of layers.
 
-    The layer of a tensor is the first whole number in its name; what stands before it says of which row of layers.
+    The layer of a tensor is the first whole number in its name. Each prefix before it is a stack of layers of its own.
     """
     depth, last = {}, _last_layers(keys)
     for key in keys:
@@ -184,7 +184,7 @@ def depths(keys: Sequence[str]) -> dict[str, float]:
 
 
 def _last_layers(keys: Iterable[str]) -> dict[str, int]:
-    """{what stands before the number of a layer: the highest number}."""
+    """{prefix before the number of a layer: the highest number}."""
     last: dict[str, int] = {}
     for match in filter(None, map(_LAYER.search, keys)):
         prefix = match.string[: match.start()]
@@ -193,7 +193,7 @@ def _last_layers(keys: Iterable[str]) -> dict[str, int]:
 
 
 def _first(scopes: Iterable[Parameters], name: str, tensor: str, depth: float, default: Any) -> Any:
-    """What the first scope that has something to say of a tensor says."""
+    """The value in the first scope that has one for the tensor."""
     for scope in scopes:
         for clause in scope.get(name, ()):
             if clause.filter is None or clause.filter == "*" or clause.filter in tensor:
@@ -205,14 +205,14 @@ def _first(scopes: Iterable[Parameters], name: str, tensor: str, depth: float, d
 
 
 def _by_module(name: str, numbers: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
-    """The field of `Recipe` for numbers by module: the plain one where all modules have the same."""
+    """The field of `Recipe` for numbers by module; the plain field if all modules have the same numbers."""
     if len(set(numbers.values())) == 1:
         return {name: next(iter(numbers.values()))}
     return {{"weights": "module_weights", "density": "module_densities"}[name]: dict(numbers)}
 
 
 def _check_tokens(recipe: MergekitRecipe, base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """mergekit brings other tokens into the base's order, and drops those it lacks; rows are not moved here."""
+    """mergekit reorders other models' tokens as in the base, and drops added ones. Here they have to be the same."""
     wanted = tokens(base.path)
     for model in models:
         if tokens(model.path) not in ({}, wanted):
@@ -222,7 +222,7 @@ def _check_tokens(recipe: MergekitRecipe, base: Checkpoint, models: Sequence[Che
 
 
 def _promoted(file: str, base: Checkpoint, models: Sequence[Checkpoint]) -> str | None:
-    """The dtype that mergekit writes where none is asked for: that which holds all inputs of a tensor."""
+    """The dtype that mergekit writes by default: the one that all inputs of a tensor promote to; None: the base's."""
     own = {key: stored.dtype for key, stored in base.tensors.items() if stored.dtype in FLOATS}
     stored = [{key: each.tensors[key].dtype for key in own.keys() & each.tensors.keys()} for each in models]
     wanted = {key: reduce(torch.promote_types, [each[key] for each in stored if key in each], own[key]) for key in own}

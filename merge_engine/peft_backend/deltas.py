@@ -1,6 +1,6 @@
 """PEFT's svd types on live factors: the engine merges the deltas tile by tile and cuts them to a rank.
 
-One layer's merged delta is in memory at a time, or as many as `engine` recompresses at once; no adapter's delta is.
+In memory are the merged deltas of one layer, or of as many layers as the engine cuts at once, and no adapter's delta.
 """
 
 from collections.abc import Generator, Sequence
@@ -27,12 +27,12 @@ Cut = Generator[tuple[str, LowRank], None, None]
 def merge_deltas(layers: Sequence[Layer], request: MergeRequest) -> list[LayerFactors]:
     """(A [rank, ...], B [M, rank, ...]) of each layer, in the dtype and on the device of its first adapter's A.
 
-    Ranks above min(M, N), or above what the merged delta has, are filled up with zeros. Raises AdapterError for a
-    convolution in groups, whose delta is no product of two matrices, and for NaN and Inf.
+    Ranks above min(M, N), or above that of the merged delta, are filled up with zeros. Raises AdapterError for a
+    grouped convolution, whose delta is not a product of two matrices, and for NaN and Inf.
     """
     for layer in layers:
         if layer.grouped:
-            raise AdapterError(f"{layer.name} is a convolution in groups, whose delta is no product of two matrices")
+            raise AdapterError(f"{layer.name} is a grouped convolution, whose delta is not a product of two matrices")
     plan = make_plan(live_adapters(request.adapters, layers), request.recipe)
     backend = choose(request.backend)
     if request.rng == "torch" and request.drops:
@@ -51,7 +51,7 @@ def _cut(plan: Plan, backend: Backend) -> Cut:
 
 
 def _exactly_cut(plan: Plan, backend: Backend, request: MergeRequest) -> Cut:
-    """By a dense SVD wherever the merged delta is dense."""
+    """Cut dense merged deltas by a dense SVD, all others as usual."""
     ready = prepare(plan, backend, lambda covered: None)
     for work in merge_groups(plan, backend, ready):
         if "delta" in work.merged:
@@ -67,7 +67,7 @@ def _exactly_cut(plan: Plan, backend: Backend, request: MergeRequest) -> Cut:
 
 
 def _shaped(layer: Layer, result: LowRank, request: MergeRequest) -> LayerFactors:
-    """In the shape of the layer's factors, with zeros up to the rank."""
+    """The result in the shape of the layer's factors, filled up to the rank with zeros."""
     first = layer.parts[0]
     A, B = result.A, result.B
     if request.clamp is not None:

@@ -1,4 +1,4 @@
-"""A drop-in for PEFT's ``add_weighted_adapter``: fast, exact, and either done or not begun.
+"""A drop-in for PEFT's ``add_weighted_adapter``: fast, exact, and a failed call leaves your model unchanged.
 
 import merge_engine.peft_backend
 
@@ -25,18 +25,18 @@ _METHOD = "add_weighted_adapter"
 
 
 def enable() -> None:
-    """Let ``add_weighted_adapter`` of every PEFT LoRA model be ours. Calling it again changes nothing."""
+    """Replace ``add_weighted_adapter`` of all PEFT LoRA models by ours. Calling this again changes nothing."""
     _state.hold(enabled=True)
 
 
 def disable() -> None:
-    """Give PEFT its own method back, unless a ``with enabled():`` is still open. Calling it again changes nothing."""
+    """Restore PEFT's own method, unless a ``with enabled():`` is still open. Calling this again changes nothing."""
     _state.hold(enabled=False)
 
 
 @contextmanager
 def enabled() -> Iterator[None]:
-    """Ours inside the block, in all threads; afterwards as it was. Blocks may nest and overlap between threads."""
+    """Replace the method inside the block, in all threads. Blocks may nest, and overlap between threads."""
     _state.hold(blocks=1)
     try:
         yield
@@ -64,32 +64,36 @@ def add_weighted_adapter(
 ) -> None:
     """Add to a PEFT LoRA model the adapter ``adapter_name``, merged from ``adapters``, as PEFT's method does.
 
-    X in space of factors: A = X(sign(w_i) sqrt|w_i|, A_i), B = X(sqrt|w_i|, B_i), w_i = weight_i * scaling_i;
+    A factor type X: A = X(sign(w_i) sqrt|w_i|, A_i), B = X(sqrt|w_i|, B_i), w_i = weight_i * scaling_i;
     X_svd and svd: B A = the best approximation of rank ``svd_rank`` of X(weight_i, scaling_i B_i A_i);
     cat: A = all weight_i scaling_i A_i stacked, B = all B_i side by side.
 
-    model: a PeftModel or its LoraModel. The arguments up to ``majority_sign_method`` are PEFT's. The factors of ``X``
-    equal PEFT's bit for bit in float32 (but for equal magnitudes at a trim's threshold); an svd type is at least as
-    near to the merged delta as PEFT's. If ``adapter_name`` exists nothing is done, and one adapter is always "linear".
+    model: a PeftModel or its LoraModel. The arguments up to ``majority_sign_method`` are PEFT's. The factors of a type
+    X equal PEFT's bit for bit in float32 (except among equal magnitudes at a trim's threshold). An svd type is at least
+    as near to the merged delta as PEFT's. If ``adapter_name`` exists, nothing is done. One adapter is always "linear".
 
-    svd_full_matrices: has no effect. svd_driver: has one only with svd="exact" on a CUDA device.
-    seed: of DARE's drops. None: drawn from torch's global stream, so that torch.manual_seed decides.
-    rng: "philox": a mask depends on seed, layer, adapter and element only; "torch": PEFT's own stream, drawn in its
-        order, the same masks on a CPU. With a seed, as after torch.manual_seed(seed), and the global stream stays put.
-    svd: how a dense merged delta is cut: "subspace", to a relative excess of 1e-5 of the squared error, or "exact", by
-        a dense SVD, up to 300 times slower. ``combination_type="svd"`` is exact and fast either way.
-    backend: who merges deltas: "triton", "torch" or "auto" (see `ops.choose`). LayerFactors are merged by torch's
-        operators where they are.
+    svd_full_matrices: has no effect. svd_driver: has an effect only with svd="exact" on a CUDA device.
+    seed: of DARE's drops. None: drawn from torch's global random stream, so that torch.manual_seed decides.
+    rng: "philox": a mask depends on seed, layer, adapter and element only. "torch": masks from torch's stream in PEFT's
+        order, which on a CPU are PEFT's masks; with a seed as after torch.manual_seed(seed), and then the global stream
+        is left as it was.
+    svd: how a dense merged delta is cut: "subspace", whose squared error exceeds the best by at most 1e-5 of it, or
+        "exact", by a dense SVD, up to 300 times slower. ``combination_type="svd"`` is exact and fast with either.
+    backend: merges deltas: "triton", "torch" or "auto" (see `engine.choose`). Factors are merged by torch's operators
+        on the device where they are.
 
-    The new weights are contiguous, of their own storage, in the dtype and on the device of the first adapter's A that a
-    layer has; layers of a smaller rank are filled up with zeros, so that the saved adapter loads everywhere. It is not
-    active and not trainable, and nothing else of the model changes. After an error the model is as it was.
-    Memory beside the result: for factors and cat a few MiB; for svd types the factors in float32 and the merged deltas
-    of at most `engine.MAX_RECOMPRESSIONS` + 2 layers; with rng="torch" a byte an element and adapter for the masks.
+    The new weights are contiguous, have their own storage, and are in the dtype and on the device of the A of the first
+    adapter that a layer has. Layers of a smaller rank are filled up with zeros, so that the saved adapter loads
+    everywhere. The new adapter is neither active nor trainable, and nothing else in the model changes. After an error
+    the model is as it was.
+    Memory beside the result: for factor types and cat a few MiB; for svd types the factors in float32 and the merged
+    deltas of at most `engine.cut.MAX_RECOMPRESSIONS` + 2 layers; with rng="torch" also a byte for each element of each
+    adapter, for the masks.
 
-    Raises what PEFT raises where it checks (ValueError, TypeError, RuntimeError, in its words); MergeError, a
-    ValueError, for what it gets wrong: adapters with DoRA, lora_bias, trained biases, modules_to_save or trained
-    tokens, NaN and Inf, density 0 for DARE, fewer or more weights than adapters, unequal ranks within a layer.
+    Raises what PEFT raises for errors that PEFT finds (ValueError, TypeError, RuntimeError, in PEFT's words). Raises
+    MergeError, a ValueError, where PEFT's result would be wrong: adapters with DoRA, lora_bias, trained biases,
+    modules_to_save or trained tokens, NaN and Inf, density 0 for DARE, fewer or more weights than adapters, unequal
+    ranks within a layer.
     """
     tuner = _lora_model(model)
     if adapter_name in tuner.peft_config:
@@ -145,7 +149,7 @@ def _lora_model(model: Any) -> Any:
 
 
 class _State:
-    """Whether PEFT's method is replaced: while it is enabled, or a block is open."""
+    """Whether PEFT's method is replaced: it is after `enable`, and while a block is open."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -1,11 +1,11 @@
-"""PEFT's factor types on live factors: all A are merged, then all B, with PEFT's order of roundings.
+"""PEFT's factor types on live factors: all A are merged, then all B, and rounded in PEFT's order.
 
-With w_i = weight_i * scaling_i, A counts sign(w_i) sqrt(|w_i|) and B sqrt(|w_i|). Adapters are trimmed or dropped in
-their own dtype, weighted and added in float32 (torch's promotion of a vector of float32 weights), and rounded once to
-the dtype of the first adapter's A. Results equal PEFT's bit for bit, except for which of several equal magnitudes a
-trim keeps: here those of lowest flat index.
+With w_i = weight_i * scaling_i, the weight of A_i is sign(w_i) sqrt(|w_i|), and that of B_i is sqrt(|w_i|). Adapters
+are trimmed or dropped in their own dtype, weighted and added in float32 (torch's promotion with a vector of float32
+weights), and rounded once to the dtype of the first adapter's A. Results equal PEFT's bit for bit, with one exception:
+of equal magnitudes at its threshold, a trim keeps those with the lowest flat index.
 
-Layers of one shape are merged together; on a CPU, as many at a time as stay in a core's cache.
+Layers of one shape are merged together; on a CPU, as many at a time as fit in a core's cache.
 """
 
 import threading
@@ -28,13 +28,13 @@ from merge_engine.runtime.finite import finite
 from merge_engine.runtime.threads import ahead, threads
 
 SIDES = ("A", "B")
-IN_ORDER = 4  # torch.sum adds so many rows one after the other
+IN_ORDER = 4  # torch.sum adds up to so many rows one after the other
 CPU_BATCH, DEVICE_BATCH = 1 << 18, 1 << 26  # elements of all adapters that are merged at once
-Mask = Callable[[Layer, int, str], Tensor]  # of a layer, the place of a part in it, and a side
+Mask = Callable[[Layer, int, str], Tensor]  # (layer, index of a part in it, side) -> what DARE keeps
 
 
 class Batch(NamedTuple):
-    """One side of layers that are alike: in shape, dtype, device, adapters and what these count."""
+    """One side of layers that have the same shape, dtypes, device, number of adapters and weights."""
 
     side: str
     layers: list[Layer]
@@ -44,9 +44,9 @@ class Batch(NamedTuple):
 def merge_factors(
     layers: Sequence[Layer], weights: Sequence[float], rule: Rule, density: float, rank: int, mask: Mask
 ) -> list[LayerFactors]:
-    """(A [rank, ...], B [M, rank, ...]) of each layer; of smaller ranks the rest is zero.
+    """(A [rank, ...], B [M, rank, ...]) of each layer; smaller ranks are filled up with zeros.
 
-    Raises AdapterError where factors of one layer differ in rank, hold NaN or Inf, or do not fit the result's dtype.
+    Raises AdapterError where factors of one layer differ in rank, hold NaN or Inf, or overflow the result's dtype.
     """
     found: dict[tuple[str, str], Tensor] = {}
     workers = torch.get_num_threads()
@@ -56,8 +56,8 @@ def merge_factors(
         return batch, _merge(batch, rule, density, rank, mask)
 
     batches = _batches(layers, weights)
-    selects = on_cpu and rule.keep == "magnitude" and density < 1  # numpy does so on one thread
-    with threads(1) if on_cpu else nullcontext():  # the rest is so short that sharing it out takes longer
+    selects = on_cpu and rule.keep == "magnitude" and density < 1  # by numpy, which uses one thread
+    with threads(1) if on_cpu else nullcontext():  # torch's operations are too short to gain from more threads
         results = ahead(work, batches, workers) if selects else map(work, batches)
         for batch, merged in results:
             found.update(((layer.name, batch.side), tensor) for layer, tensor in zip(batch.layers, merged, strict=True))
@@ -65,14 +65,14 @@ def merge_factors(
 
 
 def stack_factors(layers: Sequence[Layer], weights: Sequence[float], rank: int) -> list[LayerFactors]:
-    """A = the rows of all weight_i scaling_i A_i, B = the columns of all B_i; zeros up to `rank`: exact.
+    """A = the rows of all weight_i scaling_i A_i, B = the columns of all B_i; filled up to `rank` with zeros. Exact.
 
-    Raises AdapterError for a convolution in groups, whose factors cannot be stacked, and for NaN and Inf.
+    Raises AdapterError for a grouped convolution, whose factors cannot be stacked, and for NaN and Inf.
     """
 
     def work(layer: Layer) -> LayerFactors:
         if layer.grouped:
-            raise AdapterError(f"{layer.name} is a convolution in groups, whose factors cannot be stacked")
+            raise AdapterError(f"{layer.name} is a grouped convolution, whose factors cannot be stacked")
         A, B = layer.parts[0].A, layer.parts[0].B
         A, B = A.new_zeros(rank, *A.shape[1:]), A.new_zeros(len(B), rank, *B.shape[2:])
         start = 0
@@ -89,12 +89,12 @@ def stack_factors(layers: Sequence[Layer], weights: Sequence[float], rank: int) 
 
 
 def strengths(layer: Layer, weights: Sequence[float], side: str) -> tuple[float, ...]:
-    """What the adapters of a layer count on one side."""
+    """The weights of a layer's adapters on one side."""
     return tuple(factor_weights([weights[part.number] * part.scaling for part in layer.parts], side))
 
 
 def philox_mask(density: float, seed: int) -> Mask:
-    """Masks that depend on seed, layer, side, adapter and element only (see `rng`)."""
+    """Masks that depend on seed, layer, side, adapter and element only; see `rules.philox`."""
 
     def mask(layer: Layer, place: int, side: str) -> Tensor:
         part = layer.parts[place]
@@ -107,7 +107,7 @@ def philox_mask(density: float, seed: int) -> Mask:
 
 
 def _batches(layers: Sequence[Layer], weights: Sequence[float]) -> Iterator[Batch]:
-    alike: dict[tuple[object, ...], Batch] = {}
+    batches: dict[tuple[object, ...], Batch] = {}
     for layer in layers:
         for side in SIDES:
             tensors = [_factor(layer, place, side) for place in range(len(layer.parts))]
@@ -119,15 +119,15 @@ def _batches(layers: Sequence[Layer], weights: Sequence[float]) -> Iterator[Batc
                         f"{list(first.shape)} as in {layer.parts[0].adapter}: factors of different ranks cannot be "
                         "merged side by side; cat, svd and the types that end in _svd can"
                     )
-            counts = strengths(layer, weights, side)
+            counted = strengths(layer, weights, side)
             dtypes = tuple((part.A.dtype, tensor.dtype) for part, tensor in zip(layer.parts, tensors, strict=True))
-            key = (side, first.shape, first.device, counts, dtypes)
-            batch = alike.setdefault(key, Batch(side, [], counts))
+            key = (side, first.shape, first.device, counted, dtypes)
+            batch = batches.setdefault(key, Batch(side, [], counted))
             batch.layers.append(layer)
             budget = CPU_BATCH if first.device.type == "cpu" else DEVICE_BATCH
             if (len(batch.layers) + 1) * len(tensors) * first.numel() > budget:
-                yield alike.pop(key)
-    yield from alike.values()
+                yield batches.pop(key)
+    yield from batches.values()
 
 
 def _merge(batch: Batch, rule: Rule, density: float, rank: int, mask: Mask) -> list[Tensor]:
@@ -143,13 +143,13 @@ def _merge(batch: Batch, rule: Rule, density: float, rank: int, mask: Mask) -> l
             _blame(batch, dtype)
     missing = rank - layers[0].parts[0].A.shape[0]
     if missing and any(layer.grouped for layer in layers):
-        raise AdapterError(f"{layers[0].name} is a convolution in groups, whose rank cannot be raised to {rank}")
+        raise AdapterError(f"{layers[0].name} is a grouped convolution, whose rank cannot be raised to {rank}")
     shape = _factor(layers[0], 0, side).shape
     return [_padded(tensor.view(shape), SIDES.index(side), missing) for tensor in tensors]
 
 
 def _added(layer: Layer, side: str, weights: Sequence[float], density: float, mask: Mask | None) -> Tensor:
-    """sum_i w_i x_i, or w_i drop(x_i), of one layer, flat: added one after the other, as torch adds up to four rows."""
+    """sum_i w_i x_i, or sum_i w_i drop(x_i), of one layer, flat; added in order, as torch.sum adds up to four rows."""
     total: Tensor | None = None
     device = _factor(layer, 0, side).device
     for place, weight in enumerate(weights):
@@ -179,16 +179,19 @@ def _combined(batch: Batch, rule: Rule, density: float, mask: Mask) -> Tensor:
 
 
 def _blame(batch: Batch, dtype: torch.dtype) -> None:
-    """NaN and Inf outlive every step, so that a look at the results finds them; here is whose they are."""
+    """Raise AdapterError for a result that is not finite, with the adapter whose factor is not.
+
+    Every step keeps NaN and Inf, so checking the results is enough to notice them.
+    """
     for layer in batch.layers:
         for place, part in enumerate(layer.parts):
             check_finite(_factor(layer, place, batch.side), f"{part.adapter}: lora_{batch.side} of {layer.name}")
     names = ", ".join(layer.name for layer in batch.layers)
-    raise AdapterError(f"lora_{batch.side} merged for {names} does not fit {dtype}")
+    raise AdapterError(f"lora_{batch.side} merged for {names} overflows {dtype}")
 
 
 def trim(x: Tensor, k: int) -> None:
-    """Zero all but the k largest magnitudes of each row of x [n, numel], equal ones by lowest index, in place."""
+    """Zero all but the k largest magnitudes of each row of x [n, numel] in place; of equal ones the first stay."""
     if k == 0:
         x.mul_(0)
         return
@@ -203,12 +206,12 @@ def trim(x: Tensor, k: int) -> None:
 
 
 def drop(x: Tensor, keep: Tensor, density: float) -> None:
-    """x * keep / density in place: PEFT's two roundings."""
+    """x * keep / density in place, with PEFT's two roundings."""
     x.mul_(_ones(keep.to(x.device), x)).div_(density)
 
 
 def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
-    """[n, 1] from [n, numel]; numpy selects five times faster than torch does on a CPU."""
+    """The k-th largest of each row: [n, 1] from [n, numel]. On a CPU numpy selects five times faster than torch."""
     place = magnitude.shape[1] - k
     if magnitude.device.type != "cpu":
         return magnitude.kthvalue(place + 1, dim=1, keepdim=True).values
@@ -224,24 +227,24 @@ def _combine(x: Tensor, weights: Sequence[float], rule: Rule) -> Tensor:
         return _sum(_times(x, weight))
     plus = _sum(x.sign() if rule.elect == "frequency" else x) >= 0
     sign = _ones(plus, x).mul_(2).sub_(1)
-    x.mul_(sign).clamp_(min=0)  # what agrees is positive now, and what does not is zero: exact, and quicker than masks
+    x.mul_(sign).clamp_(min=0)  # what agrees is positive now, the rest is zero: exact, and faster than masks
     count = _sum(x.sign().float()).clamp_(min=1)
     return _sum(_times(x, weight)).mul_(sign).div_(count)
 
 
 def _ones(mask: Tensor, like: Tensor) -> Tensor:
-    """1 where mask, else 0, in the dtype of `like`; from bytes the conversion takes an eighth of the time."""
+    """1 where mask, else 0, in the dtype of `like`; bytes are converted in an eighth of the time of bools."""
     return mask.view(torch.uint8).to(like.dtype)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:
-    """x * weight, in place where the dtype stays."""
+    """x * weight, in place if the dtype stays the same."""
     return x.mul_(weight) if torch.result_type(x, weight) == x.dtype else x * weight
 
 
 def _sum(x: Tensor) -> Tensor:
-    """x.sum(0). torch adds more rows than `IN_ORDER` in an order that depends on the place of a column: layer by layer
-    then, as PEFT does."""
+    """x.sum(0). torch adds more than `IN_ORDER` rows in an order that depends on the column: then every layer is summed
+    by itself, as in PEFT."""
     return x.sum(0) if len(x) <= IN_ORDER else torch.stack([layer.sum(0) for layer in x.unbind(1)])
 
 
@@ -251,7 +254,7 @@ def _factor(layer: Layer, place: int, side: str) -> Tensor:
 
 
 def _padded(tensor: Tensor, dim: int, missing: int) -> Tensor:
-    """Of its own storage, with so many rows (dim 0) or columns (dim 1) of zeros at the end."""
+    """The tensor in storage of its own, with so many rows (dim 0) or columns (dim 1) of zeros appended."""
     if not missing and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     shape = list(tensor.shape)
@@ -265,7 +268,7 @@ _local = threading.local()
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """[len, numel], on a CPU in this thread's buffer: fresh memory would cost more than the arithmetic."""
+    """[len, numel]; on a CPU in a buffer of this thread, since new memory would cost more time than the arithmetic."""
     if tensors[0].device.type != "cpu":
         return torch.stack(tensors)  # type: ignore[arg-type]
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))

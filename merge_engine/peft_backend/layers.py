@@ -1,4 +1,4 @@
-"""The LoRA layers of a live PEFT model: found, described, and given room for one more adapter."""
+"""The LoRA layers of a live PEFT model: finding and describing them, and installing a merged adapter."""
 
 import re
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from merge_engine.formats.peft_config import KEPT
 from merge_engine.runtime.finite import what_is_wrong
 
 LayerFactors = tuple[Tensor, Tensor]
-# What a layer notes of each adapter, and what it notes of a merged one; r and alpha are filled in.
+# What a layer stores of each adapter, with the values for a merged one; r and lora_alpha are set to its rank.
 SETTINGS = {"r": 0, "lora_alpha": 0, "scaling": 1.0, "use_rslora": False, "use_dora": False, "lora_bias": False}
 SLOTS = (*SETTINGS, "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 class Part(NamedTuple):
-    """What one adapter has in one layer: delta = scaling * B @ A once both are flattened to matrices."""
+    """One adapter in one layer: delta = scaling * B @ A, with A and B flattened to matrices."""
 
     number: int
     adapter: str
-    A: Tensor  # [r, ...], as the layer holds it
+    A: Tensor  # [r, ...], the layer's own
     B: Tensor  # [M, r, ...]
-    scaling: float  # the layer's own, as set_scale left it
+    scaling: float  # the layer's own, which set_scale may have changed
 
 
 class Layer(NamedTuple):
@@ -42,13 +42,13 @@ class Layer(NamedTuple):
 
     @property
     def grouped(self) -> bool:
-        """A convolution in groups: its B holds r / groups columns."""
+        """Whether it is a grouped convolution, whose B has r / groups columns."""
         return any(part.B.shape[1] != part.A.shape[0] for part in self.parts)
 
 
 @dataclass(frozen=True, eq=False)
 class LiveAdapter(Adapter):
-    """An adapter as a model holds it now, with the face of one on disk."""
+    """An adapter of a live model, with the interface of one on disk."""
 
     live: dict[str, Part] = field(default_factory=dict, repr=False)
 
@@ -74,7 +74,7 @@ def find_layers(model: nn.Module, adapters: Sequence[str]) -> tuple[list[Layer],
     seen: set[nn.Module] = set()
 
     def visit(name: str, module: nn.Module, inside: bool) -> None:
-        """As named_modules goes, but past the many small modules that a LoRA layer keeps for its adapters."""
+        """Like named_modules, but without the many small modules that a LoRA layer keeps for its adapters."""
         if module in seen:
             return
         seen.add(module)
@@ -103,11 +103,11 @@ def live_adapters(adapters: Sequence[str], layers: Sequence[Layer]) -> list[Live
 
 
 def merged_config(tuner: Any, adapters: Sequence[str], rank: int, layers: Sequence[Layer], names: Sequence[str]) -> Any:
-    """A plain LoRA configuration of rank and alpha `rank` that reaches exactly these layers.
+    """A plain LoRA configuration of rank and alpha `rank` whose targets are exactly these layers.
 
-    From the first adapter's it keeps what describes the base model; what said how that adapter was trained, started or
-    scaled (dropout, rsLoRA, init_lora_weights, excluded modules, chosen layers) is at PEFT's defaults. Targets are
-    PEFT's union of the adapters' targets; where that union reaches other layers too, they are the layers' full names.
+    Fields that describe the base model are those of the first adapter. Fields for how that adapter was trained, started
+    or scaled (dropout, rsLoRA, init_lora_weights, excluded modules, chosen layers) have PEFT's defaults. Targets are
+    PEFT's union of the adapters' targets; if that union matches other layers too, they are the layers' full names.
     """
     first = tuner.peft_config[adapters[0]]
     kept = {key: getattr(first, key) for key in KEPT - {"modules_to_save", "trainable_token_indices"}}
@@ -121,7 +121,7 @@ def merged_config(tuner: Any, adapters: Sequence[str], rank: int, layers: Sequen
 
 
 def install(tuner: Any, name: str, config: Any, layers: Sequence[Layer], merged: Sequence[LayerFactors]) -> None:
-    """Register a merged adapter: not active, not trainable, everything else as it was; nothing at all if this fails."""
+    """Add a merged adapter to the model, neither active nor trainable. On an error the model is left as it was."""
     try:
         tuner.peft_config[name] = config
         for layer, (A, B) in zip(layers, merged, strict=True):
@@ -134,7 +134,7 @@ def install(tuner: Any, name: str, config: Any, layers: Sequence[Layer], merged:
 
 
 def remove(layer: Layer, name: str) -> None:
-    """Take an adapter out of a layer, whether it is there whole or in part."""
+    """Remove an adapter from a layer, also one that is only partly there."""
     for slot in SLOTS:
         slots = getattr(layer.module, slot, {})
         if name in slots:
@@ -170,7 +170,7 @@ def _describe(layer: Layer, part: Part) -> Module:
 
 
 def _targets(given: Sequence[Any], wanted: set[str]) -> list[Any]:
-    """Target modules to try: PEFT's union of what the adapters have, full names, and a pattern of full names."""
+    """Target modules to try, in order: PEFT's union of the adapters' targets, full names, a pattern of full names."""
     pattern = "|".join(map(re.escape, sorted(wanted)))
     if isinstance(given[0], str):
         return ["|".join(f"({targets})" for targets in given), pattern]
@@ -180,7 +180,7 @@ def _targets(given: Sequence[Any], wanted: set[str]) -> list[Any]:
 def _add(layer: Layer, name: str, rank: int, A: Tensor, B: Tensor) -> None:
     module, source = layer.module, layer.parts[0].adapter
     for setting, value in {**SETTINGS, "r": rank, "lora_alpha": rank}.items():
-        if hasattr(module, setting):  # PEFT 0.19 has fewer
+        if hasattr(module, setting):  # PEFT 0.19 does not have all of them
             getattr(module, setting)[name] = value
     module.lora_dropout[name] = nn.Identity()
     weights = (nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False))
@@ -192,9 +192,9 @@ def _add(layer: Layer, name: str, rank: int, A: Tensor, B: Tensor) -> None:
 
 
 def _holding(weight: nn.Parameter, example: Any) -> nn.Module:
-    """A layer of the example's kind, as PEFT makes it, that holds this weight."""
+    """A layer of the example's kind, as PEFT makes it, with this weight."""
     if isinstance(example, nn.Linear):
-        layer: Any = nn.Linear.__new__(nn.Linear)  # its __init__ would draw a weight that nobody looks at
+        layer: Any = nn.Linear.__new__(nn.Linear)  # its __init__ would draw a random weight for nothing
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
         layer.register_parameter("bias", None)

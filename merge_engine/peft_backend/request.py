@@ -1,4 +1,4 @@
-"""What a call of add_weighted_adapter asks for, checked before a model is touched, in PEFT's words if it has them."""
+"""The arguments of add_weighted_adapter, checked before the model is changed, with PEFT's errors where it has some."""
 
 import math
 import warnings
@@ -10,7 +10,7 @@ from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.peft_config import CHANGES_BASE, REFUSED
 from merge_engine.rules.recipe import Recipe
 
-# combination_type: (method, where it acts)
+# {combination_type: (method, space)}
 TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
     "linear": ("linear", "factors"),
     "cat": ("cat", "factors"),
@@ -26,7 +26,7 @@ TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
 }
 RNGS, SVDS = ("philox", "torch"), ("subspace", "exact")
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd on a GPU
-# Fields of a configuration that change what an adapter does, or that a merge of factors would lose.
+# Fields of a configuration that change an adapter's effect, or that would be lost when factors are merged.
 _REFUSED = {
     **REFUSED,
     "modules_to_save": "its trained copies of whole layers cannot be merged",
@@ -36,7 +36,11 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """A checked call; recipe: method, weights, density, election, space and seed; rank: of every layer's result."""
+    """A checked call.
+
+    recipe: method, weights, density, election, space and seed. rank: of the result in every layer.
+    clamp, driver: PEFT's svd_clamp and svd_driver. exact: whether svd="exact".
+    """
 
     adapters: tuple[str, ...]
     recipe: Recipe
@@ -76,10 +80,10 @@ def check_request(
     svd: str,
     backend: str | None,
 ) -> MergeRequest:
-    """The request that these arguments make of this model.
+    """Check the arguments for this model.
 
-    Raises what PEFT raises, in its words, for what PEFT checks; RecipeError and AdapterError (both are ValueErrors) for
-    what it does not. Warns (UserWarning), in PEFT's words, of a density of 1 or more.
+    Raises what PEFT raises, in PEFT's words, where PEFT checks, and else RecipeError or AdapterError, which are both
+    ValueErrors. Warns (UserWarning), in PEFT's words, of a density of 1 or more.
     """
     if not isinstance(combination_type, str):
         raise ValueError(f"Invalid combination_type: {combination_type}")
@@ -124,8 +128,8 @@ def _check_config(adapter: str, config: Any) -> None:
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         warnings.warn(
-            f"{adapter}: init_lora_weights={start} changed the base weights when it was made: the merged adapter is "
-            "one for the base model as it is now, not for the original",
+            f"{adapter}: init_lora_weights={start} changed the base weights when the adapter was created: the merged "
+            "adapter fits the base model as it is now, not the original one",
             stacklevel=4,
         )
 

@@ -1,8 +1,8 @@
 """PEFT's own random numbers for DARE: torch's global stream, drawn in PEFT's order.
 
-PEFT makes the new adapter's layers first, and their initialisation draws too. Then it draws masks layer by layer: for
-factors all A in the order of the adapters, then all B; for deltas one an adapter, in the dtype and memory order of the
-delta.
+PEFT creates the new adapter's layers first, whose initialisation also draws. Then it draws masks layer by layer: for
+factors, those of all A in the order of the adapters, then those of all B; for deltas, one for each adapter, in the
+dtype and memory order of the delta.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from merge_engine.peft_backend.layers import Layer, remove
 
 @contextmanager
 def torch_stream(seed: int | None) -> Iterator[None]:
-    """torch's global stream: from where it is, or as torch.manual_seed(seed) starts it, and then put back."""
+    """torch's global stream, as it is; with a seed as after torch.manual_seed(seed), and restored afterwards."""
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -32,9 +32,9 @@ def torch_stream(seed: int | None) -> Iterator[None]:
 
 
 def draw_injection(tuner: Any, name: str, adapter: str, rank: int, layers: Sequence[Layer]) -> None:
-    """Draw what PEFT draws when it adds an adapter like `adapter` to these layers, and leave the layers as they were.
+    """Draw what PEFT draws when it adds an adapter like `adapter` to these layers, which are left as they were.
 
-    Not drawn: the starts that change base weights (pissa_niter_16 and the like).
+    Initialisations that change base weights (pissa_niter_16 and the like) are not drawn.
     """
     start = tuner.peft_config[adapter].init_lora_weights
     changes = isinstance(start, str) and start.lower().startswith(CHANGES_BASE)
@@ -52,7 +52,7 @@ def draw_injection(tuner: Any, name: str, adapter: str, rank: int, layers: Seque
 
 
 def draw_factor_masks(layers: Sequence[Layer], density: float) -> Mask:
-    """All masks of all factors: a byte for each element of every adapter."""
+    """All masks of all factors; they take a byte for each element of every adapter."""
     drawn = {}
     for layer in layers:
         for side in SIDES:
@@ -62,17 +62,17 @@ def draw_factor_masks(layers: Sequence[Layer], density: float) -> Mask:
 
 
 class TorchStreamBackend(TorchBackend):
-    """Merges dropped deltas with masks from torch's stream, one layer at a time, in the order of the plan's modules.
+    """Merges dropped deltas, with masks from torch's stream, one layer at a time, in the order of the plan's modules.
 
-    Beside what `TorchBackend` holds: for each of the layers in flight a byte an element and adapter, and while a mask
-    is drawn its adapter's whole delta, twice.
+    Memory beside that of `TorchBackend`: a byte for each element and adapter of the layers that are being merged, and,
+    while a mask is drawn, the adapter's whole delta twice.
     """
 
     def __init__(self, layers: Sequence[Layer], density: float) -> None:
         self.layers, self.density = {layer.name: layer for layer in layers}, density
 
     def prepared(self, plan: Plan) -> Plan:
-        """The plan with its modules in the model's order; they come dropped, and nothing is left to drop."""
+        """The plan with its modules in the model's order and densities of 1, since `pack` drops the elements."""
         modules = {module.name: replace(module, densities=(1.0,) * len(module.densities)) for module in plan.modules}
         return replace(plan, modules=tuple(modules[name] for name in self.layers))
 
@@ -86,7 +86,7 @@ class TorchStreamBackend(TorchBackend):
 
 
 class _Dropped:
-    """product * mask / density, tile by tile: a `tiles.Source`."""
+    """product * mask / density, tile by tile: a `cpu.source.Source`."""
 
     def __init__(self, product: Product, mask: Tensor, density: float) -> None:
         self.product, self.mask, self.density = product, mask, density
@@ -98,9 +98,9 @@ class _Dropped:
 
 
 def _delta_mask(layer: Layer, adapter: str, density: float) -> Tensor:
-    """[M, N] as `B @ A` lies, whichever way PEFT lays out the layer's delta."""
+    """The mask [M, N] in the layout of `B @ A`, whichever layout PEFT's delta of the layer has."""
     module = layer.module
-    if not hasattr(module, "get_delta_weight"):  # a quantised layer that PEFT has no delta of: ours to define
+    if not hasattr(module, "get_delta_weight"):  # a quantised layer: PEFT makes no delta, so any order will do
         rows, columns = module.lora_B[adapter].weight.shape[0], module.lora_A[adapter].weight.shape[1]
         return torch.bernoulli(torch.full((rows, columns), density)).bool()
     mask = _bernoulli(module.get_delta_weight(adapter), density).flatten(1).cpu()

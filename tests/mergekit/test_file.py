@@ -70,7 +70,7 @@ def bad(change, message):
         bad(put("models/0/model", "ft3+lo1"), r"recipe: ft3\+lo1: wanted an adapter on the base model, base"),
         bad(put("models/0/model", "ft2"), "recipe: ft2 is there twice, wanted each model once"),
         bad(put("models", [model("base")]), "recipe: wanted at least one model besides base, got none"),
-        bad(put("base_model", None), "recipe: base_model: ties wants one, got none"),
+        bad(put("base_model", None), "recipe: base_model: ties needs one, got none"),
         bad(
             put("base_model", "base+lo1"),
             r"recipe: base_model: wanted a full model without an adapter, got 'base\+lo1'",
@@ -124,15 +124,15 @@ def test_what_cannot_be_done_is_said(here, tmp_path, asked, message):
     [
         (
             put("models/0/parameters/normalize", False),
-            r"models\[0\].parameters.normalize has no effect: it is of the whole",
+            r"models\[0\].parameters.normalize has no effect: it applies to the whole",
         ),
         (
             {**TIES, "merge_method": "task_arithmetic"},
-            r"models\[0\].parameters.density has no effect: task_arithmetic does not look at it",
+            r"models\[0\].parameters.density has no effect: task_arithmetic does not use it",
         ),
         (
             {**TIES, "models": [*TIES["models"], model("base", weight=3)]},
-            "what base has as parameters has no effect: ties takes none for the base model",
+            "the parameters of base have no effect: ties has none for the base model",
         ),
     ],
 )
