@@ -15,8 +15,8 @@ It pays for float32 factors, which take 16 fused multiply-adds per element: 39.4
 may spill. Philox needs registers of its own, and so does a rank above 64: on sm_80 dare_ties spills 8 to 160 bytes at
 64x64, depending on rank and method, and none at 32x32 (2 warps), at a cost of 2 in 24 instructions. At rank 128
 ptxas stops at 128 registers and spills 8 bytes on sm_90 unless it is told that it may use 255. On sm_100 a band
-of float32 factors does so too, while a consensus at rank 128 spills 8 if it is told, and else uses 146. A CDNA lane has 512, and
-its warps are twice as wide: two of them load 128 bits per lane, and no tile uses scratch memory on gfx942.
+of float32 factors does so too, while a consensus at rank 128 spills 8 if it is told, and else uses 146. A CDNA lane
+has 512, and its warps are twice as wide: two of them load 128 bits per lane, and no tile uses scratch memory on gfx942.
 Pipelined loads (num_stages = 2) added 1.3 per element to a draft: they move the terms through shared memory, too.
 """
 

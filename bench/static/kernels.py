@@ -80,7 +80,8 @@ def launch_of(case: Case, target: str) -> Launch:
     """How the kernel is launched for tensors of 4096 x 4096."""
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
     random = case.name.startswith("dare") or case.name == "l1_norms"
-    return launch_for(4096, 4096, case.rank, dtype, target, recipes=case.recipes, random=random)
+    how = {"random": random, "band": case.name.startswith("breadcrumbs"), "twice": case.name == "consensus"}
+    return launch_for(4096, 4096, case.rank, dtype, target, recipes=case.recipes, **how)
 
 
 def compiled(case: Case, target: str, launch: Launch) -> Any:

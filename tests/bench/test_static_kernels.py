@@ -18,6 +18,7 @@ Aot = Callable[..., Any]
 CASES = [Case(name) for name in (*METHODS, "vote_balance", *SELECTIONS)]
 for name in ("ties", "ties, mergekit, unequal weights", "dare_ties, unequal weights", "fine_histogram"):
     CASES += [Case(name, "fp32", base=True), Case(name, "fp16", rank=128, base=True), Case(name, rank=0, base=True)]
+CASES += [Case("breadcrumbs", "fp32", base=True), Case("consensus", "fp32", rank=128), Case("elect_max", rank=0)]
 CASES += [Case("ties", "fp32", recipes=2), Case("dare_ties, unequal weights", "fp32", recipes=2, base=True)]
 
 

@@ -14,6 +14,9 @@ CASES = [
     Case("vote_balance"),
     Case("ties", "fp32"),
     Case("ties, unequal weights", "fp16", rank=0, base=True),
+    Case("breadcrumbs_ties, frequency"),
+    Case("elect_max", "fp32", base=True),
+    Case("consensus", "fp32", recipes=2),
     Case("dare_ties, mergekit", rank=48, aligned=False, ones=("modules", "adapters", "recipes")),
 ]
 

@@ -4,9 +4,13 @@ What is kept is checked to the bit on the task tensors that the kernels themselv
 float64, within what rounding may change.
 """
 
+from dataclasses import replace
+from itertools import product
+
 import pytest
 import torch
 from kernel_groups import FLOATS, SMALLEST, U32, U_OUT, WEIGHTS, group, only, seen, source_of
+from merge_engine.kernels.launch import launch_for
 from merge_engine.kernels.merge import merge_deltas
 from merge_engine.kernels.select import bands
 from merge_engine.kernels.source import Band, Dense, Lora, Source
@@ -141,6 +145,16 @@ def test_several_recipes_are_what_each_is_alone(device: torch.device) -> None:
     for i in range(2):
         alone = merge_deltas(source, [weights[i]], bands(source, kept[i : i + 1], topped[i : i + 1]))[0]
         assert bool(alone.any()) and torch.equal(together[i], alone)
+
+
+@pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_100", "gfx942"])
+def test_a_band_is_merged_by_the_tiles_that_found_it(arch: str) -> None:
+    for dtype in FLOATS:
+        for rank, recipes in product((0, 16, 64, 128), (1, 2)):
+            found, merged = (
+                launch_for(99, 99, rank, dtype, arch, recipes=recipes, band=band) for band in (False, True)
+            )
+            assert replace(merged, max_registers=found.max_registers) == found
 
 
 def test_errors_say_what_was_wanted(device: torch.device) -> None:

@@ -274,9 +274,9 @@ def test_values_out_of_range_are_refused_by_name(method, field, wanted, values):
 
 
 def test_a_consensus_of_more_tasks_than_there_are_is_refused(adapters):
-    with pytest.raises(RecipeError, match="^min_tasks: wanted at most 3, one for each input, got 4"):
+    with pytest.raises(RecipeError, match=r"^min_tasks: wanted at most 3, one for each input, got 4"):
         merge_engine.merge(adapters, method="consensus", min_tasks=4)
-    with pytest.raises(RecipeError, match="^min_tasks: wanted at most 1"):
+    with pytest.raises(RecipeError, match=r"^min_tasks: wanted at most 1"):
         merge_engine.merge(adapters[:1], method="consensus")
 
 
