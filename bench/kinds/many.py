@@ -27,7 +27,13 @@ from bench.harness.workloads import Workload
 MEMORY = "4GB"  # the budget of merge_many and Session
 DENSITIES, SCALES = (0.1, 0.2, 0.3, 0.5), (0.5, 0.7, 1.0, 1.5)
 WEIGHTS = [[round(0.4 + 0.2 * ((3 * i + j) % 5), 1) for i in range(8)] for j in range(4)]  # of eight adapters
-WORKER = "import sys; from bench.kinds.many import work_in_this_process; work_in_this_process(*sys.argv[1:])"
+# Random factors lose much of their energy in a cut: merges would log that every time.
+WORKER = """
+import logging, sys
+from bench.kinds.many import work_in_this_process
+logging.getLogger("merge_engine").setLevel(logging.ERROR)
+work_in_this_process(*sys.argv[1:])
+"""
 
 Recipes = list[dict[str, Any]]
 Lap = tuple[float, float]  # wall time, and CPU time of all threads

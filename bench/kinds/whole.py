@@ -24,9 +24,11 @@ from merge_engine.rules import reference
 from merge_engine.rules.rule import make_rule
 
 LARGEST_EXCESS = 1e-3  # of the error over that of the best cut
+# Random factors lose much of their energy in a cut: merges would log that every time.
 WORKER = """
-import json, sys, time
+import json, logging, sys, time
 import merge_engine
+logging.getLogger("merge_engine").setLevel(logging.ERROR)
 start, before = time.perf_counter(), time.process_time()
 result = merge_engine.merge(json.loads(sys.argv[1]), sys.argv[2], **json.loads(sys.argv[3]))
 seconds, processor = time.perf_counter() - start, time.process_time() - before
