@@ -21,7 +21,7 @@ from merge_engine.rules import reference
 from merge_engine.rules.rule import make_rule
 
 ROOT = Path(__file__).parents[2]
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(deadline=None, derandomize=True, max_examples=30)
 
 
 @pytest.mark.parametrize("convention", ["peft", "mergekit", "paper"])

@@ -23,7 +23,7 @@ from merge_engine.rules import reference
 from merge_engine.rules.rule import make_rule
 
 loops = pytest.importorskip("merge_engine.loops.tile_loops", exc_type=ImportError)
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(deadline=None, derandomize=True, max_examples=30)
 METHODS = ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 
 
