@@ -207,11 +207,44 @@ def matrix_bytes(plan: Plan, module: ModulePlan) -> int:
 
 
 def cutting_bytes(plan: Plan, module: ModulePlan) -> int:
-    """What `cut` takes beside that, about: see `lowrank.from_matrix` and `stacked`."""
+    """What `cut` takes beside that, about: see `lowrank.from_matrix` and `lowrank.stack`."""
     ranks, width, least = _sum_of_ranks(plan, module), module.rows + module.columns, min(module.rows, module.columns)
+    if plan.on_cores:
+        return _core_bytes(plan, module)
     if plan.recipe.space != "delta" or plan.by_factors:
-        return 8 * (3 * ranks * width + 6 * ranks * ranks)
+        return 8 * (4 * ranks * width + 8 * ranks * ranks)
     if module.rank * 12 > least:  # by the Gram matrix
         return 8 * (4 * least * least + 3 * module.rank * width)
     start = min(ranks, max(2 * module.rank, WIDEST_START))
     return 8 * (5 * (start + 8) + 12 * module.rank) * width
+
+
+def joining_bytes(plan: Plan, module: ModulePlan) -> int:
+    """What it takes to join a module, where its task tensors depend on all of its adapters: see `joint.Joint`."""
+    return 0 if plan.joint is None else _core_bytes(plan, module)
+
+
+def joined_bytes(plan: Plan, module: ModulePlan) -> int:
+    """What a joined module takes, at most: its factors, and in a space the stack and the cores."""
+    if plan.joint is None:
+        return 0
+    ranks, width, adapters = _sum_of_ranks(plan, module), module.rows + module.columns, len(module.adapters)
+    factors = 4 * ranks * width
+    if not plan.lifts:
+        return factors
+    stack = 8 * (ranks * width + _core_sides(ranks, module) * ranks + ranks)
+    return factors + stack + 8 * (4 * _core_sides(ranks, module) * ranks + 6 * ranks + adapters * (adapters + 2))
+
+
+def _core_bytes(plan: Plan, module: ModulePlan) -> int:
+    """What it takes to stack factors, and to find cores, their singular vectors and what is merged of them.
+
+    Measured up to R = M = N = 1024, where the second term is as large as it gets.
+    """
+    ranks, width = _sum_of_ranks(plan, module), module.rows + module.columns
+    return 8 * (4 * ranks * width + 8 * _core_sides(ranks, module) * ranks)
+
+
+def _core_sides(ranks: int, module: ModulePlan) -> int:
+    """p + q of a core [p, q]."""
+    return min(ranks, module.rows) + min(ranks, module.columns)

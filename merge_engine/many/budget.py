@@ -6,7 +6,14 @@ from typing import NamedTuple
 import torch
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.cut import MAX_RECOMPRESSIONS, cutting_bytes, factor_bytes, matrix_bytes
+from merge_engine.engine.cut import (
+    MAX_RECOMPRESSIONS,
+    cutting_bytes,
+    factor_bytes,
+    joined_bytes,
+    joining_bytes,
+    matrix_bytes,
+)
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import RecipeError
 
@@ -36,9 +43,11 @@ def room(plans: Sequence[Plan], backend: Backend, memory: int, *, in_memory: boo
     working = backend.working_bytes(adapters)
     another = matrix + backend.working_bytes(adapters, 2) - working  # bytes of one more result at a time
     results = sum(map(result_bytes, plans)) if in_memory else 0
-    fixed = OWN + results + factors + working
+    joined = max(joined_bytes(plan, module) for plan, module in pairs)
+    joining = max(joining_bytes(plan, module) for plan, module in pairs)
+    fixed = OWN + results + factors + working + joining + 4 * joined  # read ahead, merged and waiting
     for workers in range(min(torch.get_num_threads(), MAX_RECOMPRESSIONS), 0, -1):
-        free = memory - fixed - workers * cutting - (workers + 2) * matrix
+        free = memory - fixed - workers * (cutting + joined) - (workers + 2) * matrix
         if free >= 0:
             more = min(len(plans) - 1, free // (2 * another))
             return Room(1 + more, workers, free - more * another)
