@@ -20,15 +20,6 @@ MARKED = 11  # a sample that neither training nor the demo has seen
 LAYERS = 2
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Layers this small are slower on two threads where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def base():
     return transformers.AutoModelForCausalLM.from_pretrained(BASE).eval()

@@ -1,0 +1,27 @@
+"""One thread for the demo's small layers, and the accuracy of its adapters, measured once."""
+
+from functools import cache
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_once():
+    """What each task's own adapter reaches is the same for every test."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from merge_engine.demo import run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_own_marks", cache(run._own_marks))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Layers this small are slower on two threads where the cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
