@@ -28,9 +28,10 @@ class Recipe:
     density: the share that a trim or a drop keeps: one number, one an adapter, or a table {module pattern: either},
         where a pattern matches as in PEFT's rank_pattern, ``(.*\\.)?(pattern)$``, and the first match counts.
         0.2 if None; methods that keep everything do not look at it.
-    space: "delta" merges the deltas B @ A; "factors" merges all A and all B apart, as PEFT's types without _svd do;
-        "knots" merges the deltas' coordinates U^T delta [K, N] in the common column space U of all of them, and "core"
-        U^T delta V [K, K'] in both common spaces: small matrices, and a result that is an exact adapter.
+    space: "delta" merges the deltas B @ A; "factors" merges all A and all B apart, as PEFT's types without _svd do,
+        by any elementwise method; "knots" merges the deltas' coordinates U^T delta [K, N] in the common column space U
+        of all of them, and "core" U^T delta V [K, K'] in both common spaces: small matrices, and a result that is an
+        exact adapter.
     scale: lambda, multiplies the result: a number, or "auto": for each module gain * mean norm of the deltas / norm of
         the merged delta before it is cut. gain: 1.0, only with scale="auto".
     election: sign of the sum ("total"), or of the sum of signs ("frequency").
