@@ -1,1 +1,1 @@
-"""Whose layout a file has: PEFT adapters and full models."""
+"""File formats: adapters as PEFT saves them, and full models as transformers does."""
