@@ -89,7 +89,7 @@ def _trims(
     kth = kth or _kth_by_histogram(sources, k, mine, total)
     value, quota = float(np.int32(kth.bits).view(np.float32)), kth.quota
     if math.isnan(value):
-        raise ValueError("a task tensor leaves float32; wanted smaller factors")
+        raise ValueError("a task tensor overflows float32; wanted smaller factors")
     if ties == "keep" or quota == kth.equal:
         return [Trim(value, EVERY_ROW, 0) for _ in mine]
     tied = {i: tied_rows(sources[i], value, kth.tiles) for i in mine}

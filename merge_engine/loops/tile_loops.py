@@ -88,7 +88,7 @@ def _mask_row(mask, row, left, stream, adapter, key0, key1, threshold):
 
 @compiled((flag[:, ::1], i64, i64, u64, u64, u64, u64, u64))
 def keep_mask(mask, top, left, stream, adapter, key0, key1, threshold):
-    """mask[i, j] = u32(top + i, left + j) < threshold: see `rng.keep_mask`. stream to threshold are uint64."""
+    """mask[i, j] = u32(top + i, left + j) < threshold: see `cpu.mask.keep_mask`. stream to threshold are uint64."""
     columns = mask.shape[1]
     head = min(-left % 4, columns)
     tail = (columns - head) % 4

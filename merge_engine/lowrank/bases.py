@@ -78,7 +78,7 @@ def lift_knots(stack: Stack, cores: Cores, merged: Tensor, rank: int, energy: fl
     Where rank >= K and no energy is asked for, A = P and B = U, which has orthonormal columns: all of P is kept, and
     only U is rounded, to float32. Else the best approximation of rank min(rank, K), or the smallest that keeps
     ``energy``, as `Stack.cut` makes it. K = 0 gives one column of zeros.
-    Raises ValueError for a matrix or a request that does not fit, and where the result leaves float32.
+    Raises ValueError for a matrix or a request that does not fit, and where the result overflows float32.
     """
     basis = cores.left_basis.vectors
     k = basis.shape[1]
@@ -100,7 +100,7 @@ def lift_core(stack: Stack, cores: Cores, merged: Tensor, rank: int, energy: flo
 
     The best approximation of rank min(rank, K, K'), or the smallest that keeps ``energy``, by the SVD of P, as
     `Stack.unfold` makes it. K = 0 gives one column of zeros.
-    Raises ValueError for a matrix or a request that does not fit, and where the result leaves float32.
+    Raises ValueError for a matrix or a request that does not fit, and where the result overflows float32.
     """
     left, right = cores.left_basis.vectors, cores.right_basis.vectors
     least = min(left.shape[1], right.shape[1])

@@ -66,7 +66,15 @@ def test_page_is_self_contained_and_tells_the_figures(three):
     assert CAVEAT in page.text and 'name="viewport"' in text and "@media print" in text
 
 
-def test_page_escapes_names():
+@pytest.fixture
+def rough(monkeypatch):
+    """Plots of few pixels, where only the page around them is looked at."""
+    from merge_engine.compare import plots
+
+    monkeypatch.setattr(plots, "DPI", 32)
+
+
+def test_page_escapes_names(rough):
     nasty = [
         "<script>alert(1)</script>",
         'a"b&c',
@@ -88,7 +96,7 @@ def test_page_escapes_names():
 
 
 @pytest.mark.parametrize(("count", "modules"), [(2, 1), (100, 30)])
-def test_page_of_any_size(count, modules):
+def test_page_of_any_size(rough, count, modules):
     names = [f"model.layers.{i // 15}.block.{i % 15}_proj" for i in range(modules)]
     page = Page(render(invented(count, names)))
     assert len(page.images) == 7

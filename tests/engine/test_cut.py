@@ -1,4 +1,4 @@
-"""The cut to a rank: how much it keeps, and where numbers leave float32."""
+"""The cut to a rank: how much it keeps, and where numbers overflow float32."""
 
 import pytest
 import torch
@@ -50,5 +50,5 @@ def test_factors_whose_product_leaves_float32(tmp_path):
         merge_engine.Session([tmp_path / "a"])
     factors = torch.full((2, 9), 3e38), torch.full((8, 2), 1e-3)
     save_factors(tmp_path / "b", {"q": factors}, lora_alpha=1)
-    with pytest.raises(RecipeError, match=r"^q: its merge leaves float32; wanted smaller weights"):
+    with pytest.raises(RecipeError, match=r"^q: its merge overflows float32; wanted smaller weights"):
         merge_engine.merge([tmp_path / "b"] * 2, tmp_path / "out", method="linear", space="factors", weights=[4, 4])

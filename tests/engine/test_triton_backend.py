@@ -133,7 +133,7 @@ def test_both_backends_merge_factors_alike(uneven, method):
 
 
 def test_the_bundled_adapters_through_the_kernels(tmp_path):
-    paths = list(adapter_paths().values())
+    paths = list(adapter_paths().values())[:3]
     recipe = {"method": "ties", "density": 0.2, "rank": 16}
     merge_engine.merge(paths, tmp_path / "out", backend="triton", **recipe)
     assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["backend"] == "triton"

@@ -36,11 +36,11 @@ def peaks(*arguments):
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path):
-    """50 adapters of a 2048 x 2048 module, whose deltas would be 840 MB: less than the factors, and 95 MB."""
+    """50 adapters of a 1024 x 2048 module, whose deltas would be 420 MB: less than the factors, and 95 MB."""
     small = [save_adapter(tmp_path / "small", 0, {"q": (512, 512)})] * 2
-    large = [save_adapter(tmp_path / str(seed), seed, {"q": (2048, 2048)}, rank=16) for seed in range(50)]
+    large = [save_adapter(tmp_path / str(seed), seed, {"q": (1024, 2048)}, rank=16) for seed in range(50)]
     before, after = peaks(small, large, [{"method": "ties", "density": 0.2, "rank": 16}], None)
-    factors = 50 * 16 * (2048 + 2048) * 4
+    factors = 50 * 16 * (1024 + 2048) * 4
     assert after - before < factors + 95e6
 
 

@@ -38,8 +38,9 @@ def test_no_room_to_spare_and_many_passes_change_no_bit(folders, singly, monkeyp
         assert identical(got, want), recipe
 
 
-def test_through_the_kernels_too(alike):
+def test_through_the_kernels_too(tmp_path):
     pytest.importorskip("triton")
+    alike = [save_adapter(tmp_path / name, seed, {"q": (23, 37)}) for seed, name in enumerate("abc")]
     swapped = {"method": "ties", "density": 0.3, "adapters": ["c", "a"]}
     grid = [GRID[0], {**GRID[0], "scale": 0.3}, swapped, {"method": "linear", "weights": W[0]}, FACTORS[1]]
     grid += FACTORS[6:8]  # drops: random, and so without a search for thresholds

@@ -173,7 +173,7 @@ def test_a_rank_above_the_smaller_side_is_filled_up_with_zeros(kind):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("combination", SVD_TYPES)
 def test_half_precision_keeps_its_dtype(dtype, combination):
-    """Merged in float32 and rounded once; stock rounds the deltas and leaves float32 factors."""
+    """Merged in float32 and rounded once; stock rounds the deltas and overflows float32 factors."""
     spec = Spec(dtype=dtype, call={"combination_type": combination, "svd_rank": 5, "density": 0.6})
     model = build(spec)
     add_weighted_adapter(model, spec.names, spec.weights, "ours", **spec.call, seed=1)
