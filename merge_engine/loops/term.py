@@ -3,9 +3,9 @@
 import numpy as np
 
 # b, a: addresses of B [rows, rank] and A [rank, columns], rank being a multiple of 8; where it is 0, b is that of a
-# tile's values. A trim keeps |t| > below before (row, column) of the tensor and |t| > above from there
-# on. Where drops is 1, a drop keeps what `cpu.mask.keep_mask` says, and then divides and multiplies it. ballot: the weight
-# of the adapter's vote; share: what it adds to the divisor where it agrees.
+# tile's values. A trim keeps |t| > below before (row, column) of the tensor and |t| > above from there on. Where drops
+# is 1, a drop keeps what `cpu.mask.keep_mask` says, and then divides and multiplies it. ballot: the weight of the
+# adapter's vote; share: what it adds to the divisor where it agrees.
 TERM = np.dtype(
     [
         *((name, np.int64) for name in ("b", "a", "rank", "columns")),

@@ -34,7 +34,7 @@ def multislerp(gram: Tensor, weights: Sequence[float]) -> list[float]:
 
 
 def karcher(gram: Tensor, weights: Sequence[float]) -> list[float]:
-    """(sum_t |w_t| |tau_t|) / (sum_t |w_t|) * m, m the point of the unit sphere with the least sum_t |w_t| angle(m, +-tau_t)^2.
+    """(sum_t |w_t| |tau_t|) / (sum_t |w_t|) * m, m on the unit sphere with the least sum_t |w_t| angle(m, +-tau_t)^2.
 
     The sign is that of w_t. Ten steps at most, of 1e-5 at least, from the weighted mean of the directions, or the
     first of them where that is 0. Only ratios of weights matter; mergekit has none. Zero adapters do not count.
