@@ -44,11 +44,13 @@ class Backend(Protocol):
     Both backends give the results of `rules.reference`, and random drops the same masks; in the last bits they differ,
     since their products are summed in another order.
     merges_several: whether plans over the same adapters are best merged module by module, all at once.
+    cuts_groups: whether the results of a group are best cut to a rank all at once, by `cut_group`.
     """
 
     name: str
     device: torch.device
     merges_several: bool
+    cuts_groups: bool
 
     @property
     def identity(self) -> str:

@@ -28,6 +28,7 @@ class TorchBackend:
     name = "torch"
     device = torch.device("cpu")
     merges_several = True
+    cuts_groups = False
 
     @property
     def identity(self) -> str:

@@ -14,9 +14,9 @@ from merge_engine.engine.prepare import Work
 from merge_engine.errors import RecipeError, about
 from merge_engine.lowrank.balance import auto_scale
 from merge_engine.lowrank.core import LowRank, product_norm
-from merge_engine.lowrank.cores import Cores
+from merge_engine.lowrank.cores import Cores, Stacked
 from merge_engine.lowrank.krylov import first_space, from_matrix
-from merge_engine.lowrank.spectral import CORE_METHODS
+from merge_engine.lowrank.spectral import CORE_METHODS, MergedCore
 from merge_engine.lowrank.stack import Stack, from_products
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import Recipe
@@ -69,18 +69,13 @@ def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Fi
 def cut(plan: Plan, backend: Backend, work: Work, known: Decompositions | None = None) -> Finished:
     """One module's result before `scaled`: what merges that differ in their scale have in common.
 
-    Raises RecipeError, naming the module, where numbers leave float32.
+    Raises RecipeError, naming the module, where numbers overflow float32.
     """
     with about(work.module.name):
-        (A, B, energy), figures, core = _factors(plan, backend, work, known or Decompositions())
-        if core is not None and energy < LOW:
-            figures[ENOUGH_RANK] = _rank_that_keeps(ENOUGH, core())
-        norms = work.norms() if plan.recipe.scale == "auto" else ()
-        lost = 0.0 if plan.by_factors else rounding_of(work.module, norms)
-        return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures, lost)
+        return finished(plan, work, _factors(plan, backend, work, known or Decompositions()))
 
 
-class _Cut(NamedTuple):
+class CutFactors(NamedTuple):
     """What a module was cut to, and its figures. core: makes the small matrix that has all its singular values, if
     there is one."""
 
@@ -89,41 +84,61 @@ class _Cut(NamedTuple):
     core: Callable[[], Tensor] | None = None
 
 
-def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) -> _Cut:
+def finished(plan: Plan, work: Work, found: CutFactors) -> Finished:
+    """A module that was cut to some factors, on the CPU, with what else there is to say of it."""
+    (A, B, energy), figures, core = found
+    if core is not None and energy < LOW:
+        figures[ENOUGH_RANK] = _rank_that_keeps(ENOUGH, core())
+    norms = work.norms() if plan.recipe.scale == "auto" else ()
+    lost = 0.0 if plan.by_factors else rounding_of(work.module, norms)
+    return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures, lost)
+
+
+def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) -> CutFactors:
     """Lifted from common spaces, stacked, made from a merged core, cut by QR, or cut by subspace iteration."""
     recipe, module, scalings = plan.recipe, work.module, work.module.scalings
     space = None if work.joined is None else work.joined.space
     if space is not None:
         small = work.merged["delta"].cpu()
-        return _Cut(space.lift(small, module.rank, recipe.energy), {SMALLEST_ROW: space.nearness}, lambda: small)
+        return CutFactors(space.lift(small, module.rank, recipe.energy), {SMALLEST_ROW: space.nearness}, lambda: small)
     As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
-    strengths = [w * s for w, s in zip(module.weights, scalings, strict=True)]
+    strengths = strengths_of(module)
     if plan.stacks:
         stacked = torch.cat([A * x for A, x in zip(As, strengths, strict=True)])
-        return _Cut(LowRank(stacked, torch.cat(Bs, dim=1), 1.0), {})
+        return CutFactors(LowRank(stacked, torch.cat(Bs, dim=1), 1.0), {})
     if plan.on_cores:
         stack = known.stack(As, Bs)
-        method = CORE_METHODS[recipe.method]
-        options = {name: getattr(recipe, name) for name in METHODS[recipe.method].options}
-        merged = method(known.cores(stack, scalings), module.weights, **options)
-        figures: dict[str, float] = {NUMERICAL_RANK: merged.rank}
-        if merged.smallest is not None:
-            figures[SMALLEST] = merged.smallest
+        merged, figures = merge_cores(recipe, module, known.cores(stack, scalings))
         factors = stack.unfold(merged.core, module.rank, recipe.energy, merged.noise)
-        return _Cut(factors, figures, lambda: merged.core)
+        return CutFactors(factors, figures, lambda: merged.core)
     if "delta" in work.merged:
-        start = _start(As, module.rank)
-        return _Cut(from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {})
+        start = start_rows(As, module.rank)
+        return CutFactors(from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {})
     if plan.by_factors:
         stack = known.stack(As, Bs)
-        return _Cut(stack.cut(strengths, module.rank, recipe.energy), {}, lambda: _summed(stack, strengths))
+        return CutFactors(stack.cut(strengths, module.rank, recipe.energy), {}, lambda: summed_core(stack, strengths))
     A, B = work.merged["A"], work.merged["B"]
     if recipe.energy is None and module.rank >= len(A):
-        return _Cut(LowRank(A, B, 1.0), {})
-    return _Cut(from_products([A], [B], [1.0], module.rank, recipe.energy), {})
+        return CutFactors(LowRank(A, B, 1.0), {})
+    return CutFactors(from_products([A], [B], [1.0], module.rank, recipe.energy), {})
 
 
-def _summed(stack: Stack, strengths: Sequence[float]) -> Tensor:
+def strengths_of(module: ModulePlan) -> list[float]:
+    """w_t s_t, what B_t A_t counts in a sum."""
+    return [w * s for w, s in zip(module.weights, module.scalings, strict=True)]
+
+
+def merge_cores(recipe: Recipe, module: ModulePlan, cores: Cores) -> tuple[MergedCore, dict[str, float]]:
+    """The merged core of a module by the recipe's method, and its figures."""
+    options = {name: getattr(recipe, name) for name in METHODS[recipe.method].options}
+    merged = CORE_METHODS[recipe.method](cores, module.weights, **options)
+    figures: dict[str, float] = {NUMERICAL_RANK: merged.rank}
+    if merged.smallest is not None:
+        figures[SMALLEST] = merged.smallest
+    return merged, figures
+
+
+def summed_core(stack: Stacked, strengths: Sequence[float]) -> Tensor:
     """The core of sum_i strengths_i B_i A_i."""
     left, right = stack.triangles
     columns = torch.tensor(strengths, dtype=torch.float64).repeat_interleave(torch.tensor(stack.ranks))
@@ -141,11 +156,11 @@ def _rank_that_keeps(share: float, core: Tensor) -> int:
 def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     """scale * B @ A: B times scale, rounded to float32; see `scale_of`.
 
-    Raises RecipeError, naming the module, where a factor leaves float32.
+    Raises RecipeError, naming the module, where a factor overflows float32.
     """
     A, B, energy = result.factors
     if not (finite(A) and finite(B)):
-        raise RecipeError(f"{name}: its merge leaves float32; wanted smaller weights")
+        raise RecipeError(f"{name}: its merge overflows float32; wanted smaller weights")
     squared_norm = result.squared_norm / energy if energy > 0 else 0.0
     scale = scale_of(recipe, result.norms, squared_norm, result.rounding)
     if recipe.scale == "auto":
@@ -174,10 +189,15 @@ def rounding_of(module: ModulePlan, norms: Sequence[float]) -> float:
     return 2.0**-20 * sum(abs(w) * norm for w, norm in zip(module.weights, norms, strict=bool(norms)))
 
 
-def _start(As: Sequence[Tensor], rank: int) -> Tensor:
+def widest_start(rank: int) -> int:
+    """Rows that the iteration for so many vectors starts from, at most."""
+    return max(2 * rank, WIDEST_START)
+
+
+def start_rows(As: Sequence[Tensor], rank: int) -> Tensor:
     """Rows that a merged delta is near to being made of: the stacked A [sum r_i, N], or so many random sums of them
     that the iteration starts twice as wide as it has to."""
-    rows, widest = sum(map(len, As)), max(2 * rank, WIDEST_START)
+    rows, widest = sum(map(len, As)), widest_start(rank)
     if rows <= widest:
         return torch.cat(list(As))
     generator = torch.Generator().manual_seed(0)

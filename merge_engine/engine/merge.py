@@ -12,14 +12,14 @@ import torch
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose import choose
-from merge_engine.engine.cut import MAX_RECOMPRESSIONS, Finished, recompress
+from merge_engine.engine.cut import MAX_RECOMPRESSIONS, Finished, scaled
+from merge_engine.engine.cut_group import cut_modules
 from merge_engine.engine.output import Merged, output_of
-from merge_engine.engine.plan import Plan, make_plan
-from merge_engine.engine.prepare import merge_groups, prepare, work_of
+from merge_engine.engine.plan import ModulePlan, Plan, make_plan
+from merge_engine.engine.prepare import prepare, work_of
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
 from merge_engine.rules.recipe import Recipe
-from merge_engine.runtime.threads import ahead
 
 
 def merge(
@@ -72,8 +72,10 @@ def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -
     with tqdm(total=work_of(plan), unit="element", unit_scale=True, disable=shown) as bar:
         ready = prepare(plan, backend, bar.update)
         workers = min(torch.get_num_threads(), MAX_RECOMPRESSIONS)
-        for module, result in ahead(
-            lambda work: recompress(plan, backend, work), merge_groups(plan, backend, ready), workers
-        ):
+
+        def finish(module: ModulePlan, result: Finished) -> Finished:
+            return scaled(result, plan.recipe, module.name)
+
+        for module, result in cut_modules(plan, backend, ready, workers, finish):
             bar.update(module.cost)
             yield module.name, result

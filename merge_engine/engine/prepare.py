@@ -77,10 +77,16 @@ def prepare(plan: Plan, backend: Backend, done: Callable[[int], object]) -> Prep
 
 def merge_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[Work]:
     """Every module with its factors, and its merged task tensors where the factors alone do not do."""
+    for works in merged_groups(plan, backend, ready):
+        yield from works
+
+
+def merged_groups(plan: Plan, backend: Backend, ready: Preparation) -> Iterator[list[Work]]:
+    """The same, by the groups that are merged at once."""
     for loaded in ahead(lambda group: load_group(plan, backend, group), backend.groups(plan)):
         with about(names_of(loaded.group)):
             works = merge_loaded(plan, backend, loaded, ready)
-        yield from works
+        yield works
 
 
 def merge_loaded(plan: Plan, backend: Backend, loaded: Loaded, ready: Preparation) -> list[Work]:

@@ -41,6 +41,7 @@ class TritonBackend:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.cuts_groups = device.type != "cpu"  # on a GPU, small operators cost more than their arithmetic
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property

@@ -3,13 +3,12 @@
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from merge_engine.lowrank.core import product_norm, rounding
-from merge_engine.lowrank.stack import Stack
 from merge_engine.runtime.finite import finite
 
 T = TypeVar("T")
@@ -17,6 +16,25 @@ T = TypeVar("T")
 # it by up to 2 * 2**-24 |B| |A|, and |B| |A| is a few times |B A|, hence a factor of 8 over that: a weaker direction
 # may be nothing but rounding. The singular vectors that are kept are right to about 2**-32 in float64.
 TOLERANCE = 2.0**-20
+
+
+class Stacked(Protocol):
+    """What cores are made of: a `Stack`, or one module of `batched_stack.Stacks`."""
+
+    @property
+    def ranks(self) -> list[int]:
+        """r_t of each adapter."""
+        ...
+
+    @property
+    def triangles(self) -> tuple[Tensor, Tensor]:
+        """R_B [p, R] and R_A [q, R], see `Stack.triangles`; any matrices with B = Q_B R_B and A^T = Q_A R_A do."""
+        ...
+
+    @property
+    def sizes(self) -> Tensor:
+        """|B[:, j]| |A[j]| of each stacked column and row [R]."""
+        ...
 
 
 class Thin(NamedTuple):
@@ -63,7 +81,7 @@ class Cores:
     their vectors are never used. Raises ValueError for scalings that do not fit or are not finite.
     """
 
-    def __init__(self, stack: Stack, scalings: Sequence[float], tolerance: float = TOLERANCE) -> None:
+    def __init__(self, stack: Stacked, scalings: Sequence[float], tolerance: float = TOLERANCE) -> None:
         if len(scalings) != len(stack.ranks):
             raise ValueError(f"got {len(scalings)} scalings, wanted {len(stack.ranks)}")
         self.ranks, self.tolerance = list(stack.ranks), tolerance

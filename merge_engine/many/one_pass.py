@@ -14,8 +14,9 @@ from torch import Tensor
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import Finished, cut, scaled
+from merge_engine.engine.cut_group import cut_modules
 from merge_engine.engine.plan import ModulePlan, Plan
-from merge_engine.engine.prepare import Loaded, Preparation, Work, load_group, merge_groups
+from merge_engine.engine.prepare import Loaded, Preparation, Work, load_group
 from merge_engine.errors import about
 from merge_engine.lowrank.core import LowRank
 from merge_engine.many.budget import Room
@@ -83,15 +84,11 @@ def _plan_by_plan(
     for numbers in equal.values():
         plan = plans[numbers[0]]
         try:
-            works = merge_groups(plan, backend, pool.prepared(plan, backend))
-            for module, result in ahead(partial(_cut, plan, backend), works, room.workers):
+            ready = pool.prepared(plan, backend)
+            for module, result in cut_modules(plan, backend, ready, room.workers, lambda _, result: result):
                 yield numbers, module, result
         except Exception as error:
             yield numbers, plan.modules[0], error
-
-
-def _cut(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
-    return work.module, cut(plan, backend, work)
 
 
 def _module_by_module(
