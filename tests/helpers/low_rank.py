@@ -44,6 +44,30 @@ def with_spectrum(m: int, n: int, spectrum: Tensor, seed: int = 0) -> Tensor:
     return ((u * spectrum.double()) @ v.T).float()
 
 
+# Spectra of matrices with so many columns, and rows for an iteration to start from: most are of no use to it.
+SIDE = 200
+SPECTRA = {
+    "flat": torch.ones(SIDE),
+    "power": 1 / torch.arange(1.0, SIDE + 1),
+    "linear": 1 - torch.arange(SIDE) / SIDE,
+    "geometric": torch.logspace(0, -4, SIDE),
+    "rank 1": torch.ones(1),
+    "rank 7": torch.logspace(0, -2, 7),
+    "rank 12, repeated": torch.ones(12),
+    "12 repeated above a plateau": torch.cat([torch.ones(12), torch.full((SIDE - 12,), 0.9)]),
+    "3 repeated at the cut": torch.cat([torch.ones(11), torch.full((3,), 0.5), torch.full((SIDE - 14,), 0.1)]),
+    "noise of a thousandth": torch.cat([torch.logspace(0, -1, 12), torch.full((SIDE - 12,), 1e-4)]),
+    "the last one tiny": torch.cat([torch.ones(11), torch.full((1,), 1e-2), torch.full((SIDE - 12,), 1e-3)]),
+}
+STARTS = {
+    "none": torch.empty(0, SIDE),
+    "zero": torch.zeros(16, SIDE),
+    "one row many times": torch.ones(48, SIDE),
+    "random": torch.randn(24, SIDE, generator=generator(8)),
+    "whole space and more": torch.randn(2 * SIDE, SIDE, generator=generator(9)),
+}
+
+
 @functools.cache
 def ties_delta(m: int, n: int, seed: int = 0, density: float = 0.2) -> tuple[Tensor, Tensor]:
     """Three deltas of rank 16 with half their factors shared, trimmed, elected and averaged; and their stacked A."""

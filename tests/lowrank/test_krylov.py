@@ -8,6 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from low_rank import (
+    SIDE,
+    SPECTRA,
+    STARTS,
     U32,
     check_energy,
     check_form,
@@ -65,34 +68,11 @@ def test_ties_delta_needs_few_passes(monkeypatch):
     assert widths[0] == 48 + 8 and set(widths[1:]) == {16} and len(widths) <= 8
 
 
-N = 200
-SPECTRA = {
-    "flat": torch.ones(N),
-    "power": 1 / torch.arange(1.0, N + 1),
-    "linear": 1 - torch.arange(N) / N,
-    "geometric": torch.logspace(0, -4, N),
-    "rank 1": torch.ones(1),
-    "rank 7": torch.logspace(0, -2, 7),
-    "rank 12, repeated": torch.ones(12),
-    "12 repeated above a plateau": torch.cat([torch.ones(12), torch.full((N - 12,), 0.9)]),
-    "3 repeated at the cut": torch.cat([torch.ones(11), torch.full((3,), 0.5), torch.full((N - 14,), 0.1)]),
-    "noise of a thousandth": torch.cat([torch.logspace(0, -1, 12), torch.full((N - 12,), 1e-4)]),
-    "the last one tiny": torch.cat([torch.ones(11), torch.full((1,), 1e-2), torch.full((N - 12,), 1e-3)]),
-}
-STARTS = {
-    "none": torch.empty(0, N),
-    "zero": torch.zeros(16, N),
-    "one row many times": torch.ones(48, N),
-    "random": torch.randn(24, N, generator=generator(8)),
-    "whole space and more": torch.randn(2 * N, N, generator=generator(9)),
-}
-
-
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("rank", [1, 12])
 def test_hard_spectra_and_useless_starts(spectrum, start, rank):
-    check_against_svd(with_spectrum(260, N, SPECTRA[spectrum]), STARTS[start], rank)
+    check_against_svd(with_spectrum(260, SIDE, SPECTRA[spectrum]), STARTS[start], rank)
 
 
 def test_a_repeated_value_of_more_vectors_than_the_start_has_rows():
@@ -101,7 +81,7 @@ def test_a_repeated_value_of_more_vectors_than_the_start_has_rows():
 
 
 def test_a_start_without_the_leading_vectors():
-    matrix = with_spectrum(260, N, SPECTRA["geometric"])
+    matrix = with_spectrum(260, SIDE, SPECTRA["geometric"])
     vh = torch.linalg.svd(matrix, full_matrices=False).Vh
     check_against_svd(matrix, vh[-48:], 12)
 
@@ -175,7 +155,9 @@ def test_the_result_is_a_function_of_the_input(rank):
 @pytest.mark.parametrize("energy", [0.3, 0.6, 0.75, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("kind", ["ties", "power", "rank 7", "flat"])
 def test_energy_chooses_the_rank_of_a_matrix(kind, energy):
-    matrix, start = ties_delta(420, 300) if kind == "ties" else (with_spectrum(260, N, SPECTRA[kind]), STARTS["random"])
+    matrix, start = (
+        ties_delta(420, 300) if kind == "ties" else (with_spectrum(260, SIDE, SPECTRA[kind]), STARTS["random"])
+    )
     n = min(matrix.shape)
     squares = squares_of(matrix)
     kept = squares.cumsum(0) / squares.sum()
@@ -205,12 +187,12 @@ def test_energy_is_found_by_growing_blocks(monkeypatch):
 
 
 def test_steps_that_do_not_suffice_are_reported(monkeypatch, caplog):
-    matrix = with_spectrum(260, N, SPECTRA["linear"])
+    matrix = with_spectrum(260, SIDE, SPECTRA["linear"])
     with caplog.at_level(logging.WARNING):
         from_matrix(matrix, STARTS["random"], 2)
         assert not caplog.records
         monkeypatch.setattr(lowrank_krylov, "_MAX_STEPS", 3)
-        check_form(from_matrix(matrix, STARTS["random"], 2), 260, N, 2)
+        check_form(from_matrix(matrix, STARTS["random"], 2), 260, SIDE, 2)
     (record,) = caplog.records
     assert "after 3 steps" in record.getMessage() and "[260, 200]" in record.getMessage()
 
@@ -260,7 +242,7 @@ def test_the_first_space(rows, shape, k):
 
 @pytest.mark.parametrize("start", STARTS)
 def test_the_first_space_of_a_useless_start(start):
-    space = first_space(STARTS[start].double(), (260, N), 12)
+    space = first_space(STARTS[start].double(), (260, SIDE), 12)
     assert torch.allclose(space @ space.T, torch.eye(len(space), dtype=torch.float64), rtol=0, atol=1e-13)
 
 
@@ -290,7 +272,7 @@ def test_a_space_that_is_known_changes_no_bit(rank, energy):
 def test_hard_spectra_on_one_thread(spectrum, start, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(door, "loops", lambda: None)
-    matrix = with_spectrum(260, N, SPECTRA[spectrum])
+    matrix = with_spectrum(260, SIDE, SPECTRA[spectrum])
     with threads(1):
         for each in (matrix, matrix.T.contiguous().T):
             check_against_svd(each, STARTS[start], 12)
