@@ -9,6 +9,7 @@ from merge_engine.engine.choose import VARIABLE
 from merge_engine.formats.open import open_adapter
 
 
+@pytest.mark.quick
 def test_info_shows_what_an_adapter_is(three, capsys):
     code, out, err = run_cli(capsys, "info", three[0])
     assert (code, err) == (0, "")

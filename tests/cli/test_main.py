@@ -24,6 +24,7 @@ def test_a_warning_is_one_line(three, tmp_path, capsys):
     assert err.startswith("merge-engine: warning: odd was trained on other, sql on base: ") and err.count("\n") == 1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("command", [[], ["merge"], ["info"], ["demo"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -13,6 +13,7 @@ from merge_engine.cli.main import main
 from merge_engine.errors import OutputError
 
 
+@pytest.mark.quick
 def test_merge_command_equals_the_api(three, tmp_path, capsys):
     options = ["--method", "ties", "--density", "0.3", "--weights", "2", "1", "-0.5", "--rank", "3", "--scale", "0.5"]
     code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "one", *options)

@@ -38,6 +38,7 @@ def test_recipe_file_and_options_over_it(three, tmp_path, capsys):
     assert_same(tmp_path / "two", tmp_path / "linear")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -70,6 +71,7 @@ def test_recipe_file_mistakes(tmp_path, capsys, text, message):
         raise AssertionError(err)
 
 
+@pytest.mark.quick
 def test_the_commands_choices_are_the_tables():
     assert CHOICES["method"] == tuple(METHODS)
     assert CHOICES["convention"] == tuple(CONVENTIONS)

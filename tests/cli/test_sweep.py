@@ -62,6 +62,7 @@ def test_a_recipe_file_with_merges(three, tmp_path, capsys):
     assert_same(tmp_path / "out" / "all", three, method="linear", density=0.3, seed=3)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -10,6 +10,7 @@ import merge_engine
 from merge_engine.compare.figures import CAVEAT, SHOWN, figure, upper
 
 
+@pytest.mark.quick
 def test_table_has_the_most_conflicting_first(three):
     result = merge_engine.interference(three, density=0.2)
     assert [name for name, _ in result.ranked()] == [Q, HEAD, V]

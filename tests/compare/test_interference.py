@@ -189,6 +189,7 @@ def test_counts_and_exact_products_of_whole_numbers(comparison, tile):
         assert same(result.overall.overlap[i, j], defined(both, either))
 
 
+@pytest.mark.quick
 def test_counts_over_several_real_tiles(tmp_path):
     factors = [whole(seed, rank, 301, 907) for seed, rank in enumerate([2, 3, 5])]
     folders = [save_lora(tmp_path / str(i), {Q: pair}) for i, pair in enumerate(factors)]
@@ -215,6 +216,7 @@ def test_density_by_module_and_scaling(tmp_path):
         assert result.modules[module].cosine[0, 1] == pytest.approx(wanted, rel=1e-10)
 
 
+@pytest.mark.quick
 def test_the_same_adapter_twice(tmp_path):
     one = save_lora(tmp_path / "one", {Q: normal(0, 8, 40, 30)})
     result = merge_engine.interference([one, one], density=0.3)

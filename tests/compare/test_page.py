@@ -104,6 +104,7 @@ def test_page_of_any_size(rough, count, modules):
     assert rows == count + min(count * (count - 1) // 2, 20) + modules
 
 
+@pytest.mark.quick
 def test_page_without_layers_or_pairs(tmp_path):
     folders = [save_lora(tmp_path / n, {n: normal(0, 2, 8, 9)}) for n in ("a", "b")]
     page = Page(render(merge_engine.interference(folders)))

@@ -5,6 +5,7 @@ import math
 import pytest
 
 
+@pytest.mark.quick
 def test_modules_by_kind_and_layer():
     pytest.importorskip("matplotlib")
     from merge_engine.compare.plots import by_layer, lines_by_kind

@@ -35,6 +35,7 @@ def relative(rows):
     return {row.name: row for row in rows if row.kind == "relative"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("task", "x", "y"),
     [
@@ -54,6 +55,7 @@ def letters(text):
     return torch.tensor([ord(letter) - ord("a") for letter in text])
 
 
+@pytest.mark.quick
 def test_a_sequence_is_task_letters_separator_answer():
     tokens = draw("rotate", 5, torch.Generator().manual_seed(0))
     assert tokens.shape == (5, 2 + 2 * LENGTH)
@@ -78,6 +80,7 @@ def test_accuracy_depends_on_the_seed_only(base):
     assert accuracy(base, "swap", seed=MARKED) == first != accuracy(base, "swap", seed=MARKED + 1)
 
 
+@pytest.mark.quick
 def test_bundle_is_small_and_names_no_place():
     files = [path for path in DATA.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 1_500_000

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 HAS_GPU = torch.cuda.is_available()
 
 
+@pytest.mark.quick
 def test_auto_takes_triton_on_a_gpu_only(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     assert choose().name == choose("auto").name == ("triton" if HAS_GPU else "torch")
@@ -55,6 +56,7 @@ def test_without_triton(monkeypatch):
         choose("triton")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("gpus", "current", "local", "want"),
     [

@@ -41,6 +41,7 @@ def test_what_leaves_float32_is_one_error_that_names_the_module(folders, tmp_pat
     assert isinstance(failed.error, RecipeError) and "down_proj" in str(failed.error)
 
 
+@pytest.mark.quick
 def test_factors_whose_product_leaves_float32(tmp_path):
     save_factors(tmp_path / "a", {"q": (torch.full((2, 9), 1e30), torch.tensor([[1e30, -1e30]] * 8))})
     for method, density in (("ties", 0.2), ("ties", 1), ("magnitude_prune", 0.5)):

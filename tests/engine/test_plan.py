@@ -20,6 +20,7 @@ def test_no_adapters(tmp_path):
         merge_engine.merge([], tmp_path / "out")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("change", "recipe", "message"),
     [
@@ -47,6 +48,7 @@ def test_one_adapter_is_no_list_of_letters(three, tmp_path):
         merge_engine.Session(str(three[0]))
 
 
+@pytest.mark.quick
 def test_8_bit_adapters_are_written_as_what_holds_them(tmp_path):
     eight, full = torch.float8_e4m3fn, torch.float32
     folders = []

@@ -108,6 +108,7 @@ def test_weights_by_module(uneven, scope, backend):
             assert torch.equal(got[name].A, want[name].A) and torch.equal(got[name].B, want[name].B), name
 
 
+@pytest.mark.quick
 def test_one_launch_takes_modules_that_are_packed_alike(tmp_path):
     """What a slab holds of a module, and how many elements of rank and of which dtype, no other module may decide."""
     kinds = {

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from toy_models import WEIGHTS, bytes_of, weights_of
@@ -10,6 +11,7 @@ from toy_vocabularies import entry, numbered, report_of, rewrite, save_toy, unio
 import merge_engine
 
 
+@pytest.mark.quick
 def test_shards_and_what_lies_beside_them(base, three, tmp_path):
     merge_engine.merge_into(base, three, tmp_path / "one", weights=WEIGHTS)
     merge_engine.merge_into(base, three, tmp_path / "many", weights=WEIGHTS, shard_size=900)

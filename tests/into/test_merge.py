@@ -55,6 +55,7 @@ def textbook(folders, base, recipe, scale, density=0.4, seed=0):
     }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"])
 @pytest.mark.parametrize("convention", ["peft", "paper", "mergekit"])
 def test_every_tensor_is_base_plus_the_textbook_rounded_once(base, three, tmp_path, method, convention):
@@ -154,6 +155,7 @@ def test_other_forms_of_the_base(base, three, tmp_path, form):
     assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in want)
 
 
+@pytest.mark.quick
 def test_mistakes_are_one_line_each(base, three, tmp_path, capsys):
     odd = save_adapter(tmp_path / "odd", 5, modules=["layers.0.q_proj"], shapes={"layers.0.q_proj": (12, 20)})
     wide = save_adapter(tmp_path / "wide", 5, modules=["lm_head"], shapes={"lm_head": (21, 12)})

@@ -70,6 +70,7 @@ def test_models_equal_the_textbook(base, three, tmp_path, method, convention, sc
             assert torch.equal(got[key], tensor)
 
 
+@pytest.mark.quick
 def test_the_papers_ties_over_the_whole_model(tmp_path):
     """Global threshold, majority sign for tied votes, disjoint mean: on one flat vector a model, as in their code."""
     base = save_model(tmp_path / "base", 0, dtype=torch.float32)

@@ -34,6 +34,7 @@ def interrupt(monkeypatch, after):
     monkeypatch.setattr(into_write, "_write", dying)
 
 
+@pytest.mark.quick
 def test_an_interrupted_run_goes_on_where_it_stopped(base, three, tmp_path, monkeypatch):
     recipe = {"method": "ties", "scope": "model", "density": 0.4, "shard_size": 900}
     merge_engine.merge_into(base, three, tmp_path / "want", **recipe)

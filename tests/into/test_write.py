@@ -133,6 +133,7 @@ def test_no_rank_writes_more_than_its_due(tmp_path, dtype, world):
     assert max(written) <= sum(written) / world + largest + 4 * 16 * 16 + 4 * len(shapes)
 
 
+@pytest.mark.quick
 def test_what_is_merged_costs_its_writing_too(base, three):
     """Elements of every task tensor, and a quarter of the bytes of each tensor; and one, so that nothing is free."""
     recipe = Recipe.from_mapping({"method": "ties", "dtype": "float32"})

@@ -3,9 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
 
+import pytest
+
 from merge_engine.many.cache import Cache
 
 
+@pytest.mark.quick
 def test_the_cache_keeps_what_the_last_two_merges_used():
     cache = Cache(0)
     cache.begin(10)

@@ -25,6 +25,7 @@ def test_each_result_has_the_bits_of_a_merge_alone(folders, singly):
         assert identical(got, want), recipe
 
 
+@pytest.mark.quick
 def test_factors_have_the_bits_of_a_merge_alone(alike):
     for recipe, got in zip(FACTORS, merge_many(alike, FACTORS, backend="torch"), strict=True):
         assert identical(got, alone(alike, recipe, backend="torch")), recipe
@@ -140,6 +141,7 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_what_is_wrong_is_told_before_anything_is_written(alike, tmp_path, changes, message):
     (tmp_path / "out" / "taken").mkdir(parents=True)

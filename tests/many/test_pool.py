@@ -88,6 +88,7 @@ def test_adapters_are_checked_when_a_session_opens(alike, tmp_path):
         Session([*alike, bad])
 
 
+@pytest.mark.quick
 def test_equal_extras_are_compared_once(alike, tmp_path, monkeypatch):
     """Layers that adapters save whole are copied; no merge of a session compares them again."""
     own = []

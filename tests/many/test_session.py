@@ -19,6 +19,7 @@ from merge_engine.many.merge_many import merge_many
 from merge_engine.many.session import Session
 
 
+@pytest.mark.quick
 def test_results_own_their_memory(alike):
     """What a caller does to one result shows in no other, nor in what a session merges later."""
     recipes = [{"method": "linear"}, {"method": "linear"}, {"method": "linear", "scale": 2.0}]

@@ -28,6 +28,7 @@ def bad(change, message):
     return pytest.param(change, message, id=message[:50])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

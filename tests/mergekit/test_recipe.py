@@ -36,6 +36,7 @@ from merge_engine.mergekit.recipe import bind, depths, merge_recipe
 from merge_engine.rules.recipe import Recipe
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_gives_mergekits_numbers(here, tmp_path, name):
     merge_recipe(RECIPES[name], tmp_path / "out")
@@ -99,6 +100,7 @@ def test_settings_say_of_every_tensor_what_numpy_does(home, own, shared, scale):
         assert got[module] == pytest.approx((times * want[key], times), rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.quick
 def test_depths():
     """Towers of layers each have their own; the first number in a name says of which layer it is."""
     towers = [f"vision.blocks.{i}.mlp.{j}.weight" for i in range(3) for j in range(7)]

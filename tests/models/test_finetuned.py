@@ -37,6 +37,7 @@ def poisoned(value):
     return tensor
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -32,6 +32,7 @@ from merge_engine.rules.recipe import Recipe
 U = 2.0**-24  # half a step of float32
 
 
+@pytest.mark.quick
 def test_a_saved_layer_may_come_with_its_original_and_twice(tmp_path):
     """As PEFT writes embeddings in modules_to_save where the vocabulary was resized."""
     base, head = save_base(tmp_path / "base"), torch.full((19, 12), 0.5)

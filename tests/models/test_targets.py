@@ -109,6 +109,7 @@ def test_an_adapter_of_a_tied_layer_is_refused(tmp_path, target):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("flag", [False, True])
 @pytest.mark.parametrize("biases", [{}, {"wide": 20}, {"wide": 12}, {"wide": 20, "tall": 20}], ids=str)
 def test_a_square_weight_lies_as_those_beside_it(tmp_path, flag, biases):

@@ -119,6 +119,7 @@ def test_rows_go_by_their_tokens(found, method):
                     assert torch.all((row - want).abs() <= 2 * U * (want.abs() + merged[index].abs()))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "magnitude_prune", "dare_linear"])
 @pytest.mark.parametrize("recipe", [{"scope": "model"}, {"convention": "paper"}])
 def test_thresholds_and_drops_see_aligned_rows(toys, method, recipe):

@@ -91,6 +91,7 @@ def not_finite(base, chat):
     save_file(tensors, chat / "model.safetensors")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -156,6 +156,7 @@ def test_kinds_that_stock_cannot_cut(kind, combination):
         assert error <= best * (1 + 1e-4) + 1e-5 * full.norm().item()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ["linear", "wide", "conv1d_transposed"])
 def test_a_rank_above_the_smaller_side_is_filled_up_with_zeros(kind):
     """Stock fails, or leaves factors of two ranks."""

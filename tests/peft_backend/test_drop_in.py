@@ -19,6 +19,7 @@ from merge_engine.peft_backend.drop_in import add_weighted_adapter, disable, ena
 CALL = {"combination_type": "ties", "density": 0.5}
 
 
+@pytest.mark.quick
 def test_the_result_is_not_active_not_trainable_and_the_rest_is_as_it_was():
     """Stock freezes "alpha" too if the merge is named "a"."""
     spec = Spec(call=CALL)

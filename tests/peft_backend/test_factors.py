@@ -74,6 +74,7 @@ def test_any_configuration_equals_stock_bit_for_bit(spec):
             assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("combination", ["ties", "magnitude_prune"])
 def test_equal_magnitudes_exactly_k_stay_and_the_first_of_them(combination):
     spec = Spec(configs=({},), weights=(1.0,), call={"combination_type": "linear"})

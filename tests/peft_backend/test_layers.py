@@ -92,6 +92,7 @@ CHOSEN = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("how", CHOSEN)
 def test_targets_reach_the_merged_layers_and_no_others(how):
     """Stock's union of the targets reaches what neither adapter has, or leaves out what the second one has."""

@@ -90,6 +90,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_stock_gets_wrong_is_refused_and_changes_nothing(case):
     config, weights, call, text = REFUSALS[case]

@@ -20,6 +20,7 @@ def outcome_of(tmp_path, scores, choose="highest"):
     return SweepResult(tmp_path, rows, choose, list(dict.fromkeys(name for told in scores for name, _ in told)))
 
 
+@pytest.mark.quick
 def test_the_axis_and_the_lines_by_hand(tmp_path):
     scores = {
         (("method", "linear"), ("scale", 2)): 5.0,

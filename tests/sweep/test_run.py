@@ -34,6 +34,7 @@ def test_a_sweep_equals_single_merges(three, tmp_path):
     assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.quick
 def test_what_fails_is_told_in_its_row_and_the_rest_goes_on(three, tmp_path, merged):
     def say(folder):
         if "scale=2" in folder.name:

@@ -9,6 +9,7 @@ from merge_engine.errors import MergeError, RecipeError
 from merge_engine.sweep.score import command, last_number
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("printed", "score"),
     [

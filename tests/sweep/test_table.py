@@ -15,6 +15,7 @@ def everything(output):
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
+@pytest.mark.quick
 def test_a_folder_of_another_recipe_is_refused_by_name(three, tmp_path, merged):
     output = tmp_path / "out"
     run(three, output, sweep_trials({"scale": [1, 2]}, {"density": 0.3}, 3))

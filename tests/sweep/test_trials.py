@@ -44,6 +44,7 @@ def test_mistakes_in_a_sweep(axes, message):
         sweep_trials(parse_axes(axes), {"seed": 0}, 3)
 
 
+@pytest.mark.quick
 def test_names_by_hand():
     axes = parse_axes(["density=0.1,0.2", "method=ties,linear", "scale=0.5,1", "weights=2:1"])
     assert [trial.name for trial in sweep_trials(axes, {}, 2)] == [
@@ -130,6 +131,7 @@ def test_a_method_ignores_what_it_is_said_to_ignore(three, method):
         assert made == (1 if all(torch.equal(first, other) for other in others) else len(values)), field
 
 
+@pytest.mark.quick
 def test_a_pool_by_hand(three):
     pool = {"s": three[0], "c": three[1], "a": three[2]}
     merges = [
