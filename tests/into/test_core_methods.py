@@ -201,6 +201,21 @@ def test_threads_change_no_byte(wide, tmp_path, count):
             assert bytes_of(tmp_path / str(number)) == want[number], recipe
 
 
+def test_scales_are_found_on_one_thread(zoo, tmp_path, monkeypatch):
+    """Sums on several have other last bits, which hardly ever show in float32: so it is the threads that are asked."""
+    base, seen, real = save_base(tmp_path / "base", shapes=BASE), [], into_write.scale_of
+
+    def scale_of(*arguments):
+        seen.append(torch.get_num_threads())
+        return real(*arguments)
+
+    monkeypatch.setattr(into_write, "scale_of", scale_of)
+    with threads(2):
+        merge_engine.merge_into(base, zoo, tmp_path / "out", method="ties", scale="auto")
+        assert torch.get_num_threads() == 2
+    assert seen == [1] * 8
+
+
 def test_two_processes_write_the_bytes_of_one(wide, tmp_path, forks):
     base, adapters, want = wide
     start = ["merge", "--into", base, *adapters, "--shard-size", "300KB", "--backend", "torch"]
