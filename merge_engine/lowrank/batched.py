@@ -155,7 +155,7 @@ def _iterated(matrices: Tensor, start: Tensor, width: int, request: _Request) ->
     wide = matrices.double()
     norms = torch.linalg.vector_norm(wide, dim=(1, 2))
     fillers = gaussians(width, wide.shape[1], wide.device), gaussians(width, wide.shape[2], wide.device)
-    spaces = _steps(wide, _first_rows(start.to(wide), fillers[1]), _STEPS[0], fillers)
+    spaces = _steps(wide, _first_rows(start.to(wide), width), _STEPS[0], fillers)
     decision = _decide(spaces, norms, request)
     part, more = _factors(spaces, decision, request.k), decision.more
     if not more:
@@ -176,16 +176,16 @@ def _iterated(matrices: Tensor, start: Tensor, width: int, request: _Request) ->
     return part
 
 
-def _first_rows(start: Tensor, noise: Tensor) -> Tensor:
-    """Rows [G, w, N] near those of ``start`` [G, p, N], or random sums of them, filled up by ``noise`` [w, N]."""
-    p, width = start.shape[1], len(noise)
+def _first_rows(start: Tensor, width: int) -> Tensor:
+    """Rows [G, w, N] near those of ``start`` [G, p, N], or random sums of them, filled up by noise."""
+    p, n = start.shape[1:]
     lengths = torch.linalg.vector_norm(start, dim=2, keepdim=True)
     rows = start / lengths.clamp(min=_TINY)
     if p > width:
-        rows = gaussians(width, p, start.device) @ rows
+        rows = gaussians(width, p, start.device, 1) @ rows
     else:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, width - p))
-    return torch.add(rows, noise, alpha=_NOISE_IN_START)
+    return torch.add(rows, gaussians(width, n, start.device, 2), alpha=_NOISE_IN_START)
 
 
 def _steps(wide: Tensor, rows: Tensor, count: int, fillers: tuple[Tensor, Tensor]) -> _Spaces:

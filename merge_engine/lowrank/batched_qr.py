@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _UNIT = 2.0**-53  # the unit roundoff of float64
+_SEED = 0x62715  # of no one else: rows that are to be filled in must not depend on what is there
 _TINY = 1e-290  # under every square that counts: the smallest float32 is 1e-45
 # The first factor leaves a row that is a sum of rows before it with a length of about the root of the shift, some 1e-5,
 # and one that keeps a share of 1e-8 apart from them with a length of more than this.
@@ -54,9 +55,9 @@ def nearly_orthonormal_rows(block: Tensor) -> Orthonormal:
     return Orthonormal(_divided(block, shifted), gram)
 
 
-def gaussians(p: int, n: int, device: torch.device) -> Tensor:
-    """Gaussian rows [p, n] of a length of about 1, in float64: the same at every call on a device."""
-    generator = torch.Generator(device).manual_seed(0)
+def gaussians(p: int, n: int, device: torch.device, number: int = 0) -> Tensor:
+    """Gaussian rows [p, n] of a length of about 1, in float64: the same at every call on a device, others by number."""
+    generator = torch.Generator(device).manual_seed(_SEED + number)
     return torch.randn(p, n, generator=generator, dtype=torch.float64, device=device).mul_(n**-0.5)
 
 
