@@ -11,7 +11,7 @@ from torch import Tensor
 from merge_engine.errors import about
 from merge_engine.formats.adapter import Adapter
 from merge_engine.lowrank.balance import pico
-from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, lift_knots, nearness
+from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, lift_knots
 from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.cores import Cores, norms_of
 from merge_engine.lowrank.stack import Stack
@@ -114,11 +114,19 @@ class Joint:
             right = _signs([s * (B.double().sum(0) @ A.double()) for A, s, B in sums])
             rows = [A * right for A in rows]
         factors = [(A, left[:, None] * B) for A, B in zip(rows, columns, strict=True)]
-        return Joined(factors, norms, Space(self.space, stack, cores, left, right, nearness(cores).rows))
+        return Joined(factors, norms, Space(self.space, stack, cores, left, right, _nearness(cores)))
 
 
 def _signs(sums: Sequence[Tensor]) -> Tensor:
     return torch.where(torch.stack(list(sums)).sum(0) < 0, -1.0, 1.0)
+
+
+def _nearness(cores: Cores) -> float:
+    """`lowrank.bases.nearness` of the rows, without the polar factors, which take as long as the spaces themselves."""
+    rows = cores.vectors.v
+    if rows.shape[1] == 0:
+        return 1.0
+    return 0.0 if rows.shape[1] > len(rows) else float(torch.linalg.svdvals(rows)[-1])
 
 
 class LastFew:
