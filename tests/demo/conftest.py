@@ -25,3 +25,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def base():
+    transformers = pytest.importorskip("transformers")
+    from merge_engine.demo import BASE
+
+    return transformers.AutoModelForCausalLM.from_pretrained(BASE).eval()

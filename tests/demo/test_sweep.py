@@ -12,6 +12,7 @@ from merge_engine.sweep.trials import sweep_trials
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("demo")
 def test_the_demo_by_a_sweep(tmp_path):
     """Each method's best scale, chosen on one sample, is measured on another: see the README's table.
 
