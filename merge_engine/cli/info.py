@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"  modules     {len(adapter.modules)}, rank {', '.join(map(str, ranks))}")
         print(f"  size        {adapter.size_bytes / 1e6:.2f} MB")
         if adapter.extras:
-            print(f"  beside them {', '.join(adapter.extras)}")
+            print(f"  others      {', '.join(adapter.extras)}")
         width = max(map(len, adapter.modules))
         print(f"  {'module':{width}}  {'kind':9}  {'delta':>15}  rank  scaling  norm of delta")
         for module in adapter.modules.values():

@@ -113,11 +113,11 @@ def merge_models(
         tokens, counts as a full model in these two tensors.
     Other arguments, result and errors as in `merge_into`.
     """
-    asked = Recipe.from_mapping(recipe)
+    fields = Recipe.from_mapping(recipe)
     size = parse_size(shard_size, "shard_size")
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     inputs = [model if isinstance(model, Adapter | Checkpoint) else open_input(model) for model in models]
-    job = make_job(opened, inputs, asked, size, vocab)
+    job = make_job(opened, inputs, fields, size, vocab)
     return run(job, Path(output), backend=choose(backend), overwrite=overwrite, dry_run=dry_run, progress=progress)
 
 

@@ -69,10 +69,12 @@ def merged_modules(
         for numbers, module, outcome in outcomes:
             for number in numbers:
                 if number not in failed:
-                    own = outcome if isinstance(outcome, Exception) else _attempt(_own, outcome, plans[number], module)
-                    if isinstance(own, Exception):
+                    result = outcome
+                    if not isinstance(outcome, Exception):
+                        result = _attempt(_scaled_copy, outcome, plans[number], module)
+                    if isinstance(result, Exception):
                         failed.add(number)
-                    yield number, module, own
+                    yield number, module, result
 
 
 def _plan_by_plan(
@@ -210,7 +212,7 @@ def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOr
     return job, made
 
 
-def _own(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
+def _scaled_copy(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
     """The plan's result, scaled, in memory of its own."""
     with threads(1):  # further threads would spin while the next module is cut
         made = scaled(result, plan.recipe, module.name)

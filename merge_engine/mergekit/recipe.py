@@ -55,14 +55,14 @@ def merge_recipe(
     All arithmetic is in float32; ``dtype`` and ``out_dtype`` only set the dtype of the output. Random drops are our
     own. Raises MergeError before anything is written; warns (UserWarning) of parameters without effect.
     """
-    asked = read_recipe(recipe)
-    base = open_checkpoint(asked.base.path, revision=asked.base.revision)
-    inputs = [entry.reference.open() for entry in asked.inputs]
-    fields = bind(asked, base)
-    if asked.dtype is None:
-        fields["dtype"] = _promoted(asked.file, base, [each for each in inputs if isinstance(each, Checkpoint)])
-    if asked.vocab == "base":
-        _check_tokens(asked, base, [each for each in inputs if isinstance(each, Checkpoint)])
+    parsed = read_recipe(recipe)
+    base = open_checkpoint(parsed.base.path, revision=found.base.revision)
+    inputs = [entry.reference.open() for entry in parsed.inputs]
+    fields = bind(parsed, base)
+    if parsed.dtype is None:
+        fields["dtype"] = _promoted(parsed.file, base, [each for each in inputs if isinstance(each, Checkpoint)])
+    if parsed.vocab == "base":
+        _check_tokens(parsed, base, [each for each in inputs if isinstance(each, Checkpoint)])
     return merge_models(
         base,
         inputs,
@@ -72,7 +72,7 @@ def merge_recipe(
         dry_run=dry_run,
         progress=progress,
         backend=backend,
-        vocab=asked.vocab or "base",
+        vocab=parsed.vocab or "base",
         seed=seed,
         **fields,
     )
@@ -223,10 +223,12 @@ def _check_tokens(recipe: MergekitRecipe, base: Checkpoint, models: Sequence[Che
 
 def _promoted(file: str, base: Checkpoint, models: Sequence[Checkpoint]) -> str | None:
     """The dtype that mergekit writes by default: the one that all inputs of a tensor promote to; None: the base's."""
-    own = {key: stored.dtype for key, stored in base.tensors.items() if stored.dtype in FLOATS}
-    stored = [{key: each.tensors[key].dtype for key in own.keys() & each.tensors.keys()} for each in models]
-    wanted = {key: reduce(torch.promote_types, [each[key] for each in stored if key in each], own[key]) for key in own}
-    if wanted == own:
+    of_base = {key: stored.dtype for key, stored in base.tensors.items() if stored.dtype in FLOATS}
+    stored = [{key: each.tensors[key].dtype for key in of_base.keys() & each.tensors.keys()} for each in models]
+    wanted = {
+        key: reduce(torch.promote_types, [each[key] for each in stored if key in each], of_base[key]) for key in of_base
+    }
+    if wanted == of_base:
         return None
     names = sorted({str(dtype).removeprefix("torch.") for dtype in wanted.values()})
     if len(names) > 1 or names[0] not in DTYPES:

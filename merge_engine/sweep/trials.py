@@ -103,17 +103,17 @@ def pool_trials(
     for number, merge in enumerate(merges, 1):
         if not isinstance(merge, Mapping) or not _is_folder_name(merge.get("name")):
             raise RecipeError(f"merges: wanted a table with the name of a folder as entry {number}, got {merge!r}")
-        own = {str(key): value for key, value in merge.items() if key not in ("name", "adapters")}
+        given = {str(key): value for key, value in merge.items() if key not in ("name", "adapters")}
         everyone = tuple(range(len(names)))
         chosen = _chosen(merge["name"], merge["adapters"], names) if "adapters" in merge else everyone
-        recipe = {**fixed, **own}
+        recipe = {**fixed, **given}
         try:
             Recipe.from_mapping(recipe)
         except RecipeError as error:
             raise RecipeError(f"merges: {merge['name']}: {error}") from error
         if merge["name"] in trials:
             raise RecipeError(f"merges: wanted each name once, got {merge['name']} twice")
-        varied = {"adapters": "+".join(names[place] for place in chosen), **own}
+        varied = {"adapters": "+".join(names[place] for place in chosen), **given}
         trials[merge["name"]] = Trial(merge["name"], varied, recipe, chosen)
     return sources, list(trials.values())
 
