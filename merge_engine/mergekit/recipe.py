@@ -56,7 +56,7 @@ def merge_recipe(
     own. Raises MergeError before anything is written; warns (UserWarning) of parameters without effect.
     """
     parsed = read_recipe(recipe)
-    base = open_checkpoint(parsed.base.path, revision=found.base.revision)
+    base = open_checkpoint(parsed.base.path, revision=parsed.base.revision)
     inputs = [entry.reference.open() for entry in parsed.inputs]
     fields = bind(parsed, base)
     if parsed.dtype is None:
