@@ -144,7 +144,7 @@ def warn_of_one_start(plan: Plan, figures: Mapping[str, Mapping[str, float]], su
             near.append(figures[module.name][SMALLEST_ROW] < _SHARED)
     if 2 * sum(near) > len(near):
         logger.warning(
-            "%s: in %d of %d modules the adapters' A are nearly the same, as where all started from one; "
+            "%s: in %d of %d modules the adapters' A are nearly the same, as if trained from one initialisation; "
             "space='%s' was measured 3 to 6 points worse there, space='delta' is not affected",
             *(subject, sum(near), len(near), plan.recipe.space),
         )

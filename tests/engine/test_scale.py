@@ -111,16 +111,18 @@ def test_what_is_zero_stays_zero(zoo, tmp_path):
     for method in ("linear", "tsv", "actmat", "ties"):
         merged = merge_engine.merge(zoo, method=method, scale="auto", gain=3)
         assert not merged.modules["layers.1.zero"].B.any() and merged.figures["layers.1.zero"]["scale"] == 1.0
-    for weights in ([1, -1], [0.1, -0.1]):
-        for recipe in (
-            {},
-            {"method": "magnitude_prune"},
-            {"method": "iso_c"},
-            {"method": "consensus", "space": "knots"},
-        ):
-            recipe = {"method": "linear", "weights": weights, "scale": "auto", **recipe}
-            merged = merge_engine.merge([zoo[0], zoo[0]], **recipe)
-            assert all(not module.B.any() for module in merged.modules.values()), recipe
+    options = (
+        {"method": "linear"},
+        {"method": "iso_c"},
+        {"method": "magnitude_prune"},
+        {"method": "consensus", "space": "knots"},
+        {"method": "consensus", "min_tasks": 0},  # which adds up all elements
+        {"method": "consensus", "min_tasks": 0, "space": "core"},
+    )
+    for recipe in options:  # 0.1 + 0.2 - 0.3 is no 0 in float32, but not a delta either
+        for weights in ([1.0, -1.0, 0.0], [0.1, 0.2, -0.3]):
+            merged = merge_engine.merge([zoo[0]] * 3, scale="auto", weights=weights, **recipe)
+            assert all(not product(module).any() for module in merged.modules.values()), recipe
 
 
 def test_twice_is_once(zoo, tmp_path):
