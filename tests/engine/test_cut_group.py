@@ -9,9 +9,11 @@ from lora_files import save_factors
 import merge_engine
 from merge_engine.engine import cut_group as engine_cut_group
 from merge_engine.engine.cpu_backend import TorchBackend
-from merge_engine.engine.cut_group import _stacked
+from merge_engine.engine.cut import cut
+from merge_engine.engine.cut_group import _stacked, cut_group
 from merge_engine.engine.merge import run
 from merge_engine.engine.plan import make_plan
+from merge_engine.engine.prepare import merge_groups, prepare
 from merge_engine.errors import RecipeError
 from merge_engine.many import merge_many as many
 from merge_engine.rules.recipe import Recipe
@@ -204,6 +206,20 @@ def test_many_adapters_start_from_random_sums(mixed, monkeypatch, one_by_one):
     got = run(planned(mixed, recipe), backend=cutting)
     assert {shape[1] for shape in starts} == {11, 12} and one_by_one == []  # one module has ranks 4 and 7 only
     assert got.energy == pytest.approx(want.energy, abs=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [DENSE[0], EXACT[1], EXACT[3]], ids=str)
+def test_modules_of_several_shapes_and_ranks(mixed, recipe):
+    """As many groups as there are kinds; the results come in the order of the modules."""
+    _, backend = backends("torch")
+    plan = planned(mixed, {"weights": WEIGHTS, **recipe})
+    works = list(merge_groups(plan, backend, prepare(plan, backend, lambda covered: None)))
+    results = cut_group(plan, backend, works)
+    for work, got in zip(works, results, strict=True):
+        want = cut(plan, backend, work)
+        assert got.factors.A.shape == want.factors.A.shape and got.factors.B.shape == want.factors.B.shape
+        assert got.factors.energy == pytest.approx(want.factors.energy, abs=1e-5)
+        assert got.squared_norm == pytest.approx(want.squared_norm, rel=1e-5)
 
 
 def test_out_of_memory_goes_on_one_by_one(mixed, monkeypatch, caplog, one_by_one):

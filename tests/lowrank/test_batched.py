@@ -24,7 +24,7 @@ from operators import Operators
 from torch import Tensor
 
 from merge_engine.lowrank import batched
-from merge_engine.lowrank.batched import Cuts, cut_matrices
+from merge_engine.lowrank.batched import Cuts, _filtered, cut_matrices
 from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.krylov import from_matrix
 from merge_engine.runtime.threads import threads
@@ -103,6 +103,25 @@ def test_a_start_without_the_leading_vectors(last):
     matrix = with_spectrum(260, SIDE, SPECTRA["geometric"])
     start = torch.linalg.svd(matrix, full_matrices=False).Vh[-last:]
     assert check_all(matrix[None], cut_matrices(matrix[None], start[None], 12), 12) == [True]
+
+
+def test_a_start_that_is_exactly_apart_from_the_leading_vectors():
+    """No product and no rounding turns it to them: the noise in the start does."""
+    matrix = torch.logspace(0, -4, SIDE).diag()
+    assert check_all(matrix[None], cut_matrices(matrix[None], torch.eye(SIDE)[None, -48:], 12), 12) == [True]
+
+
+def test_filters_are_polynomials_of_chebyshev():
+    """T_3(x) = cos(3 arccos x) within [-1, 1], and cosh(3 arcosh x) above."""
+    g = generator(7)
+    u, v = (torch.linalg.qr(torch.randn(2, n, 9, generator=g, dtype=torch.float64)).Q for n in (12, 11))
+    squares = torch.linspace(0.01, 4, 9, dtype=torch.float64)
+    wide, rows = (u * squares.sqrt()) @ v.mT, torch.randn(2, 5, 9, generator=g, dtype=torch.float64) @ v.mT
+    bounds = torch.tensor([1.0, 3.5], dtype=torch.float64)[:, None, None]
+    x = 2 * squares / bounds - 1
+    values = torch.where(x <= 1, torch.cos(3 * torch.acos(x.clamp(-1, 1))), torch.cosh(3 * torch.acosh(x.clamp(min=1))))
+    got = _filtered(wide, rows, bounds)
+    torch.testing.assert_close(got, (rows @ v) * values @ v.mT, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("rank", [16, 64])
