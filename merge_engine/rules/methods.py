@@ -88,6 +88,11 @@ def looks_at(method: str, field: str) -> bool:
     return field not in _LOOKS or _LOOKS[field](METHODS[method])
 
 
+def refuses(method: str, field: str) -> bool:
+    """Whether a recipe of the method must not give the field; where it does not look at others, they have no effect."""
+    return not looks_at(method, field) and (field in STRICT or METHODS[method].kind == "core")
+
+
 def methods_with(field: str) -> list[str]:
     """The methods that look at a field, for messages."""
     return [method for method in METHODS if looks_at(method, field)]

@@ -11,7 +11,7 @@ import torch
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import BALANCES, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
-from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, STRICT, looks_at, methods_with
+from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, looks_at, methods_with, refuses
 from merge_engine.rules.rule import Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
@@ -145,9 +145,7 @@ class Recipe:
         """Refuse fields that the method does not know, by name."""
         of_cores = METHODS[self.method].kind == "core"
         for each in fields(self):
-            if looks_at(self.method, each.name) or getattr(self, each.name) == each.default:
-                continue
-            if of_cores or each.name in STRICT:
+            if refuses(self.method, each.name) and getattr(self, each.name) != each.default:
                 known = ", ".join(methods_with(each.name))
                 raise RecipeError(f"{each.name}: {self.method} does not know it; it belongs to {known}")
         if of_cores and self.space not in ("delta", "core"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import RecipeError
-from merge_engine.rules.methods import looks_at
+from merge_engine.rules.methods import looks_at, refuses
 from merge_engine.rules.recipe import Recipe
 from merge_engine.rules.rule import make_rule
 
@@ -55,8 +55,9 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
 def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Trial]:
     """Every combination of the axes' values, in their order; the last axis changes fastest.
 
-    If the method of a combination does not use a swept field (density, in linear), that field is left out of it; of
-    combinations that are equal then, only one is merged. Raises RecipeError for unknown fields and wrong values.
+    If the method of a combination does not use a swept field (density, in linear), that field is left out of it, and so
+    is gain where the scale is a number; of combinations that are equal then, only one is merged. In a sweep over methods
+    a field with one value is left out where the method would refuse it. Raises RecipeError for unknown fields and wrong values.
     """
     known = [field.name for field in fields(Recipe)]
     if not isinstance(axes, Mapping) or not axes:
@@ -73,8 +74,12 @@ def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Tri
         point = dict(zip(axes, values, strict=True))
         method = point.get("method", fixed.get("method", Recipe.method))
         make_rule(str(method))  # raises RecipeError for an unknown method
-        varied = {field: value for field, value in point.items() if looks_at(method, field)}
-        recipe = {**fixed, **varied}
+        automatic = point.get("scale", fixed.get("scale")) == "auto"
+        varied = {
+            field: value for field, value in point.items() if looks_at(method, field) and (automatic or field != "gain")
+        }
+        shared = {field: value for field, value in fixed.items() if "method" not in axes or not refuses(method, field)}
+        recipe = {**shared, **varied}
         Recipe.from_mapping(recipe)
         trial = Trial(_name(varied) or method, varied, recipe, tuple(range(adapters)))
         if trials.setdefault(trial.name, trial).varied != varied:

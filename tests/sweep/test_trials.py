@@ -164,3 +164,15 @@ def test_a_pool_by_hand(three):
 def test_mistakes_in_a_pool(merges, message):
     with pytest.raises(RecipeError, match=f"^{message}"):
         pool_trials(merges, ["here/sql", "chat", "there/sql"], {})
+
+
+def test_a_sweep_over_methods_leaves_out_what_a_method_would_refuse():
+    axes = {"method": ["ties", "tsv", "actmat"], "scale": [1, "auto"], "gain": [1.0, 1.4]}
+    trials = sweep_trials(axes, {"density": 0.3, "ridge": 0.5, "rank": 8}, 3)
+    recipes = {trial.name: trial.recipe for trial in trials}
+    assert recipes["ties,scale=1"] == {"method": "ties", "scale": 1, "density": 0.3, "rank": 8}
+    assert recipes["tsv,scale=auto,gain=1.4"] == {"method": "tsv", "scale": "auto", "gain": 1.4, "rank": 8}
+    assert recipes["actmat,scale=1"] == {"method": "actmat", "scale": 1, "ridge": 0.5, "rank": 8}
+    assert len(trials) == 9  # three methods, each at scale 1 and at two gains
+    with pytest.raises(RecipeError, match="density: tsv does not know it"):
+        sweep_trials({"scale": [1, 2]}, {"method": "tsv", "density": 0.3}, 3)
