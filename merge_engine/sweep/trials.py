@@ -55,9 +55,9 @@ def parse_axes(texts: Sequence[str]) -> dict[str, list[Any]]:
 def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Trial]:
     """Every combination of the axes' values, in their order; the last axis changes fastest.
 
-    If the method of a combination does not use a swept field (density, in linear), that field is left out of it, and so
-    is gain where the scale is a number; of combinations that are equal then, only one is merged. In a sweep over methods
-    a field with one value is left out where the method would refuse it. Raises RecipeError for unknown fields and wrong values.
+    A swept field that the method of a combination does not use (density, in linear) is left out of it, and so is gain
+    where the scale is a number; of combinations that are equal then, only one is merged. In a sweep over methods a field
+    with one value is left out where the method would refuse it. Raises RecipeError for unknown fields and wrong values.
     """
     known = [field.name for field in fields(Recipe)]
     if not isinstance(axes, Mapping) or not axes:
