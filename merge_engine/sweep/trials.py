@@ -56,8 +56,9 @@ def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Tri
     """Every combination of the axes' values, in their order; the last axis changes fastest.
 
     A swept field that the method of a combination does not use (density, in linear) is left out of it, and so is gain
-    where the scale is a number; of combinations that are equal then, only one is merged. In a sweep over methods a field
-    with one value is left out where the method would refuse it. Raises RecipeError for unknown fields and wrong values.
+    where the scale is a number; of combinations that are equal then, only one is merged. In a sweep over methods, a
+    field with one value is left out where the method would refuse it.
+    Raises RecipeError for unknown fields and wrong values.
     """
     known = [field.name for field in fields(Recipe)]
     if not isinstance(axes, Mapping) or not axes:
