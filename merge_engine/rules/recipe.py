@@ -96,7 +96,7 @@ class Recipe:
             object.__setattr__(self, name, _plain(getattr(self, name)))
         rule = self.rule()
         if self.space not in SPACES:
-            raise RecipeError(f"space: wanted {' or '.join(SPACES)}, got {self.space!r}")
+            raise RecipeError(f"space: wanted one of {', '.join(SPACES)}, got {self.space!r}")
         if self.weights is not None:
             object.__setattr__(
                 self, "weights", tuple(_finite("weights", w) for w in _sequence("weights", self.weights))

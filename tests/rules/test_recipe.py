@@ -47,7 +47,7 @@ def bad(**kwargs):
             density={"layers.0.*": 0.1, ".*": 0.2},
             message="density: scope='model' has one threshold for all of sql, wanted one density, got 0.1, 0.2",
         ),
-        bad(space="deltas", message="space: wanted delta or factors or core or knots, got 'deltas'"),
+        bad(space="deltas", message="space: wanted one of delta, factors, core, knots, got 'deltas'"),
         bad(convention="peff", message="convention: wanted one of peft, mergekit, paper, got 'peff'"),
         bad(scale=float("inf"), message="scale: wanted a finite number, got inf"),
         bad(scale=1e39, message=r"scale: wanted a number that float32 holds, got 1e\+39"),
