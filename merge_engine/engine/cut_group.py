@@ -1,7 +1,7 @@
 """The cut of all modules of a group at once, for a device on which small operators cost more than their arithmetic."""
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from merge_engine.engine.cut import (
 from merge_engine.engine.plan import ModulePlan, Plan
 from merge_engine.engine.prepare import Preparation, Work, merge_groups, merged_groups
 from merge_engine.errors import about
-from merge_engine.lowrank.batched import cut_matrices
+from merge_engine.lowrank.batched import PART_BYTES, cut_matrices
 from merge_engine.lowrank.batched_stack import Stacks
 from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.spectral import MergedCore
@@ -78,7 +78,7 @@ def cut_group(plan: Plan, backend: Backend, works: Sequence[Work]) -> list[Finis
     for i, work in enumerate(works):
         alike.setdefault(_shape(work), []).append(i)
     results: dict[int, Finished] = {}
-    for numbers in alike.values():
+    for numbers in _parts(plan, works, alike.values()):
         some = [works[i] for i in numbers]
         try:
             found = _together(plan, backend, some)
@@ -99,6 +99,17 @@ def _shape(work: Work) -> Hashable:
     module = work.module
     ranks = tuple(len(task[0]) if isinstance(task, tuple) else None for task in work.factors)
     return module.rows, module.columns, module.rank, ranks
+
+
+def _parts(plan: Plan, works: Sequence[Work], alike: Iterable[list[int]]) -> Iterator[list[int]]:
+    """Modules that are cut at once; of merged deltas, `cut_matrices` bounds the memory."""
+    for numbers in alike:
+        size = len(numbers)
+        if plan.by_factors:
+            module, factors = works[numbers[0]].module, works[numbers[0]].factors
+            ranks = sum(len(A) for A, _ in factors)
+            size = max(1, PART_BYTES // Stacks.nbytes(max(ranks, 1), module.rows, module.columns))
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def _together(plan: Plan, backend: Backend, works: Sequence[Work]) -> _Found:

@@ -38,7 +38,7 @@ class Stacks:
     ``found``: whether a module is decomposed as well as `Stack` does it. Not found, and left to `Stack`: factors that
     are not finite, or of which a row misses more than 2**-44 of its length; that takes rows which depend on each other
     up to a share between 2**-44 and 1e-8. Rows that are equal, or zero, do no harm.
-    Memory: 6 R (M + N) numbers in float64 a module while it is made, 2 R (M + N) later.
+    Memory: 3 R (M + N) numbers in float64 a module while it is made (`nbytes`), R (M + N) later.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -58,6 +58,11 @@ class Stacks:
         self._sizes = parts[1] * parts[4]
         missed = torch.maximum(parts[2], parts[5]).amax(1)  # NaN where a number is not finite
         self.found: list[bool] = (missed <= _MISSED).tolist()
+
+    @staticmethod
+    def nbytes(r: int, m: int, n: int) -> int:
+        """Bytes that making this takes for each module of R, M and N, about."""
+        return 8 * 3 * r * (m + n)
 
     def __len__(self) -> int:
         return len(self.found)

@@ -15,6 +15,7 @@ from merge_engine.engine.merge import run
 from merge_engine.engine.plan import make_plan
 from merge_engine.engine.prepare import merge_groups, prepare
 from merge_engine.errors import RecipeError
+from merge_engine.lowrank.batched_stack import Stacks
 from merge_engine.many import merge_many as many
 from merge_engine.rules.recipe import Recipe
 
@@ -187,6 +188,27 @@ def test_more_ranks_than_a_side_are_cut_one_by_one(mixed, one_by_one):
     assert one_by_one == ["layers.0.k"]
     for name, product in products(want).items():
         assert float((products(got)[name] - product).norm()) <= 4 * U32 * float(product.norm())
+
+
+def test_factors_are_decomposed_some_modules_at_a_time(mixed, monkeypatch):
+    _, cutting = backends("triton")
+    plan, sizes = planned(mixed, {"method": "linear", "weights": WEIGHTS, "rank": 3}), []
+
+    class Spied(Stacks):
+        def __init__(self, rows, *arguments):
+            sizes.append(len(rows))
+            super().__init__(rows, *arguments)
+
+    monkeypatch.setattr(engine_cut_group, "Stacks", Spied)
+    want = run(plan, backend=cutting)
+    assert sorted(sizes) == [1, 1, 1, 1, 2]  # layers.2.q and layers.1.k have ranks of their own
+    for at_a_time, expected in ((1, [1] * 6), (2, [1, 1, 1, 1, 2])):
+        sizes.clear()
+        monkeypatch.setattr(engine_cut_group, "PART_BYTES", at_a_time * Stacks.nbytes(15, 170, 150))
+        got = run(plan, backend=cutting)
+        assert sorted(sizes) == expected
+        for name, factors in want.modules.items():
+            assert torch.equal(got.modules[name].A, factors.A) and torch.equal(got.modules[name].B, factors.B)
 
 
 def test_many_adapters_start_from_random_sums(mixed, monkeypatch, one_by_one):
