@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.lowrank.batched_qr import gaussians, nearly_orthonormal_rows, orthonormal_rows
-from merge_engine.lowrank.core import LowRank, check_request
+from merge_engine.lowrank.small_svd import LowRank, check_request
 
 PART_BYTES = 1 << 31  # of what is worked on at a time, in float64
 # From rank n / 12 on, or for a space of more than n / 4, the n eigenvectors of the Gram matrix are found sooner.
@@ -163,15 +163,17 @@ def _iterated(matrices: Tensor, start: Tensor, width: int, request: _Request) ->
         return part
     rows = torch.bmm(decision.vh.to(wide.device), spaces.right)  # in descending order of their singular values
     bounds = decision.s[:, -1:, None].square().to(wide.device)
+    chosen = torch.tensor(more).to(wide.device)
     if len(more) < len(matrices):
         del wide, spaces
-        wide, rows, norms, bounds = matrices[more].double(), rows[more], norms[more], bounds[more]
+        matrices, rows, norms, bounds = (x.index_select(0, chosen) for x in (matrices, rows, norms, bounds))
+        wide = matrices.double()
     for _ in range(_FILTERS):
         rows = orthonormal_rows(_filtered(wide, rows, bounds), fillers[1]).rows
     spaces = _steps(wide, rows, _STEPS[1], fillers)
     decision = _decide(spaces, norms, request)
     late = _factors(spaces, decision, request.k)
-    part.both[more] = late.both
+    part.both.index_copy_(0, chosen, late.both)
     for i, share, rank in zip(more, late.energies, late.ranks, strict=True):
         part.energies[i], part.ranks[i] = share, rank
     return part
@@ -220,7 +222,7 @@ def _by_gram(matrices: Tensor, request: _Request) -> _Part:
     norms = torch.linalg.vector_norm(wide, dim=(1, 2))
     flat = wide.shape[1] < wide.shape[2]
     tall = wide.mT if flat else wide
-    gram = torch.where(norms.isfinite()[:, None, None], torch.bmm(tall.mT, tall), 0.0)
+    gram = torch.where(norms.isfinite().view(-1, 1, 1), torch.bmm(tall.mT, tall), 0.0)
     rows = torch.linalg.eigh(gram).eigenvectors.mT[:, -request.k :]
     products = torch.bmm(rows, tall.mT)
     others = orthonormal_rows(products, gaussians(request.k, tall.shape[1], wide.device)).rows
