@@ -21,9 +21,9 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from merge_engine.engine.choose import system
+    from merge_engine.engine.choose_backend import system
     from merge_engine.formats.open import open_adapter
-    from merge_engine.lowrank.core import product_norm
+    from merge_engine.lowrank.small_svd import product_norm
 
     if options.system:
         print(system())

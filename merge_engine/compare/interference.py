@@ -17,12 +17,12 @@ from merge_engine.compare.figures import Figures, Interference, together
 from merge_engine.cpu.overlap import count_overlap
 from merge_engine.cpu.source import Product
 from merge_engine.engine.backend import Group
-from merge_engine.engine.cpu_keeps import find_keeps
+from merge_engine.engine.cpu_thresholds import find_keeps
 from merge_engine.engine.plan import Factors, ModulePlan, Plan, make_plan
 from merge_engine.errors import RecipeError
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
-from merge_engine.lowrank.core import rounding
+from merge_engine.lowrank.small_svd import rounding
 from merge_engine.rules.recipe import DEFAULT_DENSITY, Density, Recipe
 from merge_engine.runtime.threads import ahead
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.cpu.mask import keep_mask
-from merge_engine.cpu.tile import Tile
+from merge_engine.cpu.tile_grid import Tile
 from merge_engine.rules.philox import keep_threshold
 from merge_engine.rules.rule import Rule
 from merge_engine.runtime.memory import scratch

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from merge_engine.cpu.keep import Drop, KeepTile, MergeSpec, dropped
+from merge_engine.cpu.merge_tile_by_loops import TileMerge, can_combine
+from merge_engine.cpu.merge_tile_by_torch import kept, merge_tile, times
 from merge_engine.cpu.source import Source, filled, for_each_tile
-from merge_engine.cpu.tile import Tile
-from merge_engine.cpu.tile_by_loops import TileMerge, can_combine
-from merge_engine.cpu.tile_by_torch import kept, merge_tile, times
+from merge_engine.cpu.tile_grid import Tile
 from merge_engine.loops import door
 from merge_engine.rules.rule import Rule
 from merge_engine.runtime.memory import new_tensor, scratch

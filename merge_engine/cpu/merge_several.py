@@ -10,15 +10,15 @@ from torch import Tensor
 
 from merge_engine.cpu.keep import MergeSpec
 from merge_engine.cpu.merge import merge_deltas
+from merge_engine.cpu.merge_tile_by_loops import HELD, TileMerge, can_combine
+from merge_engine.cpu.merge_tile_by_torch import merge_tile
 from merge_engine.cpu.source import Source, for_each_tile
-from merge_engine.cpu.tile import TILE_ELEMENTS, Tile, parts_of
-from merge_engine.cpu.tile_by_loops import HELD, TileMerge, can_combine
-from merge_engine.cpu.tile_by_torch import merge_tile
+from merge_engine.cpu.tile_grid import TILE_ELEMENTS, Tile, parts_of
 from merge_engine.loops import door
 from merge_engine.runtime.memory import new_tensor, scratch
 
 MOST_HELD = 16  # sources whose tiles a thread holds: with more, products are made again for each merge
-_SCRATCHES = 12  # tiles that `tile_by_torch` works with on each thread; `tile_by_loops` needs fewer
+_SCRATCHES = 12  # tiles that `merge_tile_by_torch` works with on each thread; `merge_tile_by_loops` needs fewer
 
 
 def working_bytes(sources: int, results: int = 1) -> int:

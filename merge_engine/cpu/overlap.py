@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from merge_engine.cpu.keep import KeepTile
+from merge_engine.cpu.merge_tile_by_loops import HELD
+from merge_engine.cpu.merge_tile_by_torch import kept
 from merge_engine.cpu.source import Source
-from merge_engine.cpu.tile import Tile, parts_of, tiles_of
-from merge_engine.cpu.tile_by_loops import HELD
-from merge_engine.cpu.tile_by_torch import kept
+from merge_engine.cpu.tile_grid import Tile, parts_of, tiles_of
 from merge_engine.loops import door
 from merge_engine.runtime.threads import for_each
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from merge_engine.cpu.keep import EVERY_ROW, Trim
+from merge_engine.cpu.merge_tile_by_loops import terms
 from merge_engine.cpu.source import Sampled, Source, filled
-from merge_engine.cpu.tile import Tile, tiles_of
-from merge_engine.cpu.tile_by_loops import terms
+from merge_engine.cpu.tile_grid import Tile, tiles_of
 from merge_engine.loops import door
 from merge_engine.runtime.memory import scratch
 from merge_engine.runtime.threads import for_each, workers

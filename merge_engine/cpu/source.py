@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_engine.cpu.tile import Tile, tiles_of
+from merge_engine.cpu.tile_grid import Tile, tiles_of
 from merge_engine.loops import door
 from merge_engine.loops.term import TERM
 from merge_engine.runtime.memory import scratch

@@ -13,7 +13,7 @@ from merge_engine.cpu.select import trims as find_trims
 from merge_engine.cpu.source import Dense, Product, Source
 from merge_engine.cpu.source import Difference as DifferenceSource
 from merge_engine.engine.backend import Group, Known
-from merge_engine.engine.cpu_keeps import find_keeps
+from merge_engine.engine.cpu_thresholds import find_keeps
 from merge_engine.engine.plan import ModulePlan, Plan, Task
 from merge_engine.loops import door
 from merge_engine.models.finetuned import Difference

@@ -12,11 +12,11 @@ from merge_engine.engine.backend import Backend
 from merge_engine.engine.plan import ModulePlan, Plan
 from merge_engine.engine.prepare import Work
 from merge_engine.errors import RecipeError, about
-from merge_engine.lowrank.balance import auto_scale
-from merge_engine.lowrank.core import LowRank, product_norm
+from merge_engine.lowrank.auto_scale import auto_scale
+from merge_engine.lowrank.core_methods import CORE_METHODS, MergedCore
 from merge_engine.lowrank.cores import Cores, Stacked
 from merge_engine.lowrank.krylov import first_space, from_matrix
-from merge_engine.lowrank.spectral import CORE_METHODS, MergedCore
+from merge_engine.lowrank.small_svd import LowRank, product_norm
 from merge_engine.lowrank.stack import Stack, from_products
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import Recipe
@@ -174,7 +174,7 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
 
 
 def scale_of(recipe: Recipe, norms: Sequence[float], squared_norm: float, rounding: float) -> float:
-    """The recipe's scale; for "auto", that of `balance.auto_scale`, or 0 where adapters cancel but for rounding.
+    """The recipe's scale; for "auto", that of `lowrank.auto_scale`, or 0 where adapters cancel but for rounding.
 
     norms: |tau_t|_F, for "auto" only. squared_norm: |merged|_F^2 before the cut to a rank. rounding: as in `Finished`.
     """

@@ -24,8 +24,8 @@ from merge_engine.engine.prepare import Preparation, Work, merge_groups, merged_
 from merge_engine.errors import about
 from merge_engine.lowrank.batched import PART_BYTES, cut_matrices
 from merge_engine.lowrank.batched_stack import Stacks
+from merge_engine.lowrank.core_methods import MergedCore
 from merge_engine.lowrank.cores import Cores
-from merge_engine.lowrank.spectral import MergedCore
 from merge_engine.runtime.threads import ahead
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from merge_engine.errors import about
 from merge_engine.formats.adapter import Adapter
 from merge_engine.lowrank.balance import pico
 from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, lift_knots
-from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.cores import Cores, norms_of
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.lowrank.stack import Stack
 from merge_engine.runtime.threads import threads
 

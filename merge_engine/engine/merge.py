@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.choose import choose
+from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.cut import MAX_RECOMPRESSIONS, Finished, scaled
 from merge_engine.engine.cut_group import cut_modules
 from merge_engine.engine.output import Merged, output_of

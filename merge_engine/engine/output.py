@@ -11,7 +11,7 @@ from merge_engine.engine.cut import ENOUGH, ENOUGH_RANK, LOW, NUMERICAL_RANK, SM
 from merge_engine.engine.plan import Plan
 from merge_engine.files.folder import place_folder
 from merge_engine.formats.peft_writer import AdapterWriter
-from merge_engine.lowrank.core import LowRank
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.models.finetuned import Finetuned
 
 logger = logging.getLogger(__name__)

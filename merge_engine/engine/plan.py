@@ -14,7 +14,7 @@ from torch import Tensor
 from merge_engine.engine.joint import Joined, Joint, Keeper, LastFew
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.adapter import Adapter, shared_extras
-from merge_engine.lowrank.core import product_norm
+from merge_engine.lowrank.small_svd import product_norm
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.factor_weights import factor_weights
 from merge_engine.rules.methods import METHODS

@@ -6,8 +6,8 @@ from pathlib import Path
 from merge_engine.errors import AdapterError
 from merge_engine.files.locate import find
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter
-from merge_engine.formats.peft import describe, open_weights, sort_tensors
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
+from merge_engine.formats.peft_tensors import describe, open_weights, sort_tensors
 
 # Fetched from the hub beside the weights: a config.json shows that it is a full model, before that is downloaded, and
 # the tokenizer's files say which tokens were added.

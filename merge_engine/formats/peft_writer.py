@@ -14,8 +14,8 @@ from merge_engine.errors import OutputError, writing
 from merge_engine.files.locate import is_hub_id
 from merge_engine.files.safetensors_writer import SafetensorsWriter
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Module, saves, shared_extras
-from merge_engine.formats.peft import WEIGHTS_FILE
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
+from merge_engine.formats.peft_tensors import WEIGHTS_FILE
 from merge_engine.report.card import adapter_card
 from merge_engine.runtime.finite import finite
 from merge_engine.version import versions

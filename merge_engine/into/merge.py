@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.choose import choose
+from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import MergeError, OutputError, writing
 from merge_engine.files.folder import check_target, place_folder, sync, wipe, working_folder

@@ -2,9 +2,9 @@
 
 One call makes a tile of the products, trims, elects, averages and stores it, in blocks of a few rows that stay in the
 L1 and L2 caches; it runs without Python's interpreter lock, so that threads do not wait for each other. Given the same
-finite task tensors, it gives bit for bit what `cpu.tile_by_torch`, `cpu.select` and `cpu.mask` compute by torch's and
-numpy's operators: the same float32 operations in the same order. A product is the sum of its terms in the order of the
-ranks, none fused into another: the same bits on every CPU, while `torch.addmm`'s are those of its BLAS.
+finite task tensors, it gives bit for bit what `cpu.merge_tile_by_torch`, `cpu.select` and `cpu.mask` compute by
+operators of torch and numpy: the same float32 operations in the same order. A product is the sum of its terms in the
+order of the ranks, none fused into another: the same bits on every CPU, while `torch.addmm`'s are those of its BLAS.
 
 Tensors are float32, and seen by their address: the caller keeps them alive, and their rows contiguous.
 """

@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from merge_engine.lowrank.core import LowRank, check_request, leading, q_times, rounded, rounding, upper
 from merge_engine.lowrank.cores import Cores, Polar
+from merge_engine.lowrank.small_svd import LowRank, check_request, leading, q_times, rounded, rounding, upper
 from merge_engine.lowrank.stack import Stack
 from merge_engine.runtime.finite import finite
 
@@ -42,8 +42,8 @@ class Nearness(NamedTuple):
     ``rows``: of [V_1 ... V_T]^T, the right singular vectors of every delta as rows; 0 where a row of one is a sum of
     rows of the others, 1 where all are orthogonal. 1e-4 or so is an A that was drawn once and trained apart.
     ``columns``: of [U_1 ... U_T], the left ones.
-    ``polar``: the smallest on both sides within the numerical rank: the polar factors that `spectral.tsv` uses change
-    by 1 / polar times as much as the adapters do. Exactly parallel directions do not count here: they do no harm.
+    ``polar``: the smallest on both sides within the numerical rank: the polar factors that `core_methods.tsv` uses
+    change by 1 / polar times as much as the adapters do. Exactly parallel directions do not count here: they do no harm.
     """
 
     rows: float

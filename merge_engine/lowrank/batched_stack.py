@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_engine.lowrank.batched import Cuts
 from merge_engine.lowrank.batched_qr import gaussians, orthonormal_rows
-from merge_engine.lowrank.core import check_request, leading, rounding
+from merge_engine.lowrank.small_svd import check_request, leading, rounding
 from merge_engine.runtime.finite import finite
 
 # What a decomposition may miss of a row, as a share of its length; `stack` rounds products to 2**-24.

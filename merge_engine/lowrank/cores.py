@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from merge_engine.lowrank.core import product_norm, rounding
+from merge_engine.lowrank.small_svd import product_norm, rounding
 from merge_engine.runtime.finite import finite
 
 T = TypeVar("T")

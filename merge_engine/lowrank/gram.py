@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.lowrank.core import rounding
+from merge_engine.lowrank.small_svd import rounding
 
 _STEPS = 10
 _STILL = 1e-5  # an angle below which nothing moves

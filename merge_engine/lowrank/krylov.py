@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.lowrank.core import LowRank, check_request, leading, orthonormal, unfolded, upper
 from merge_engine.lowrank.products import squared_norm, times
+from merge_engine.lowrank.small_svd import LowRank, check_request, leading, orthonormal, unfolded, upper
 from merge_engine.runtime.finite import finite
 
 logger = logging.getLogger(__name__)

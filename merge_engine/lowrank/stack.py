@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from merge_engine.lowrank.core import (
+from merge_engine.lowrank.small_svd import (
     LowRank,
     check_request,
     completed,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.choose import choose
+from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.output import Merged, output_bytes, output_of
 from merge_engine.engine.plan import Plan
 from merge_engine.engine.prepare import work_of

@@ -18,7 +18,7 @@ from merge_engine.engine.cut_group import cut_modules
 from merge_engine.engine.plan import ModulePlan, Plan
 from merge_engine.engine.prepare import Loaded, Preparation, Work, load_group
 from merge_engine.errors import about
-from merge_engine.lowrank.core import LowRank
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.many.budget import Room
 from merge_engine.many.pool import Pool, seed_of
 from merge_engine.runtime.threads import ahead, threads

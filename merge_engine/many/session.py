@@ -10,7 +10,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any
 
-from merge_engine.engine.choose import choose
+from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.output import Merged, output_of
 from merge_engine.errors import RecipeError
 from merge_engine.formats.adapter import Adapter

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from merge_engine.engine.backend import Backend
-from merge_engine.engine.choose import choose
+from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.cut import recompress
 from merge_engine.engine.merge import merged_modules
 from merge_engine.engine.plan import Plan, make_plan
 from merge_engine.engine.prepare import merge_groups, prepare
 from merge_engine.errors import AdapterError
-from merge_engine.lowrank.core import LowRank
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.peft_backend.layers import Layer, LayerFactors, check_finite, live_adapters
 from merge_engine.peft_backend.request import MergeRequest
 from merge_engine.peft_backend.torch_masks import TorchStreamBackend

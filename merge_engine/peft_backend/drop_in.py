@@ -79,8 +79,8 @@ def add_weighted_adapter(
         is left as it was.
     svd: how a dense merged delta is cut: "subspace", whose squared error exceeds the best by at most 1e-5 of it, or
         "exact", by a dense SVD, up to 300 times slower. ``combination_type="svd"`` is exact and fast with either.
-    backend: merges deltas: "triton", "torch" or "auto" (see `engine.choose`). Factors are merged by torch's operators
-        on the device where they are.
+    backend: merges deltas: "triton", "torch" or "auto" (see `engine.choose_backend`). Factors are merged by torch's
+        operators on the device where they are.
 
     The new weights are contiguous, have their own storage, and are in the dtype and on the device of the A of the first
     adapter that a layer has. Layers of a smaller rank are filled up with zeros, so that the saved adapter loads

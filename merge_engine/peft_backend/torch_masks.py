@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.cpu.source import Product, Source
-from merge_engine.cpu.tile import Tile
+from merge_engine.cpu.tile_grid import Tile
 from merge_engine.engine.cpu_backend import TorchBackend
 from merge_engine.engine.plan import Factors, ModulePlan, Plan
 from merge_engine.formats.peft_config import CHANGES_BASE

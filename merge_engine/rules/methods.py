@@ -1,8 +1,8 @@
 """The methods of merging, as rows of a table: what each computes, and which fields of a recipe it looks at.
 
 A new elementwise method is a new row. New arithmetic goes into `rules.reference` and into one function of each backend:
-a keep into `engine.cpu_keeps` and `engine.triton_backend`, a combine into `cpu.tile_by_torch` and `kernels.merge`.
-Everything else (the command line, YAML, sweeps, refusals, the parametrised tests) reads this table.
+a keep into `engine.cpu_thresholds` and `engine.triton_backend`, a combine into `cpu.merge_tile_by_torch` and
+`kernels.merge`. Everything else (the command line, YAML, sweeps, refusals, the parametrised tests) reads this table.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Method(NamedTuple):
     """One row of the table.
 
     kind: "elementwise" is keep x elect x combine on every element of the task tensors; "stacked" puts the factors side
-        by side; "core" is a function of the modules' small cores, the row of that name in `lowrank.spectral`.
+        by side; "core" is a function of the modules' small cores, the row of that name in `lowrank.core_methods`.
     keep: all elements, the k largest magnitudes, the k largest but for a share gamma of all at the top ("band"), or a
         random share. elects: whether a sign is elected. weighs_vote: the election sees ``w t`` in every convention.
     combine: of what is kept, and agrees with the elected sign: the weighted sum, the weighted mean, the largest

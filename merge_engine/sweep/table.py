@@ -12,8 +12,8 @@ from typing import Any
 from merge_engine.errors import OutputError
 from merge_engine.files.text import replaced
 from merge_engine.formats.adapter import Adapter
-from merge_engine.formats.peft import WEIGHTS_FILE
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
+from merge_engine.formats.peft_tensors import WEIGHTS_FILE
 from merge_engine.rules.recipe import Recipe
 from merge_engine.sweep.score import Evaluation
 from merge_engine.sweep.trials import Trial, text_of

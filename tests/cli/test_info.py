@@ -5,7 +5,7 @@ import torch
 from command_line import run_cli
 
 from merge_engine.cli.main import main
-from merge_engine.engine.choose import VARIABLE
+from merge_engine.engine.choose_backend import VARIABLE
 from merge_engine.formats.open import open_adapter
 
 

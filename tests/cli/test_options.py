@@ -6,7 +6,7 @@ from plain_adapters import assert_same
 
 import merge_engine
 from merge_engine.cli.options import CHOICES
-from merge_engine.engine.choose import BACKENDS
+from merge_engine.engine.choose_backend import BACKENDS
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES, Recipe
 from merge_engine.rules.rule import CONVENTIONS

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import merge_engine
-from merge_engine.cpu import tile as cpu_tile
+from merge_engine.cpu import tile_grid as cpu_tile
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.rules import reference
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from merge_engine.cpu import tile as cpu_tile
+from merge_engine.cpu import tile_grid as cpu_tile
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from task_tensors import whole
 
-from merge_engine.cpu import tile as cpu_tile
+from merge_engine.cpu import tile_grid as cpu_tile
 from merge_engine.cpu.keep import Drop, Trim
 from merge_engine.cpu.merge import merge_deltas, vote_balance
 from merge_engine.cpu.select import trims

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from task_tensors import whole
 
 from merge_engine.cpu import select as cpu_select
-from merge_engine.cpu import tile as cpu_tile
+from merge_engine.cpu import tile_grid as cpu_tile
 from merge_engine.cpu.merge import merge_deltas
 from merge_engine.cpu.select import locate, trims, trims_of_each
 from merge_engine.cpu.source import Product

@@ -60,7 +60,7 @@ def backends(name):
         normal, cutting = TorchBackend(), TorchBackend()
     else:
         pytest.importorskip("triton")
-        from merge_engine.engine.choose import triton_device
+        from merge_engine.engine.choose_backend import triton_device
         from merge_engine.engine.triton_backend import TritonBackend
 
         device = triton_device()[0]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import merge_engine
 from merge_engine.demo import adapter_paths
-from merge_engine.engine.choose import choose
+from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.plan import make_plan
 from merge_engine.engine.prepare import merge_groups, prepare
 from merge_engine.errors import MergeError

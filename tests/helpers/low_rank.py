@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from xxhash import xxh3_128_digest
 
-from merge_engine.lowrank.core import LowRank
+from merge_engine.lowrank.small_svd import LowRank
 
 U32 = 2.0**-24
 U64 = 2.0**-53

@@ -32,7 +32,7 @@ FAULTS = [
     Fault("rules/factor_weights.py", 'side == "A" and x < 0', "x < 0", "tests/engine tests/peft_backend"),
     Fault("cpu/keep.py", "return np.nextafter(value, np.float32(-1)), value", "return value, value", "tests/cpu"),
     Fault(
-        "cpu/tile_by_torch.py",
+        "cpu/merge_tile_by_torch.py",
         "elects_plus = np.greater_equal if",
         "elects_plus = np.greater if",
         "tests/cpu tests/rules",
@@ -43,22 +43,22 @@ FAULTS = [
     Fault("cpu/overlap.py", "opposed=((shared - agreeing) / 2)", "opposed=((shared + agreeing) / 2)", "tests/compare"),
     Fault("loops/tile_loops.py", "share += s0 if agrees0 else F0", "share += s0", "tests/loops tests/cpu"),
     Fault(
-        "lowrank/balance.py",
+        "lowrank/auto_scale.py",
         "if merged_norm == 0:\n        return 1.0",
         "if merged_norm == 0:\n        return gain",
         "tests/lowrank",
     ),
     Fault(
-        "lowrank/spectral.py",
+        "lowrank/core_methods.py",
         "(cores.of_columns(weights) * cores.vectors.s)",
         "(cores.vectors.s)",
-        "tests/lowrank/test_spectral.py",
+        "tests/lowrank/test_core_methods.py",
     ),
     Fault(
         "lowrank/cores.py",
         "start = sum(self.ranks[:t])",
         "start = self.ranks[0] * t",
-        "tests/lowrank/test_cores.py tests/lowrank/test_spectral.py",
+        "tests/lowrank/test_cores.py tests/lowrank/test_core_methods.py",
     ),
     Fault("lowrank/gram.py", "(w * norms).sum() / w.abs().sum()", "(w * norms).sum()", "tests/lowrank/test_gram.py"),
     Fault(

@@ -2,7 +2,7 @@
 
 import torch
 
-from merge_engine.cpu.tile import tiles_of
+from merge_engine.cpu.tile_grid import tiles_of
 
 
 def whole(source):

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 from task_tensors import whole
 
 from merge_engine.cpu import merge_several as cpu_merge_several
+from merge_engine.cpu import merge_tile_by_loops as cpu_tile_by_loops
 from merge_engine.cpu import select as cpu_select
-from merge_engine.cpu import tile as cpu_tile
-from merge_engine.cpu import tile_by_loops as cpu_tile_by_loops
+from merge_engine.cpu import tile_grid as cpu_tile
 from merge_engine.cpu.keep import Drop, MergeSpec, Trim
 from merge_engine.cpu.mask import keep_mask
 from merge_engine.cpu.merge import merge_deltas
 from merge_engine.cpu.merge_several import merge_several
+from merge_engine.cpu.merge_tile_by_loops import terms
 from merge_engine.cpu.select import SAMPLE, trims, trims_of_each
 from merge_engine.cpu.source import Dense, Difference, Product
-from merge_engine.cpu.tile_by_loops import terms
 from merge_engine.loops import door
 from merge_engine.rules import reference
 from merge_engine.rules.rule import make_rule

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from small_adapters import Adapters, adapters, drawn, generator, orthonormal
 
-from merge_engine.lowrank.balance import auto_scale, balanced, pico, pico_strengths
+from merge_engine.lowrank.auto_scale import auto_scale
+from merge_engine.lowrank.balance import balanced, pico, pico_strengths
+from merge_engine.lowrank.core_methods import CORE_METHODS
 from merge_engine.lowrank.cores import Cores
-from merge_engine.lowrank.spectral import CORE_METHODS
 from merge_engine.lowrank.stack import Stack
 
 U32 = 2.0**-24

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from small_adapters import Adapters, adapters, drawn, generator, orthonormal
 
 from merge_engine.lowrank.bases import core_factors, knots_factors, lift_core, lift_knots, nearness
-from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.cores import Cores
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.lowrank.stack import Stack
 
 U32 = 2.0**-24

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from merge_engine.lowrank import batched
 from merge_engine.lowrank.batched import Cuts, _filtered, cut_matrices
-from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.krylov import from_matrix
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.runtime.threads import threads
 
 

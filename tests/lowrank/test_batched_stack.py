@@ -25,9 +25,9 @@ from small_adapters import adapters
 from torch import Tensor
 
 from merge_engine.lowrank.batched_stack import _MISSED, Stacks
-from merge_engine.lowrank.core import LowRank
+from merge_engine.lowrank.core_methods import CORE_METHODS
 from merge_engine.lowrank.cores import Cores
-from merge_engine.lowrank.spectral import CORE_METHODS
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.lowrank.stack import Stack
 
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from merge_engine.loops import door
 from merge_engine.lowrank import krylov as lowrank_krylov
-from merge_engine.lowrank.core import LowRank
 from merge_engine.lowrank.krylov import _BLUR, first_space, from_matrix
 from merge_engine.lowrank.products import times
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.runtime.threads import threads
 
 

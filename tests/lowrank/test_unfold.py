@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_adapters import Adapters, adapters, drawn, generator
 
 from merge_engine.lowrank import stack as lowrank_stack
-from merge_engine.lowrank.core import LowRank
+from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.lowrank.stack import Stack
 
 U32 = 2.0**-24

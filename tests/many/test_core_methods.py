@@ -9,7 +9,7 @@ from grids import W, alone, counting, identical, save_adapter
 
 from merge_engine.engine import cut as engine_cut
 from merge_engine.engine import joint as engine_joint
-from merge_engine.engine.choose import choose
+from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.cut import joined_bytes
 from merge_engine.errors import RecipeError
 from merge_engine.lowrank import cores as lowrank_cores

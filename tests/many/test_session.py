@@ -8,7 +8,7 @@ import torch
 from grids import GRID, OWNED, W, alone, bits, counting, identical
 
 from merge_engine.engine import cpu_backend as engine_cpu_backend
-from merge_engine.engine import cpu_keeps as engine_cpu_keeps
+from merge_engine.engine import cpu_thresholds as engine_cpu_keeps
 from merge_engine.engine import cut as engine_cut
 from merge_engine.engine.merge import merge
 from merge_engine.errors import OutputError, RecipeError

@@ -8,7 +8,7 @@ from plain_adapters import save_three
 from pretended_gpus import pretend_gpus
 
 from merge_engine.cli.main import main
-from merge_engine.engine.choose import VARIABLE, choose, triton_device
+from merge_engine.engine.choose_backend import VARIABLE, choose, triton_device
 from merge_engine.engine.cpu_backend import TorchBackend
 from merge_engine.errors import RecipeError
 

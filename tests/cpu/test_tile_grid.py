@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merge_engine.cpu.tile import TILE_ELEMENTS, tiles_of
+from merge_engine.cpu.tile_grid import TILE_ELEMENTS, tiles_of
 
 
 @pytest.mark.quick

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small_adapters import Adapters, adapters, drawn, generator, orthonormal
 
+from merge_engine.lowrank.core_methods import CORE_METHODS, MergedCore
 from merge_engine.lowrank.cores import TOLERANCE, Cores
-from merge_engine.lowrank.spectral import CORE_METHODS, MergedCore
 from merge_engine.lowrank.stack import Stack
 
 U32 = 2.0**-24

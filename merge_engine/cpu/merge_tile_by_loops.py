@@ -8,7 +8,7 @@ from torch import Tensor
 
 from merge_engine.cpu.keep import EVERY_ROW, KeepTile, LoopKeep, MergeSpec
 from merge_engine.cpu.source import Product, Source
-from merge_engine.cpu.tile import Tile, parts_of
+from merge_engine.cpu.tile_grid import Tile, parts_of
 from merge_engine.loops import door
 from merge_engine.loops.term import TERM
 from merge_engine.rules.rule import Rule, require

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from merge_engine.cpu.keep import KeepTile, MergeSpec
 from merge_engine.cpu.source import Source, filled
-from merge_engine.cpu.tile import Tile
+from merge_engine.cpu.tile_grid import Tile
 from merge_engine.rules.rule import require
 from merge_engine.runtime.memory import scratch
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from low_rank import generator, orthonormal, squares_of
 
-from merge_engine.lowrank.core import leading, product_norm
+from merge_engine.lowrank.small_svd import leading, product_norm
 
 
 @pytest.mark.quick
