@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .launch import Launch
 from .source import Keep, Source, check_tensor, keep_name, launch_of, task_arguments, terms_of, tiles_of
-from .tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
+from .task_tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
 
 # What the loop over adapters costs, and what was tried: SASS instructions per adapter and element for ties, bfloat16,
 # rank 16, on sm_90 (`python -m bench.report --only static`; nothing was run).

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .launch import Launch
 from .source import Band, Drop, Source, Trim, check_tensor, launch_of, task_arguments, terms_of, tiles_of
-from .tile import TERMS, kept, task_tile, tile_place
+from .task_tile import TERMS, kept, task_tile, tile_place
 
 COARSE_BINS: tl.constexpr = tl.constexpr(128)
 COARSE_SHIFT: tl.constexpr = tl.constexpr(21)  # the exponent and two bits of the fraction

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, arch_of, launch_for
-from .tile import TERMS, THRESHOLD, TOP
+from .task_tile import TERMS, THRESHOLD, TOP
 
 SMALLEST = 2.0**-149  # the smallest positive float32
 RANK_STEP = 16  # tl.dot needs K >= 16

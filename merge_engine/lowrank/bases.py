@@ -43,7 +43,7 @@ class Nearness(NamedTuple):
     rows of the others, 1 where all are orthogonal. 1e-4 or so is an A that was drawn once and trained apart.
     ``columns``: of [U_1 ... U_T], the left ones.
     ``polar``: the smallest on both sides within the numerical rank: the polar factors that `core_methods.tsv` uses
-    change by 1 / polar times as much as the adapters do. Exactly parallel directions do not count here: they do no harm.
+    change by 1 / polar times as much as the adapters do. Exactly parallel directions do not count: they do no harm.
     """
 
     rows: float
