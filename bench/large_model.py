@@ -1,6 +1,6 @@
 """A model that does not fit in memory: adapters of a Llama-70B shape, made a layer at a time, merged disk to disk.
 
-python -m bench.large_model [--layers 80] [--adapters 3] [--method tsv] [--scale auto] [--folder DIR]
+python -m bench.large_model [--model Llama-70B] [--adapters 3] [--method tsv] [--scale auto] [--folder DIR]
 
 Prints seconds of the whole process, seconds of CPUs, peak memory and bytes read and written; and, measured apart, the
 seconds that importing torch takes, and reading every factor and writing as many bytes as the result has, with nothing
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from bench.harness.inputs import RANK, SCALING, factors, llama
+from bench.harness.inputs import LAYERS, RANK, SCALING, TINY_LLAMA, Shapes, factors, llama
 from merge_engine.files.safetensors_writer import SafetensorsWriter
 
-LLAMA_70B = llama(8192, 1024, 28672)
+MODELS = {"Llama-70B": (llama(8192, 1024, 28672), 80), "TinyLlama": (TINY_LLAMA, LAYERS)}  # shapes and layers
 MERGE = (
     "import json, resource, sys, time; start = time.perf_counter(); import merge_engine; "
     "merged = merge_engine.merge(json.loads(sys.argv[1]), sys.argv[2], progress=False, **json.loads(sys.argv[3])); "
@@ -38,18 +38,18 @@ COPY = (
 )
 
 
-def make_adapter(folder: Path, seed: int, layers: int, dtype: torch.dtype) -> Path:
+def make_adapter(folder: Path, seed: int, shapes: Shapes, layers: int, dtype: torch.dtype) -> Path:
     """An adapter of all linear modules, written module by module."""
     folder.mkdir(parents=True)
-    names = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in LLAMA_70B]
+    names = [f"model.layers.{layer}.{name}" for layer in range(layers) for name in shapes]
     keys = [f"base_model.model.{name}.lora_{side}.weight" for name in names for side in "AB"]
     generator = torch.Generator().manual_seed(seed)
     with SafetensorsWriter(folder / "adapter_model.safetensors", keys) as writer:
         for name in names:
-            pair = factors(*LLAMA_70B[name.split(".", 3)[3]], RANK, generator)
+            pair = factors(*shapes[name.split(".", 3)[3]], RANK, generator)
             for side, tensor in zip("AB", pair, strict=True):
                 writer.add(f"base_model.model.{name}.lora_{side}.weight", tensor.to(dtype))
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": SCALING * RANK, "base_model_name_or_path": "llama-70b"}
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": SCALING * RANK, "base_model_name_or_path": "llama"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -61,15 +61,18 @@ def child(code: str, *arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.large_model", description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=80)
+    parser.add_argument("--model", choices=MODELS, default="Llama-70B")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
     parser.add_argument("--adapters", type=int, default=3)
     parser.add_argument("--method", default="tsv")
     parser.add_argument("--scale", default="auto")
     parser.add_argument("--folder", type=Path, help="where files are made, and removed (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        shapes, layers = MODELS[options.model]
+        layers = options.layers or layers
         made = [
-            make_adapter(Path(folder, f"adapter{i}"), i, options.layers, torch.bfloat16)
+            make_adapter(Path(folder, f"adapter{i}"), i, shapes, layers, torch.bfloat16)
             for i in range(options.adapters)
         ]
         sources, output = json.dumps([str(path) for path in made]), Path(folder, "merged")
@@ -83,7 +86,7 @@ def main() -> None:
         child("import torch")
         importing = time.perf_counter() - started
         copying = float(child(COPY, sources, str(Path(folder, "copy")), str(written)))
-        print(f"{options.method}, {options.adapters} adapters of rank {RANK}, {options.layers} layers:")
+        print(f"{options.model}, {layers} layers, {options.adapters} adapters of rank {RANK}, {options.method}:")
         print(f"  whole process  {whole:.1f} s, {found['processor']:.1f} s of CPUs, peak {found['peak_gb']:.2f} GB")
         print(f"  kept energy    {found['energy']:.6f}")
         print(f"  files          {read / 1e9:.2f} GB read, {written / 1e9:.2f} GB written")
