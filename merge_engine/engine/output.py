@@ -13,9 +13,9 @@ from merge_engine.files.folder import place_folder
 from merge_engine.formats.peft_writer import AdapterWriter
 from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.models.finetuned import Finetuned
+from merge_engine.rules.methods import METHODS
 
 logger = logging.getLogger(__name__)
-_FLAT = ("iso_c", "tsv_iso")  # methods whose singular values are all equal
 _SHARED = 1e-2  # rows that one A started from are nearer to each other than this
 
 
@@ -123,7 +123,7 @@ def _warn_of_a_cut(output: Output, subject: str) -> None:
     method, figures = output.plan.recipe.method, output.figures
     kept = f"rank up to {max(output.ranks.values(), default=0)} keeps {output.norms.kept_energy:.2f} of the energy"
     whole = {name: own[NUMERICAL_RANK] for name, own in figures.items() if NUMERICAL_RANK in own}
-    if method in _FLAT and any(output.ranks[name] < rank for name, rank in whole.items()):
+    if METHODS[method].flat and any(output.ranks[name] < rank for name, rank in whole.items()):
         equal = f"all directions of {method} are equally strong, wanted rank {max(whole.values())}"
         logger.warning("%s: %s; %s", subject, kept, equal)
     elif output.norms.kept_energy < LOW:

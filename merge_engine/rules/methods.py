@@ -36,6 +36,7 @@ class Method(NamedTuple):
     weighs_vote: bool = False
     combine: Combine = "sum"
     options: tuple[str, ...] = ()  # fields of the recipe that only methods which name them know
+    flat: bool = False  # all singular values of the result are equal: a smaller rank loses its share of them
 
 
 METHODS: dict[str, Method] = {
@@ -54,8 +55,8 @@ METHODS: dict[str, Method] = {
     ),
     "consensus": Method("the weighted sum where several adapters matter", combine="consensus"),
     "tsv": Method("add the deltas after making their directions orthogonal", kind="core"),
-    "iso_c": Method("the sum of the deltas with all its directions equally strong", kind="core"),
-    "tsv_iso": Method("tsv with all its directions equally strong", kind="core"),
+    "iso_c": Method("the sum of the deltas with all its directions equally strong", kind="core", flat=True),
+    "tsv_iso": Method("tsv with all its directions equally strong", kind="core", flat=True),
     "actmat": Method("least squares over directions that tasks use (experimental)", kind="core", options=("ridge",)),
     "multislerp": Method("the mean direction of the deltas, of their mean norm", kind="core"),
     "karcher": Method("the Karcher mean of the deltas' directions, of their mean norm", kind="core"),
