@@ -67,6 +67,12 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--energy", type=float, help="use the smallest rank, up to --rank, that keeps this share of the energy, as 0.9"
     )
+    parser.add_argument(
+        "--ranks",
+        choices=CHOICES["ranks"],
+        help="of what is written: one for all modules, filled up with zeros, as servers want it, or each its own; "
+        "default: one",
+    )
     sweep_options(parser)
 
 

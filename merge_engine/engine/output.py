@@ -151,14 +151,19 @@ def warn_of_one_start(plan: Plan, figures: Mapping[str, Mapping[str, float]], su
 
 
 def output_bytes(plan: Plan) -> int:
-    """Bytes of the factors of the result, at most."""
-    return sum(module.rank * (module.rows + module.columns) for module in plan.modules) * plan.dtype.itemsize
+    """Bytes that the factors of the result take on the disk, at most: with one rank, twice while they are padded."""
+    own = sum(module.rank * (module.rows + module.columns) for module in plan.modules)
+    if plan.recipe.ranks == "one":
+        rank = max(module.rank for module in plan.modules)
+        one = rank * sum(module.rows + module.columns for module in plan.modules)
+        own = one if one == own and plan.recipe.energy is None else own + one
+    return own * plan.dtype.itemsize
 
 
 def _writer(plan: Plan, folder: Path) -> AdapterWriter:
     described = {module.name: plan.adapters[module.adapters[0]].modules[module.name] for module in plan.modules}
     adapters = [adapter for adapter in plan.adapters if not isinstance(adapter, Finetuned)]
-    return AdapterWriter(folder, adapters, described, plan.dtype)
+    return AdapterWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks)
 
 
 def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, output: Output) -> None:

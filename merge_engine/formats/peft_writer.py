@@ -14,6 +14,7 @@ from merge_engine.errors import OutputError, writing
 from merge_engine.files.locate import is_hub_id
 from merge_engine.files.safetensors_writer import SafetensorsWriter
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Module, saves, shared_extras
+from merge_engine.formats.one_rank import COLUMNS, ROWS, to_one_rank
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE
 from merge_engine.report.card import adapter_card
@@ -21,19 +22,21 @@ from merge_engine.runtime.finite import finite
 from merge_engine.version import versions
 
 logger = logging.getLogger(__name__)
+_SIDES = (ROWS, COLUMNS)  # where A and B have their rank
 
 
 class AdapterWriter:
     """Takes each module's factors in any order; ``finish`` completes the folder. For one thread.
 
     The scaling of the result is 1 everywhere: the delta of a module is ``B @ A`` as given. Only the cast to ``dtype``
-    rounds.
+    rounds. With ``ranks="one"`` all modules are written with the largest rank of any of them, by zeros.
 
     Args:
         folder: an existing folder to write into.
         adapters: what is merged; their common extras are copied.
         modules: every module that will be added, with the shapes of any adapter that has it.
         dtype: of the stored factors.
+        ranks: "one", or "own": each module has the rank it was given with, and the configuration a rank_pattern.
 
     Raises:
         AdapterError: the adapters' extras differ.
@@ -42,12 +45,18 @@ class AdapterWriter:
     """
 
     def __init__(
-        self, folder: Path, adapters: Sequence[Adapter], modules: Mapping[str, Module], dtype: torch.dtype
+        self,
+        folder: Path,
+        adapters: Sequence[Adapter],
+        modules: Mapping[str, Module],
+        dtype: torch.dtype,
+        ranks: str = "one",
     ) -> None:
         self._folder = Path(folder)
         self._adapters = list(adapters)
         self._modules = dict(modules)
         self._dtype = dtype
+        self._one_rank = ranks == "one"
         self._ranks: dict[str, int] = {}
         self._extras = shared_extras(adapters)
         keys = [key for module in self._modules.values() for key in _keys(module)]
@@ -80,17 +89,20 @@ class AdapterWriter:
 
         Args:
             recipe: what was asked for; plain values, as in JSON.
-            report: figures of the merge; each module's rank is added to ``report["modules"][name]``.
+            report: figures of the merge; each module's rank before zeros is added to ``report["modules"][name]``, and
+                the largest one as ``report["rank"]``.
         """
         for key, extra in self._extras.items():
             self._weights.add(key, extra.read())
         self._weights.close()
-        config = adapter_config(self._adapters, self._ranks, list(self._extras))
+        written = self._written_ranks()
+        config = adapter_config(self._adapters, written, list(self._extras))
         modules = report.get("modules", {})
         full_report = {
             **report,
             "recipe": dict(recipe),
             "versions": versions(),
+            "rank": max(written.values()),
             "modules": {name: {"rank": rank, **modules.get(name, {})} for name, rank in sorted(self._ranks.items())},
         }
         self._write(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
@@ -102,6 +114,13 @@ class AdapterWriter:
         base = config["base_model_name_or_path"]
         on_hub = bool(base) and is_hub_id(base)
         self._write("README.md", adapter_card(sources, weights, recipe, base, on_hub))
+
+    def _written_ranks(self) -> dict[str, int]:
+        """The rank of every module in the file, once all are made one."""
+        if not self._one_rank:
+            return self._ranks
+        axes = {key: axis for name in self._ranks for key, axis in zip(_keys(self._modules[name]), _SIDES, strict=True)}
+        return dict.fromkeys(self._ranks, to_one_rank(self._folder / WEIGHTS_FILE, axes))
 
     def _write(self, name: str, text: str) -> None:
         with writing(self._folder / name):

@@ -97,6 +97,8 @@ def make_job(
     models = [model for model in found if model is not None]
     if recipe.rank != "auto" or recipe.energy is not None:
         raise RecipeError("rank: a merge into a base model is not cut to a rank; wanted neither rank nor energy")
+    if recipe.ranks != "one":
+        raise RecipeError("ranks: a merge into a base model has no ranks; wanted none, got own")
     if models:
         what = "is a full model" if models[0] in inputs else "holds its vocabulary whole"
         _check_dense(recipe, f"{models[0].name} {what}")

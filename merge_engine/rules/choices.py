@@ -5,6 +5,7 @@ from merge_engine.rules.methods import METHODS
 
 SPACES = ("delta", "factors", "core", "knots")
 BALANCES = ("pico",)
+RANKS = ("one", "own")
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "triton", "torch")
 KINDS = ("elementwise", "stacked", "core")
@@ -16,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("tensor", "model"),
     "trim_ties": ("exact", "keep"),
     "convention": tuple(CONVENTIONS),
+    "ranks": RANKS,
     "dtype": WRITTEN_DTYPES,
     "backend": BACKENDS,
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 
 from merge_engine.errors import RecipeError
-from merge_engine.rules.choices import BALANCES, SPACES, WRITTEN_DTYPES
+from merge_engine.rules.choices import BALANCES, RANKS, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, looks_at, methods_with, refuses
 from merge_engine.rules.rule import Rule, make_rule
@@ -39,6 +39,8 @@ class Recipe:
     seed: of the random drops, 0 <= seed < 2**64.
     rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: the smallest rank up to
         that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is.
+    ranks: of what is written: "one": all modules have the largest rank of any of them, by rows of zeros in A and
+        columns of zeros in B, as servers want it; "own": each has its own, in a rank_pattern.
     dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.
     normalize: whether the mean of methods that elect is divided at all; None: as the convention says.
     gamma: of breadcrumbs: the largest elements, this share of all, are dropped before density keeps the next ones; 0.01
@@ -68,6 +70,7 @@ class Recipe:
     seed: int = 0
     rank: int | Literal["auto"] = "auto"
     energy: float | None = None
+    ranks: Literal["one", "own"] = "one"
     dtype: str | None = None
     normalize: bool | None = None
     rescale: Literal["density", "l1"] | None = None
@@ -120,6 +123,8 @@ class Recipe:
             raise RecipeError(f"rank: wanted auto or a whole number of at least 1, got {self.rank!r}")
         if self.energy is not None and not (_is_number(self.energy) and 0 < self.energy <= 1):
             raise RecipeError(f"energy: wanted a number above 0 and up to 1, got {self.energy!r}")
+        if not isinstance(self.ranks, str) or self.ranks not in RANKS:
+            raise RecipeError(f"ranks: wanted one of {', '.join(RANKS)}, got {self.ranks!r}")
         if self.dtype is not None and (not isinstance(self.dtype, str) or self.dtype not in DTYPES):
             raise RecipeError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if METHODS[self.method].kind == "stacked" and (self.rank != "auto" or self.energy is not None):

@@ -9,9 +9,9 @@ import merge_engine
 
 
 @pytest.mark.parametrize("rank", ["auto", 3, 40])
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_what_is_written_is_what_peft_loads(uneven, tmp_path, rank, dtype):
-    recipe = {"method": "ties", "density": 0.5, "weights": WEIGHTS, "rank": rank}
+@pytest.mark.parametrize(("dtype", "ranks"), [(None, "one"), ("bfloat16", "one"), (None, "own")])
+def test_what_is_written_is_what_peft_loads(uneven, tmp_path, rank, dtype, ranks):
+    recipe = {"method": "ties", "density": 0.5, "weights": WEIGHTS, "rank": rank, "ranks": ranks}
     want = deltas_of(merge_engine.merge(uneven, **recipe))
     result = merge_engine.merge(uneven, tmp_path / "out", dtype=dtype, **recipe)
     assert result.path == tmp_path / "out" and not result.modules
@@ -23,3 +23,23 @@ def test_what_is_written_is_what_peft_loads(uneven, tmp_path, rank, dtype):
     assert report["energy"] == result.total_energy
     assert {name: module["energy"] for name, module in report["modules"].items()} == result.energy
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_one_rank_holds_the_same_deltas_as_own_ranks(uneven, tmp_path):
+    """Zeros beside the same numbers, so the same configuration but for the ranks, and no rank but the largest."""
+    written = {}
+    for ranks in ("one", "own"):
+        for result in merge_engine.merge_many(uneven, [{"method": "linear", "ranks": ranks}], tmp_path / ranks):
+            written[ranks] = merge_engine.open_adapter(result.path)
+    one, own = written["one"], written["own"]
+    largest = max(module.rank for module in own.modules.values())
+    assert len({module.rank for module in own.modules.values()}) > 1 and own.config["rank_pattern"]
+    assert {module.rank for module in one.modules.values()} == {largest} == {one.config["r"], one.config["lora_alpha"]}
+    assert one.config["rank_pattern"] == one.config["alpha_pattern"] == {}
+    alike = set(one.config) - {"r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+    assert all(one.config[key] == own.config[key] for key in alike)
+    for name, module in own.modules.items():
+        (a, b), (wide_a, wide_b) = own.factors(name), one.factors(name)
+        assert one.modules[name].scaling == module.scaling == 1
+        assert (wide_a[: len(a)] == a).all() and (wide_b[:, : len(a)] == b).all()
+        assert not wide_a[len(a) :].any() and not wide_b[:, len(a) :].any()

@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from peft_models import KEY, NAMES, Q0, SCORE, TOY_NAMES, classifier, edit, gpt2, llama, peft_delta, saved, toy
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 from transformers import LlamaForSequenceClassification
 
 from merge_engine.errors import OutputError
@@ -28,11 +29,13 @@ pytestmark = [
 ]
 
 
-def merged(folder: Path, adapters: list[Adapter], ranks: dict[str, int], dtype: torch.dtype = torch.float32) -> dict:
-    """Write random factors of the given ranks for every module; the factors, by module."""
+def merged(
+    folder: Path, adapters: list[Adapter], ranks: dict[str, int], dtype: torch.dtype = torch.float32, form: str = "one"
+) -> dict:
+    """Write random factors of the given ranks for every module; the factors that are to be read, by module."""
     modules = {name: module for adapter in adapters for name, module in adapter.modules.items()}
     folder.mkdir()
-    writer = AdapterWriter(folder, adapters, modules, dtype)
+    writer = AdapterWriter(folder, adapters, modules, dtype, form)
     generator = torch.Generator().manual_seed(3)
     factors = {}
     for name in sorted(modules, key=lambda name: name[::-1]):
@@ -43,7 +46,13 @@ def merged(folder: Path, adapters: list[Adapter], ranks: dict[str, int], dtype: 
         factors[name] = (a.to(dtype), b.to(dtype))
     recipe = {"method": "linear", "weights": [0.5] * len(adapters), "seed": 0}
     writer.finish(recipe, {"modules": {name: {"kept_energy": 0.5} for name in modules}, "seconds": 1.5})
-    return factors
+    largest = max(len(a) for a, _ in factors.values())
+    return factors if form == "own" else {name: with_zeros(*pair, largest) for name, pair in factors.items()}
+
+
+def with_zeros(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A with rows of zeros below it, B with columns of zeros to its right, as one rank is written."""
+    return pad(a, (0, 0, 0, rank - len(a))), pad(b, (0, rank - len(a)))
 
 
 def assert_loads_as(model: PeftModel, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -64,11 +73,12 @@ def assert_loads_as(model: PeftModel, factors: dict[str, tuple[torch.Tensor, tor
         assert ((peft_delta(model, name).double() - exact).abs() <= bound).all(), name
 
 
+@pytest.mark.parametrize("form", ["one", "own"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_peft_loads_every_kind_of_layer_whatever_the_ranks(tmp_path, dtype):
+def test_peft_loads_every_kind_of_layer_whatever_the_ranks(tmp_path, dtype, form):
     adapter = open_adapter(saved(tmp_path / "a", toy, r=2, lora_alpha=5, use_rslora=True))
     ranks = {"emb": 6, "fc": 5, "block.fc": 1, "layers.1": 3, "layers.11": 2, "conv2d": 4, "conv1d": 1, "conv3d": 3}
-    factors = merged(tmp_path / "out", [adapter], ranks, dtype)
+    factors = merged(tmp_path / "out", [adapter], ranks, dtype, form)
     assert {t.dtype for t in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {dtype}
     assert_loads_as(PeftModel.from_pretrained(toy(), tmp_path / "out"), factors)
     again = open_adapter(tmp_path / "out")
@@ -129,7 +139,8 @@ def test_trained_tokens_are_carried_over(tmp_path):
 
 
 @pytest.mark.quick
-def test_the_configuration(tmp_path):
+@pytest.mark.parametrize("form", ["one", "own"])
+def test_the_configuration(tmp_path, form):
     for name in ("one", "two"):
         config = {"task_type": "CAUSAL_LM", "revision": "v2", "lora_dropout": 0.1, "exclude_modules": ["k_proj"]}
         path = saved(
@@ -138,17 +149,19 @@ def test_the_configuration(tmp_path):
         edit(path, base_model_name_or_path="org/base")
     two = tmp_path / "two"
     edit(two, revision="v3")
-    merged(tmp_path / "out", [open_adapter(tmp_path / "one"), open_adapter(two)], {Q0: 6})
+    merged(tmp_path / "out", [open_adapter(tmp_path / "one"), open_adapter(two)], {Q0: 6}, form=form)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config.pop("rank_pattern") == config.pop("alpha_pattern") == {r"^(model\.layers\.0\.self_attn\.q_proj)": 6}
+    own = {r"^(model\.layers\.0\.self_attn\.q_proj)": 6}
+    assert config.pop("rank_pattern") == config.pop("alpha_pattern") == (own if form == "own" else {})
+    rank = 4 if form == "own" else 6
     assert config == {
         "peft_type": "LORA",
         "base_model_name_or_path": "org/base",
         "task_type": "CAUSAL_LM",
         "revision": None,
         "auto_mapping": None,
-        "r": 4,
-        "lora_alpha": 4,
+        "r": rank,
+        "lora_alpha": rank,
         "target_modules": [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"],
         "modules_to_save": None,
         "fan_in_fan_out": False,
@@ -194,6 +207,7 @@ def test_the_report_and_the_card(tmp_path):
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["recipe"] == {"method": "linear", "weights": [0.5, 0.5], "seed": 0}
     assert report["modules"][Q0] == {"rank": 6, "kept_energy": 0.5}
+    assert report["rank"] == 6
     assert report["modules"].keys() == adapters[0].modules.keys()
     assert report["seconds"] == 1.5
     assert report["versions"].keys() == {"merge-engine", "torch", "safetensors"}

@@ -60,6 +60,8 @@ def bad(**kwargs):
         bad(rank="8", message="rank: wanted auto or a whole number of at least 1, got '8'"),
         bad(energy=0.0, message="energy: wanted a number above 0 and up to 1, got 0.0"),
         bad(dtype="int8", message="dtype: wanted one of float32, float16, bfloat16, got 'int8'"),
+        bad(ranks="two", message="ranks: wanted one of one, own, got 'two'"),
+        bad(ranks=["one"], message=r"ranks: wanted one of one, own, got \['one'\]"),
         bad(method="cat", rank=4, message="rank: cat stacks the factors"),
         bad(lambda_=1, message="recipe: wanted one of method, .*, got 'lambda_'"),
     ],
