@@ -66,6 +66,11 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     add("--backend", choices=CHOICES["backend"], help="triton (GPU), torch (CPU) or auto; default: auto")
     add("--dtype", choices=CHOICES["dtype"], help="dtype of the output; default: that of the inputs, or of the base")
     add(
+        "--saved",
+        choices=CHOICES["saved"],
+        help="layers that adapters save whole and that differ: their average, or the first one; default: refuse them",
+    )
+    add(
         "--vocab",
         choices=("base", "union"),
         help="full models: tokens of the base, or of all inputs; default: base",

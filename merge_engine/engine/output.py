@@ -163,7 +163,7 @@ def output_bytes(plan: Plan) -> int:
 def _writer(plan: Plan, folder: Path) -> AdapterWriter:
     described = {module.name: plan.adapters[module.adapters[0]].modules[module.name] for module in plan.modules}
     adapters = [adapter for adapter in plan.adapters if not isinstance(adapter, Finetuned)]
-    return AdapterWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks)
+    return AdapterWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, plan.recipe.saved)
 
 
 def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, output: Output) -> None:

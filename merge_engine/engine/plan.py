@@ -13,7 +13,8 @@ from torch import Tensor
 
 from merge_engine.engine.joint import Joined, Joint, Keeper, LastFew
 from merge_engine.errors import AdapterError, RecipeError
-from merge_engine.formats.adapter import Adapter, shared_extras
+from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.extras import shared_extras
 from merge_engine.lowrank.small_svd import product_norm
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.factor_weights import factor_weights
@@ -190,7 +191,7 @@ def make_plan(
         raise RecipeError(f"min_tasks: wanted at most {len(adapters)}, one for each input, got {rule.min_tasks}")
     only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]
     _warn_of_different_bases(only_adapters)
-    shared_extras(only_adapters)
+    shared_extras(only_adapters, recipe.saved)
     modules = tuple(
         _plan_module(name, adapters, recipe)
         for name in sorted({module for adapter in adapters for module in adapter.modules})

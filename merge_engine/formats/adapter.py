@@ -1,7 +1,6 @@
 """An adapter of any file format: a description of its modules, and factors that are read when they are asked for."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,40 +92,6 @@ class Adapter:
         return max(-least, most)
 
 
-def shared_extras(adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
-    """The tensors beside the factors, which all adapters must have alike: they can be copied, but not merged.
-
-    A copy of a base weight, which PEFT saves beside the factors of an embedding (``base_layer``), may be missing from
-    some adapters: it is that of the base model that all share.
-
-    Raises:
-        AdapterError: a tensor differs between two adapters, or one lacks it; the message names both and the tensor.
-    """
-    union = {key: (adapter, extra) for adapter in reversed(adapters) for key, extra in adapter.extras.items()}
-    for key, (owner, extra) in sorted(union.items()):
-        for other in adapters:
-            twin = other.extras.get(key)
-            if twin is None:
-                if not is_base_copy(key):
-                    raise AdapterError(
-                        f"{owner.name} has {key} but {other.name} does not; such tensors cannot be merged"
-                    )
-            elif (twin.shape, twin.dtype) != (extra.shape, extra.dtype):
-                raise AdapterError(
-                    f"{key} differs: {owner.name} has {list(extra.shape)} {short_name(extra.dtype)}, "
-                    f"{other.name} has {list(twin.shape)} {short_name(twin.dtype)}; such tensors cannot be merged"
-                )
-            elif twin is not extra and not _same_bytes(twin.read(), extra.read()):
-                raise AdapterError(
-                    f"{key} differs between {owner.name} and {other.name}; such tensors cannot be merged"
-                )
-    if any(key.endswith(TOKENS) for key in union):
-        for other in adapters[1:]:
-            if other.config.get("trainable_token_indices") != adapters[0].config.get("trainable_token_indices"):
-                raise AdapterError(f"trainable_token_indices differ between {adapters[0].name} and {other.name}")
-    return {key: extra for key, (_, extra) in sorted(union.items())}
-
-
 def saves(target: str, key: str) -> bool:
     """Whether ``target``, an entry of ``modules_to_save``, names the layer of ``key``; PEFT compares ends of names."""
     parts = key[len(KEY_PREFIX) :].split(".")
@@ -136,10 +101,6 @@ def saves(target: str, key: str) -> bool:
 def is_base_copy(key: str) -> bool:
     """Whether a key is that of a copy of a weight of the base model, saved beside the factors."""
     return key.endswith((".base_layer.weight", ".base_layer.bias"))
-
-
-def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:
-    return torch.equal(one.reshape(-1).view(torch.uint8), two.reshape(-1).view(torch.uint8))
 
 
 def short_name(dtype: torch.dtype) -> str:

@@ -13,7 +13,8 @@ import torch
 from merge_engine.errors import OutputError, writing
 from merge_engine.files.locate import is_hub_id
 from merge_engine.files.safetensors_writer import SafetensorsWriter
-from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Module, saves, shared_extras
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Module, saves
+from merge_engine.formats.extras import shared_extras
 from merge_engine.formats.one_rank import COLUMNS, ROWS, to_one_rank
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE
@@ -37,6 +38,7 @@ class AdapterWriter:
         modules: every module that will be added, with the shapes of any adapter that has it.
         dtype: of the stored factors.
         ranks: "one", or "own": each module has the rank it was given with, and the configuration a rank_pattern.
+        saved: which of the layers that they save whole is taken where they differ; see `extras.carried_over`.
 
     Raises:
         AdapterError: the adapters' extras differ.
@@ -51,6 +53,7 @@ class AdapterWriter:
         modules: Mapping[str, Module],
         dtype: torch.dtype,
         ranks: str = "one",
+        saved: str | None = None,
     ) -> None:
         self._folder = Path(folder)
         self._adapters = list(adapters)
@@ -58,7 +61,7 @@ class AdapterWriter:
         self._dtype = dtype
         self._one_rank = ranks == "one"
         self._ranks: dict[str, int] = {}
-        self._extras = shared_extras(adapters)
+        self._extras = shared_extras(adapters, saved)
         keys = [key for module in self._modules.values() for key in _keys(module)]
         self._weights = SafetensorsWriter(self._folder / WEIGHTS_FILE, [*keys, *self._extras])
 

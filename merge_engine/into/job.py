@@ -117,7 +117,7 @@ def make_job(
     plain = [each for each in adapters if each not in held]
     if union is not None:
         check_tokens(base, plain, targets, union)
-    saved = saved_tensors(base, plain)
+    saved = saved_tensors(base, plain, recipe.saved)
     plan = make_plan(bound, recipe)
     for key in {target.stored.key for target in targets.values()} & saved.keys():
         raise ModelError(f"{key} is both merged and saved whole by an adapter; such layers cannot be merged")

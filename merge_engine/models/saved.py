@@ -4,25 +4,27 @@ from collections.abc import Mapping, Sequence
 
 from merge_engine.errors import ModelError
 from merge_engine.files.weights import StoredTensor
-from merge_engine.formats.adapter import KEY_PREFIX, Adapter
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter, is_base_copy
 from merge_engine.formats.checkpoint import Checkpoint, is_head
+from merge_engine.formats.extras import carried_over
 from merge_engine.models.targets import Target, in_vocabulary
 from merge_engine.models.vocabulary import Union, token_keys, tokens
 
 
-def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, StoredTensor]:
+def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter], saved: str | None = None) -> dict[str, StoredTensor]:
     """{key of the base: the tensor that replaces it}, of all layers that adapters save whole.
 
-    The plan checks that all adapters have the same ones. Copies of adapted base weights are left out.
+    saved: which of them, where they differ between adapters; see `extras.carried_over`. Copies of adapted base weights
+    are left out.
 
     Raises ModelError where the base lacks the key, has another shape there, or ties it to another layer, and for
-    trained tokens.
+    trained tokens; AdapterError where they differ and saved does not say what to do.
     """
-    saved = {}
+    owners = []
     for adapter in adapters:
-        for key, stored in held_whole(adapter).items():
-            if key.endswith((".base_layer.weight", ".base_layer.bias")):
-                continue
+        held = {key: stored for key, stored in held_whole(adapter).items() if not is_base_copy(key)}
+        owners.append((adapter.name, held))
+        for key, stored in held.items():
             if key.endswith("trainable_tokens_delta"):
                 raise ModelError(f"{adapter.name}: {stored.key}: trained tokens cannot be merged into a base model")
             if key not in base.tensors:
@@ -35,8 +37,7 @@ def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, St
                 )
             if key in base.twins or key in base.twins.values() or (base.ties_embeddings and in_vocabulary(base, key)):
                 raise ModelError(f"{adapter.name}: {key} is tied to another layer of {base.name}; untie them first")
-            saved[key] = stored
-    return saved
+    return carried_over(owners, saved)
 
 
 def saved_vocabulary(base: Checkpoint, adapter: Adapter) -> Checkpoint | None:
@@ -56,7 +57,7 @@ def saved_vocabulary(base: Checkpoint, adapter: Adapter) -> Checkpoint | None:
         if not held[key].same_as(saved[first]):
             raise ModelError(f"{adapter.name}: {key} is tied to {first} in {base.name}, wanted the same rows in both")
         del held[key]
-    others = [key for key in held if not key.endswith((".base_layer.weight", ".base_layer.bias"))]
+    others = [key for key in held if not is_base_copy(key)]
     others += [key for key in saved if key.removesuffix(".weight") in adapter.modules]
     if others:
         raise ModelError(f"{adapter.name}: wanted only {', '.join(wanted)} held whole and not adapted, got {others[0]}")

@@ -7,6 +7,7 @@ SPACES = ("delta", "factors", "core", "knots")
 BALANCES = ("pico",)
 RANKS = ("one", "own")
 WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
+SAVED = ("average", "first")
 BACKENDS = ("auto", "triton", "torch")
 KINDS = ("elementwise", "stacked", "core")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -19,5 +20,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "convention": tuple(CONVENTIONS),
     "ranks": RANKS,
     "dtype": WRITTEN_DTYPES,
+    "saved": SAVED,
     "backend": BACKENDS,
 }

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 
 from merge_engine.errors import RecipeError
-from merge_engine.rules.choices import BALANCES, RANKS, SPACES, WRITTEN_DTYPES
+from merge_engine.rules.choices import BALANCES, RANKS, SAVED, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, looks_at, methods_with, refuses
 from merge_engine.rules.rule import Rule, make_rule
@@ -42,6 +42,9 @@ class Recipe:
     ranks: of what is written: "one": all modules have the largest rank of any of them, by rows of zeros in A and
         columns of zeros in B, as servers want it; "own": each has its own, in a rank_pattern.
     dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.
+    saved: layers that adapters save whole (modules_to_save) and that differ between them: "first" takes that of the
+        first adapter that has it, "average" their mean; None refuses them. What is the same in all adapters that have
+        it is carried over.
     normalize: whether the mean of methods that elect is divided at all; None: as the convention says.
     gamma: of breadcrumbs: the largest elements, this share of all, are dropped before density keeps the next ones; 0.01
         by default. Fewer are dropped where gamma + density is above 1.
@@ -72,6 +75,7 @@ class Recipe:
     energy: float | None = None
     ranks: Literal["one", "own"] = "one"
     dtype: str | None = None
+    saved: Literal["average", "first"] | None = None
     normalize: bool | None = None
     rescale: Literal["density", "l1"] | None = None
     gamma: float = GAMMA
@@ -127,6 +131,8 @@ class Recipe:
             raise RecipeError(f"ranks: wanted one of {', '.join(RANKS)}, got {self.ranks!r}")
         if self.dtype is not None and (not isinstance(self.dtype, str) or self.dtype not in DTYPES):
             raise RecipeError(f"dtype: wanted one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.saved is not None and self.saved not in SAVED:
+            raise RecipeError(f"saved: wanted {' or '.join(SAVED)}, got {self.saved!r}")
         if METHODS[self.method].kind == "stacked" and (self.rank != "auto" or self.energy is not None):
             raise RecipeError(
                 f"rank: {self.method} stacks the factors, its rank is the sum of theirs; for a smaller one use linear"
