@@ -1,7 +1,7 @@
 """The cut: from a module's merged task tensors to the factors of the result, and the memory that this takes."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ from merge_engine.engine.prepare import Work
 from merge_engine.errors import RecipeError, about
 from merge_engine.lowrank.auto_scale import auto_scale
 from merge_engine.lowrank.core_methods import CORE_METHODS, MergedCore
-from merge_engine.lowrank.cores import Cores, Stacked
+from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.krylov import first_space, from_matrix
-from merge_engine.lowrank.small_svd import LowRank, product_norm
+from merge_engine.lowrank.small_svd import LowRank, product_norm, rank_that_keeps
 from merge_engine.lowrank.stack import Stack, from_products
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import Recipe
@@ -76,22 +76,23 @@ def cut(plan: Plan, backend: Backend, work: Work, known: Decompositions | None =
 
 
 class CutFactors(NamedTuple):
-    """What a module was cut to, and its figures. core: makes the small matrix that has all its singular values, if
-    there is one."""
+    """What a module was cut to, and its figures. values: all singular values of what was cut, descending, if they are
+    known."""
 
     factors: LowRank
     figures: dict[str, float]
-    core: Callable[[], Tensor] | None = None
+    values: Tensor | None = None
 
 
 def finished(plan: Plan, work: Work, found: CutFactors) -> Finished:
     """A module that was cut to some factors, on the CPU, with what else there is to say of it."""
-    (A, B, energy), figures, core = found
-    if core is not None and energy < LOW:
-        figures[ENOUGH_RANK] = _rank_that_keeps(ENOUGH, core())
+    (A, B, energy), figures, values = found
+    if values is not None and energy < LOW:
+        figures[ENOUGH_RANK] = rank_that_keeps(ENOUGH, values)
+    squared_norm = product_norm(A, B) ** 2 if values is None else float(values[: len(A)].square().sum())
     norms = work.norms() if plan.recipe.scale == "auto" else ()
     lost = 0.0 if plan.by_factors else rounding_of(work.module, norms)
-    return Finished(LowRank(A.cpu(), B.cpu(), energy), product_norm(A, B) ** 2, norms, figures, lost)
+    return Finished(LowRank(A.cpu(), B.cpu(), energy), squared_norm, norms, figures, lost)
 
 
 def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) -> CutFactors:
@@ -100,7 +101,9 @@ def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) ->
     space = None if work.joined is None else work.joined.space
     if space is not None:
         small = work.merged["delta"].cpu()
-        return CutFactors(space.lift(small, module.rank, recipe.energy), {SMALLEST_ROW: space.nearness}, lambda: small)
+        factors = space.lift(small, module.rank, recipe.energy)
+        values = torch.linalg.svdvals(small.double()) if factors.energy < LOW else None
+        return CutFactors(factors, {SMALLEST_ROW: space.nearness}, values)
     As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
     strengths = strengths_of(module)
     if plan.stacks:
@@ -109,14 +112,15 @@ def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) ->
     if plan.on_cores:
         stack = known.stack(As, Bs)
         merged, figures = merge_cores(recipe, module, known.cores(stack, scalings))
-        factors = stack.unfold(merged.core, module.rank, recipe.energy, merged.noise)
-        return CutFactors(factors, figures, lambda: merged.core)
+        factors, values = stack.unfold_svd(merged.svd, module.rank, recipe.energy, merged.noise)
+        return CutFactors(factors, figures, values)
     if "delta" in work.merged:
         start = start_rows(As, module.rank)
         return CutFactors(from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {})
     if plan.by_factors:
         stack = known.stack(As, Bs)
-        return CutFactors(stack.cut(strengths, module.rank, recipe.energy), {}, lambda: summed_core(stack, strengths))
+        factors, values = stack.cut_and_values(strengths, module.rank, recipe.energy)
+        return CutFactors(factors, {}, values)
     A, B = work.merged["A"], work.merged["B"]
     if recipe.energy is None and module.rank >= len(A):
         return CutFactors(LowRank(A, B, 1.0), {})
@@ -136,21 +140,6 @@ def merge_cores(recipe: Recipe, module: ModulePlan, cores: Cores) -> tuple[Merge
     if merged.smallest is not None:
         figures[SMALLEST] = merged.smallest
     return merged, figures
-
-
-def summed_core(stack: Stacked, strengths: Sequence[float]) -> Tensor:
-    """The core of sum_i strengths_i B_i A_i."""
-    left, right = stack.triangles
-    columns = torch.tensor(strengths, dtype=torch.float64).repeat_interleave(torch.tensor(stack.ranks))
-    return (left * columns.to(left.device)) @ right.T
-
-
-def _rank_that_keeps(share: float, core: Tensor) -> int:
-    """The smallest rank that keeps this share of the energy of a matrix."""
-    wide = core.double()
-    gram = wide @ wide.T if len(wide) <= wide.shape[1] else wide.T @ wide
-    squares = torch.linalg.eigvalsh(gram).clamp(min=0).flip(0).cumsum(0)
-    return 1 + int((squares < share * squares[-1]).sum())
 
 
 def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:

@@ -16,7 +16,6 @@ from merge_engine.engine.cut import (
     merge_cores,
     start_rows,
     strengths_of,
-    summed_core,
     widest_start,
 )
 from merge_engine.engine.plan import ModulePlan, Plan
@@ -140,13 +139,9 @@ def _sums(plan: Plan, backend: Backend, works: Sequence[Work]) -> _Found:
     if stacks is None:
         return [None] * len(works)
     strengths = [strengths_of(work.module) for work in works]
-    cuts = stacks.cut(strengths, works[0].module.rank, plan.recipe.energy)
-    found: _Found = []
-    for i, own in enumerate(strengths):
-        each = cuts.of(i)
-        core = partial(summed_core, stacks.triangles(i), own)
-        found.append(None if each is None else CutFactors(each, {}, core))
-    return found
+    cuts, values = stacks.cut(strengths, works[0].module.rank, plan.recipe.energy)
+    found = map(cuts.of, range(len(works)))
+    return [None if each is None else CutFactors(each, {}, own) for each, own in zip(found, values, strict=True)]
 
 
 def _on_cores(plan: Plan, backend: Backend, works: Sequence[Work]) -> _Found:
@@ -159,18 +154,14 @@ def _on_cores(plan: Plan, backend: Backend, works: Sequence[Work]) -> _Found:
         if stacks.found[i]:
             with about(work.module.name):
                 merged[i] = merge_cores(plan.recipe, work.module, Cores(stacks.triangles(i), work.module.scalings))
-    cores = [None if each is None else each[0].core for each in merged]
+    cores = [None if each is None else each[0].svd for each in merged]
     noises = [0.0 if each is None else each[0].noise for each in merged]
-    cuts = stacks.unfold(cores, noises, works[0].module.rank, plan.recipe.energy)
+    cuts, values = stacks.unfold(cores, noises, works[0].module.rank, plan.recipe.energy)
     found: _Found = []
     for i, own in enumerate(merged):
         each = cuts.of(i)
-        found.append(None if each is None or own is None else CutFactors(each, own[1], partial(_core_of, own[0])))
+        found.append(None if each is None or own is None else CutFactors(each, own[1], values[i]))
     return found
-
-
-def _core_of(merged: MergedCore) -> Tensor:
-    return merged.core
 
 
 def _stacks(backend: Backend, works: Sequence[Work]) -> Stacks | None:

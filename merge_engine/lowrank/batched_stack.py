@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_engine.lowrank.batched import Cuts
 from merge_engine.lowrank.batched_qr import gaussians, orthonormal_rows
-from merge_engine.lowrank.small_svd import check_request, leading, rounding
+from merge_engine.lowrank.small_svd import Leading, Svd, check_request, leading, leading_of, rounding
 from merge_engine.runtime.finite import finite
 
 # What a decomposition may miss of a row, as a share of its length; `stack` rounds products to 2**-24.
@@ -72,38 +72,47 @@ class Stacks:
         left, right = self._triangles
         return Triangles(self.ranks, (left[i], right[i]), self._sizes[i])
 
-    def cut(self, strengths: Sequence[Sequence[float]], rank: int, energy: float | None = None) -> Cuts:
-        """B A = the best approximation of rank k of sum_t w_t B_t A_t, w = strengths[i] in module i: as `Stack.cut`."""
-        cores = []
+    def cut(
+        self, strengths: Sequence[Sequence[float]], rank: int, energy: float | None = None
+    ) -> tuple[Cuts, list[Tensor | None]]:
+        """B A = the best approximation of rank k of sum_t w_t B_t A_t, w = strengths[i] in module i: as `Stack.cut`.
+
+        And the singular values of each sum, of modules that are ``found``.
+        """
+        check_request(rank, energy)
+        cores: list[Leading | None] = []
         for i, own in enumerate(strengths):
             (left, right), columns = self.triangles(i).triangles, torch.tensor(own, dtype=torch.float64)
             columns = columns.repeat_interleave(torch.tensor(self.ranks))
             scale = float((columns.abs() * self._sizes[i]).sum())
-            cores.append(((left * columns) @ right.T, max(rounding(len(columns)), 2 * _MISSED) * scale))
-        return self._unfolded(cores, rank, energy)
+            core, noise = (left * columns) @ right.T, max(rounding(len(columns)), 2 * _MISSED) * scale
+            known = self.found[i] and finite(core)
+            cores.append(leading(core, rank, energy, noise=noise) if known else None)
+        return self._unfolded(cores, rank)
 
     def unfold(
-        self, cores: Sequence[Tensor | None], noises: Sequence[float], rank: int, energy: float | None = None
-    ) -> Cuts:
-        """B A = the best approximation of rank k of Q_B X Q_A^T, X = cores[i] [R, R] float64: see `Stack.unfold`.
+        self, cores: Sequence[Svd | None], noises: Sequence[float], rank: int, energy: float | None = None
+    ) -> tuple[Cuts, list[Tensor | None]]:
+        """B A = the best approximation of rank k of Q_B X Q_A^T, X = cores[i] [R, R] float64: see `Stack.unfold_svd`.
 
         Singular values up to noises[i] count as zero. None: a module that is not wanted.
         """
-        given = []
-        for core, noise in zip(cores, noises, strict=True):
-            own = 0.0 if core is None else rounding(len(core)) * float(torch.linalg.matrix_norm(core))
-            given.append((core, max(noise, own)))
-        return self._unfolded(given, rank, energy)
-
-    def _unfolded(self, cores: Sequence[tuple[Tensor | None, float]], rank: int, energy: float | None) -> Cuts:
         check_request(rank, energy)
+        given: list[Leading | None] = []
+        for i, (core, noise) in enumerate(zip(cores, noises, strict=True)):
+            if core is None or not (self.found[i] and finite(core.s)):
+                given.append(None)
+                continue
+            own = rounding(len(core.s)) * float(torch.linalg.vector_norm(core.s))
+            given.append(leading_of(core, rank, energy, max(noise, own)))
+        return self._unfolded(given, rank)
+
+    def _unfolded(self, cores: Sequence[Leading | None], rank: int) -> tuple[Cuts, list[Tensor | None]]:
         r = self._left.shape[1]
         small = torch.zeros(2, len(self), min(rank, r), r, dtype=torch.float64)
         energies, ranks = [], []
-        for i, (core, noise) in enumerate(cores):
-            found = None
-            if core is not None and self.found[i] and finite(core):
-                found = leading(core, rank, energy, noise=noise)
+        for i, found in enumerate(cores):
+            if found is not None:
                 small[0, i, : len(found.s)] = (found.u * found.s).T
                 small[1, i, : len(found.s)] = found.vh
             energies.append(found.kept if found else 0.0)
@@ -112,7 +121,8 @@ class Stacks:
         both = torch.cat([torch.bmm(of_left, self._left), torch.bmm(of_right, self._right)], dim=2).float().cpu()
         B, A = both.split([self._left.shape[2], self._right.shape[2]], dim=2)
         fits = both.isfinite().flatten(1).all(1).tolist()
-        return Cuts(A, B.mT, energies, [k if fit else 0 for k, fit in zip(ranks, fits, strict=True)])
+        cuts = Cuts(A, B.mT, energies, [k if fit else 0 for k, fit in zip(ranks, fits, strict=True)])
+        return cuts, [None if found is None else found.values for found in cores]
 
 
 def _decomposed(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

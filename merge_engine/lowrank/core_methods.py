@@ -1,6 +1,7 @@
 """Merges that act on singular vectors: one function of a module's cores and the weights for each method.
 
-All work on R x R matrices in float64 and know nothing of the long sides: `Stack.unfold` makes factors of the result.
+All work on R x R matrices in float64 and know nothing of the long sides: `Stack.unfold_svd` makes factors
+of the result.
 The methods merge w_t tau_t. An adapter of weight 0 is left out, of polar factors too, so that results jump where
 a weight reaches 0; a negative weight subtracts its adapter. Null directions are never used: see `cores.TOLERANCE`.
 """
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.gram import karcher, multislerp
+from merge_engine.lowrank.small_svd import Svd, svd_of
 
 
 class MergedCore(NamedTuple):
-    """One merged module: its delta is Q_B core Q_A^T, ``core`` [p, q] float64. `Stack.unfold` makes factors of it.
+    """One merged module: its delta is Q_B core Q_A^T, ``core`` [p, q] float64. `Stack.unfold_svd` makes factors of it.
 
+    ``svd``: of the core.
     ``rank``: the numerical rank of the core. An output of a smaller rank loses energy; iso_c and tsv_iso have a flat
     spectrum, so that half the rank loses half of it.
     ``smallest``: how ill-conditioned the merge was. For tsv and tsv_iso the smallest singular value, within the rank,
@@ -30,6 +33,7 @@ class MergedCore(NamedTuple):
     """
 
     core: Tensor
+    svd: Svd
     rank: int
     smallest: float | None
     noise: float
@@ -132,17 +136,21 @@ def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> 
 
 
 def _isotropic(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> MergedCore:
-    u, s, vh = torch.linalg.svd(core, full_matrices=False)
+    u, s, vh = svd_of(core)
     k = cores.counted(s, noise)
     mean = float(s[:k].mean()) if k else 0.0
     if smallest is None:
         smallest = float(s[k - 1] / s[0]) if k else 1.0
-    return MergedCore(mean * (u[:, :k] @ vh[:k]), k, smallest, noise)
+    flat = torch.where(torch.arange(len(s)) < k, mean, torch.zeros_like(s))
+    return MergedCore(mean * (u[:, :k] @ vh[:k]), Svd(u, flat, vh), k, smallest, noise)
 
 
 def _result(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> MergedCore:
-    k = cores.counted(torch.linalg.svdvals(core), noise)
-    return MergedCore(core if k else torch.zeros_like(core), k, smallest, noise)
+    svd = svd_of(core)
+    k = cores.counted(svd.s, noise)
+    if k == 0:
+        core, svd = torch.zeros_like(core), svd._replace(s=torch.zeros_like(svd.s))
+    return MergedCore(core, svd, k, smallest, noise)
 
 
 CORE_METHODS: dict[str, CoreMethod] = {

@@ -11,13 +11,25 @@ from merge_engine.runtime.finite import finite
 Decomposed = tuple[Tensor, Tensor]  # reflectors of Q below R, and their factors, as LAPACK's geqrf packs them
 
 
+class Svd(NamedTuple):
+    """u [m, p], s [p] and vh [p, n] with u diag(s) vh a matrix, s in descending order."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+
+
 class Leading(NamedTuple):
-    """u [m, k], s [k] and vh [k, n] of a matrix, and the share of the energy that they keep."""
+    """u [m, k], s [k] and vh [k, n] of a matrix, and the share of the energy that they keep.
+
+    values: all singular values, descending; those that are not in s are right to some 2**-26 of the largest.
+    """
 
     u: Tensor
     s: Tensor
     vh: Tensor
     kept: float
+    values: Tensor
 
 
 class LowRank(NamedTuple):
@@ -27,6 +39,12 @@ class LowRank(NamedTuple):
     A: Tensor
     B: Tensor
     energy: float
+
+
+def rank_that_keeps(share: float, values: Tensor) -> int:
+    """The smallest rank that keeps this share of the energy of a matrix with these singular values, descending."""
+    squares = (values / (float(values[0]) or 1.0)).square().cumsum(0)
+    return 1 + int((squares < share * squares[-1]).sum())
 
 
 def product_norm(A: Tensor, B: Tensor) -> float:
@@ -47,23 +65,44 @@ def leading(
     core core^T, some 2**-26 |core|, and its SVD has orthonormal vectors however small a singular value is.
     """
     unit = float(core.abs().max()) or 1.0  # in this unit squares do not overflow float64
-    core, noise, span, rest = core / unit, noise / unit, None, 0.0
-    if 4 * rank <= len(core):
-        squares, vectors = torch.linalg.eigh(core @ core.T)
-        values = squares.clamp(min=0).sqrt()
-        blur = math.sqrt(len(core) * torch.finfo(values.dtype).eps) * float(values[-1])
-        span, others = vectors[:, -rank:], values[:-rank]
-        rest = float(others[others > max(noise, blur)].square().sum())
-    u, s, vh = torch.linalg.svd(core if span is None else span.T @ core, full_matrices=False)
-    s = torch.where(s > noise, s, 0.0)
+    core, noise, total = core / unit, noise / unit, None if total is None else total / unit / unit
+    if 4 * rank > len(core):
+        found = _kept(svd_of(core), core.new_zeros(0), rank, energy, total, noise)
+        return found._replace(s=unit * found.s, values=unit * found.values)
+    squares, vectors = torch.linalg.eigh(core @ core.T)
+    values = squares.clamp(min=0).sqrt()
+    blur = math.sqrt(len(core) * torch.finfo(values.dtype).eps) * float(values[-1])
+    span, others = vectors[:, -rank:], values[:-rank]
+    others = torch.where(others > max(noise, blur), others, 0.0)
+    found = _kept(svd_of(span.T @ core), others, rank, energy, total, noise)
+    return found._replace(u=span @ found.u, s=unit * found.s, values=unit * found.values)
+
+
+def svd_of(core: Tensor) -> Svd:
+    """The singular value decomposition, without null directions beyond a side."""
+    return Svd(*torch.linalg.svd(core, full_matrices=False))
+
+
+def leading_of(svd: Svd, rank: int, energy: float | None, noise: float = 0.0) -> Leading:
+    """As `leading`, of a core whose decomposition is known."""
+    unit = float(svd.s[0]) or 1.0
+    found = _kept(svd._replace(s=svd.s / unit), svd.s.new_zeros(0), rank, energy, None, noise / unit)
+    return found._replace(s=unit * found.s, values=unit * found.values)
+
+
+def _kept(
+    svd: Svd, others: Tensor, rank: int, energy: float | None, total: float | None, noise: float
+) -> Leading:
+    """The first of ``svd`` that are asked for; ``others``: singular values of the matrix beyond these, ascending."""
+    s = torch.where(svd.s > noise, svd.s, 0.0)
     squares = s.square().cumsum(0)
-    total = float(squares[-1]) + rest if total is None else total / unit / unit
+    if total is None:
+        total = float(squares[-1]) + float(others[others > 0].square().sum())
     kept = (squares / total).clamp(max=1) if total > 0 else torch.ones_like(squares)
     k = min(rank, len(s))
     if energy is not None:
         k = min(k, 1 + int((kept < energy).sum()))
-    u = u[:, :k]
-    return Leading(u if span is None else span @ u, unit * s[:k], vh[:k], float(kept[k - 1]))
+    return Leading(svd.u[:, :k], s[:k], svd.vh[:k], float(kept[k - 1]), torch.cat([s, others.flip(0)]))
 
 
 def unfolded(core: Leading, left: Decomposed, right: Decomposed) -> LowRank:

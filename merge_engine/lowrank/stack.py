@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from merge_engine.lowrank.small_svd import (
+    Leading,
     LowRank,
+    Svd,
     check_request,
     completed,
     leading,
+    leading_of,
     q_times,
     rounded,
     rounding,
@@ -83,6 +86,12 @@ class Stack:
         values below 2**-51 max(sum r_i, 8) sum_i |w_i| |B_i|_F |A_i|_F count as zero.
         Raises ValueError for weights or a request that do not fit, and where the result overflows float32.
         """
+        return self.cut_and_values(weights, rank, energy)[0]
+
+    def cut_and_values(
+        self, weights: Sequence[float], rank: int, energy: float | None = None
+    ) -> tuple[LowRank, Tensor]:
+        """`cut`, and all singular values of the sum, descending: see `Leading.values`."""
         if len(weights) != len(self.ranks):
             raise ValueError(f"got {len(weights)} weights, wanted {len(self.ranks)}")
         check_request(rank, energy)
@@ -96,10 +105,10 @@ class Stack:
         found, k = int((core.s > 0).sum()), len(core.s)
         u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
         if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) is too inexact to be divided by S
-            return unfolded(core, torch.geqrf(self._left.T), torch.geqrf(self._right.T))
+            return unfolded(core, torch.geqrf(self._left.T), torch.geqrf(self._right.T)), core.values
         B = (vh @ self._upper_right * columns) @ self._left
         A = ((u / s).T @ self._upper_left * columns) @ self._right
-        return rounded(completed(A, k), torch.nn.functional.pad(B, (0, 0, 0, k - found)).T, core)
+        return rounded(completed(A, k), torch.nn.functional.pad(B, (0, 0, 0, k - found)).T, core), core.values
 
     @property
     def width(self) -> int:
@@ -129,14 +138,29 @@ class Stack:
 
         Raises ValueError for a core or a request that does not fit, and where the result overflows float32.
         """
-        wanted = len(self._upper_left), len(self._upper_right)
-        if tuple(core.shape) != wanted or core.dtype != torch.float64:
-            raise ValueError(f"core is {list(core.shape)} {core.dtype}, wanted {list(wanted)} float64")
-        if not finite(core):
-            raise ValueError("the merged core is not finite")
+        self._check_core(tuple(core.shape), core)
         check_request(rank, energy)
         own = rounding(self._left.shape[0]) * float(torch.linalg.matrix_norm(core))
-        cut = leading(core, rank, energy, noise=max(noise, own))
+        return self._unfolded(leading(core, rank, energy, noise=max(noise, own)))
+
+    def unfold_svd(
+        self, core: Svd, rank: int, energy: float | None = None, noise: float = 0.0
+    ) -> tuple[LowRank, Tensor]:
+        """`unfold` of a core whose decomposition is known, and its singular values; zero where they count as zero."""
+        self._check_core((len(core.u), core.vh.shape[1]), core.s)
+        check_request(rank, energy)
+        own = rounding(self._left.shape[0]) * float(torch.linalg.vector_norm(core.s))
+        cut = leading_of(core, rank, energy, max(noise, own))
+        return self._unfolded(cut), cut.values
+
+    def _check_core(self, shape: tuple[int, ...], numbers: Tensor) -> None:
+        wanted = len(self._upper_left), len(self._upper_right)
+        if shape != wanted or numbers.dtype != torch.float64:
+            raise ValueError(f"core is {list(shape)} {numbers.dtype}, wanted {list(wanted)} float64")
+        if not finite(numbers):
+            raise ValueError("the merged core is not finite")
+
+    def _unfolded(self, cut: Leading) -> LowRank:
         found, k = int((cut.s > 0).sum()), len(cut.s)
         B = self.columns(cut.u[:, :found] * cut.s[:found])
         A = self.rows(cut.vh[:found].T)

@@ -27,7 +27,7 @@ from torch import Tensor
 from merge_engine.lowrank.batched_stack import _MISSED, Stacks
 from merge_engine.lowrank.core_methods import CORE_METHODS
 from merge_engine.lowrank.cores import Cores
-from merge_engine.lowrank.small_svd import LowRank
+from merge_engine.lowrank.small_svd import LowRank, svd_of
 from merge_engine.lowrank.stack import Stack
 
 
@@ -60,7 +60,7 @@ def test_sums_are_cut_as_by_a_dense_svd(seed, m, n, ranks, weights, rank, dtype)
     weights = weights[: len(ranks)]
     modules = [random_factors(seed + i, m, n, ranks, dtype) for i in range(3)]
     strengths = [weights, [2 * w for w in weights], weights[::-1]]
-    cuts = stacks_of(modules).cut(strengths, rank)
+    cuts = stacks_of(modules).cut(strengths, rank)[0]
     for i, ((As, Bs), own) in enumerate(zip(modules, strengths, strict=True)):
         exact, result = summed(As, Bs, own), cuts.of(i)
         k = min(rank, sum(ranks))
@@ -109,9 +109,9 @@ def group() -> Stacks:
 def test_what_is_found(group):
     """Rows between equal and apart lose more than `Stack` does, and are left to it, as is what is no number."""
     assert group.found == list(FOUND.values()) and len(group) == len(FOUND)
-    cuts = group.cut([[1.0] * 3] * len(FOUND), 12)
+    cuts = group.cut([[1.0] * 3] * len(FOUND), 12)[0]
     assert [cuts.of(i) is not None for i in range(len(FOUND))] == group.found
-    unfolded = group.unfold([torch.eye(12).double()] * len(FOUND), [0.0] * len(FOUND), 12)
+    unfolded = group.unfold([svd_of(torch.eye(12).double())] * len(FOUND), [0.0] * len(FOUND), 12)[0]
     assert [unfolded.of(i) is not None for i in range(len(FOUND))] == group.found
 
 
@@ -120,7 +120,7 @@ def test_what_is_found(group):
 def test_sums_agree_with_those_of_one_stack(group, kind, rank, energy):
     (As, Bs), i = kinds()[kind], list(FOUND).index(kind)
     for weights in ([1.0, -0.5, 2.0], [0.0, 1.0, 0.0], [0.7, -0.7, 0.0]):
-        got = group.cut([weights] * len(group), rank, energy).of(i)
+        got = group.cut([weights] * len(group), rank, energy)[0].of(i)
         want = Stack(As, Bs).cut(weights, rank, energy)
         scale = summands(As, Bs, weights)
         assert got is not None and got.A.shape == want.A.shape and got.B.shape == want.B.shape
@@ -140,10 +140,10 @@ def test_methods_on_cores_agree_with_those_of_one_stack(group, kind, method):
     assert got.rank == want.rank
     if want.smallest is not None:
         assert got.smallest == pytest.approx(want.smallest, rel=1e-9)
-    cores = [got.core if each == i else None for each in range(len(group))]
+    cores = [got.svd if each == i else None for each in range(len(group))]
     # A flat spectrum may be cut anywhere; whole, it is one matrix.
     for rank in (12,) if method in ("iso_c", "tsv_iso") else (12, 5):
-        cuts = group.unfold(cores, [got.noise] * len(group), rank)
+        cuts, _ = group.unfold(cores, [got.noise] * len(group), rank)
         one, other = cuts.of(i), stack.unfold(want.core, rank, None, want.noise)
         assert one is not None and one.A.shape == other.A.shape
         check_form(one, 40, 50, rank)
@@ -165,7 +165,7 @@ def test_any_adapters_on_cores(given, method):
     stacks, stack = stacks_of([(given.As, given.Bs)]), Stack(given.As, given.Bs)
     assert stacks.found == [True]
     merged = [CORE_METHODS[method](Cores(each, given.scalings), given.weights) for each in (stacks.triangles(0), stack)]
-    got = stacks.unfold([merged[0].core], [merged[0].noise], 60).of(0)
+    got = stacks.unfold([merged[0].svd], [merged[0].noise], 60)[0].of(0)
     want = stack.unfold(merged[1].core, 60, None, merged[1].noise)
     assert got is not None and merged[0].rank == merged[1].rank
     grown = 1 / min(merged[1].smallest or 1.0, 1.0)
@@ -175,7 +175,7 @@ def test_any_adapters_on_cores(given, method):
 def test_the_exponents_of_a_spectrum_survive():
     """Singular values down to 1e-6 of the largest, from factors that mix them, agree in their share with the dense."""
     modules = [graded(seed, 60, 70, [6, 6], [0, -2, -4, -6], mixed) for seed, mixed in ((0, True), (1, False))]
-    cuts = stacks_of(modules).cut([[1.0, 1.0]] * 2, 12)
+    cuts = stacks_of(modules).cut([[1.0, 1.0]] * 2, 12)[0]
     for i, (As, Bs) in enumerate(modules):
         exact, result = summed(As, Bs, [1.0, 1.0]), cuts.of(i)
         assert result is not None
@@ -187,15 +187,15 @@ def test_the_exponents_of_a_spectrum_survive():
 
 def test_a_result_that_overflows_float32_is_not_found():
     As, Bs = random_factors(3, 20, 30, [4], torch.float32)
-    cuts = stacks_of([(As, Bs), (As, Bs), (As, Bs)]).cut([[1.0], [1e38], [math.nan]], 4)
+    cuts = stacks_of([(As, Bs), (As, Bs), (As, Bs)]).cut([[1.0], [1e38], [math.nan]], 4)[0]
     assert cuts.of(0) is not None and cuts.of(1) is None and cuts.of(2) is None
 
 
 def test_a_module_is_the_same_in_any_company():
     modules = list(kinds().values())
-    together = stacks_of(modules).cut([[1.0, -0.5, 2.0]] * len(modules), 7)
+    together = stacks_of(modules).cut([[1.0, -0.5, 2.0]] * len(modules), 7)[0]
     for i, module in enumerate(modules):
-        alone, other = stacks_of([module]).cut([[1.0, -0.5, 2.0]], 7).of(0), together.of(i)
+        alone, other = stacks_of([module]).cut([[1.0, -0.5, 2.0]], 7)[0].of(0), together.of(i)
         assert (alone is None) == (other is None)
         if alone is not None and other is not None:
             assert torch.equal(alone.A, other.A) and torch.equal(alone.B, other.B) and alone.energy == other.energy
@@ -244,4 +244,4 @@ def test_requests_refused():
     with pytest.raises(ValueError, match="rank is 0"):
         stacks.cut([[1.0]], 0)
     with pytest.raises(ValueError, match="energy is 2"):
-        stacks.unfold([torch.eye(4).double()], [0.0], 3, 2.0)
+        stacks.unfold([svd_of(torch.eye(4).double())], [0.0], 3, 2.0)
