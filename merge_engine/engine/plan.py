@@ -15,6 +15,7 @@ from merge_engine.engine.joint import Joined, Joint, Keeper, LastFew
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.extras import shared_extras
+from merge_engine.formats.families import check_one_family
 from merge_engine.lowrank.small_svd import product_norm
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.factor_weights import factor_weights
@@ -190,6 +191,7 @@ def make_plan(
     if rule.min_tasks > len(adapters):  # nothing would stay
         raise RecipeError(f"min_tasks: wanted at most {len(adapters)}, one for each input, got {rule.min_tasks}")
     only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]
+    check_one_family(only_adapters)
     _warn_of_different_bases(only_adapters)
     shared_extras(only_adapters, recipe.saved)
     modules = tuple(
@@ -262,7 +264,7 @@ def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Rec
 def _warn_of_different_bases(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters[1:]:
         first = adapters[0]
-        if adapter.base_model != first.base_model:
+        if adapter.base_model and first.base_model and adapter.base_model != first.base_model:
             warnings.warn(
                 f"{adapter.name} was trained on {adapter.base_model}, {first.name} on {first.base_model}: "
                 "adapters of different base models rarely merge well",

@@ -101,15 +101,8 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
     Raises:
         AdapterError: the file is truncated or damaged, or holds a dtype that torch does not have.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
-            header = file.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
-    except OSError as error:
-        raise AdapterError(f"{subject}: {path.name} cannot be read: {error.strerror or error}") from error
-    if not header:
-        raise AdapterError(f"{subject}: {path.name} is truncated or damaged: {size} bytes, shorter than its header")
+    header, size = _read_header(path, subject)
+    length = len(header)
     try:
         entries: dict[str, Any] = json.loads(header, object_pairs_hook=unique_keys)
         entries.pop("__metadata__", None)
@@ -146,6 +139,36 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
             f"{subject}: {path.name} is {state}: {size} bytes, wanted {8 + length + expected} from its header"
         )
     return tensors
+
+
+def safetensors_metadata(path: Path, subject: str) -> dict[str, str]:
+    """The ``__metadata__`` of a .safetensors file; empty where it has none.
+
+    Raises AdapterError where the header is damaged, or holds metadata other than text.
+    """
+    try:
+        metadata = json.loads(_read_header(path, subject)[0]).get("__metadata__") or {}
+    except (ValueError, AttributeError, RecursionError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(f"{subject}: the header of {path.name} is damaged ({type(error).__name__})") from error
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterError(f"{subject}: the header of {path.name} has __metadata__ other than text")
+    return metadata
+
+
+def _read_header(path: Path, subject: str) -> tuple[bytes, int]:
+    """(the header of a .safetensors file, the size of the file)."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            header = file.read(length) if length <= min(size - 8, _MAX_HEADER) else b""
+    except OSError as error:
+        raise AdapterError(f"{subject}: {path.name} cannot be read: {error.strerror or error}") from error
+    if not header:
+        raise AdapterError(f"{subject}: {path.name} is truncated or damaged: {size} bytes, shorter than its header")
+    return header, size
 
 
 def open_sharded(

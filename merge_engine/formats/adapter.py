@@ -1,18 +1,32 @@
 """An adapter of any file format: a description of its modules, and factors that are read when they are asked for."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from merge_engine.errors import AdapterError
 from merge_engine.files.weights import StoredTensor
+from merge_engine.formats.families import PEFT, Family
 from merge_engine.runtime.finite import what_is_wrong
 
 KEY_PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+class Factor(Protocol):
+    """A or B of a module: a tensor in a file, or what is made of some when it is read."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def nbytes(self) -> int: ...
+    def read(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,9 @@ class Adapter:
     config: dict[str, Any]
     modules: dict[str, Module]  # sorted by name
     extras: dict[str, StoredTensor]  # by key: modules_to_save, trained tokens, saved embeddings
-    _pairs: dict[str, tuple[StoredTensor, StoredTensor]] = field(repr=False)
+    _pairs: Mapping[str, tuple[Factor, Factor]] = field(repr=False)
+    family: Family = field(default=PEFT, kw_only=True)
+    metadata: dict[str, str] = field(default_factory=dict, repr=False, kw_only=True)  # of a single file's header
 
     @property
     def base_model(self) -> str | None:
@@ -55,11 +71,18 @@ class Adapter:
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``A [r, N]`` and ``B [M, r]`` of one module, read now, contiguous, in the stored dtype.
 
+        Both are float32 where a factor is stored in another dtype than the other, or as a product of two tensors.
+
         Raises:
             AdapterError: a file is gone or became shorter since it was opened.
         """
+        a, b = (factor.read().flatten(1) for factor in self._pairs[name])
+        return (a, b) if a.dtype == b.dtype else (a.float(), b.float())
+
+    def keys(self, name: str) -> tuple[str, str]:
+        """The keys of A and of B of one module in its file."""
         a, b = self._pairs[name]
-        return a.read().flatten(1), b.read().flatten(1)
+        return a.key, b.key
 
     def check_finite(self) -> None:
         """Read every tensor once.
@@ -76,7 +99,7 @@ class Adapter:
             if bound > torch.finfo(torch.float32).max:
                 raise AdapterError(f"{self.name}: the delta of {name} may reach {bound:.1e}, which overflows float32")
 
-    def _largest(self, stored: StoredTensor) -> float:
+    def _largest(self, stored: Factor) -> float:
         """max|x|; raises AdapterError where x holds NaN or Inf."""
         values = stored.read()
         if values.dtype.itemsize == 1:

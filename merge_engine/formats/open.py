@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from merge_engine.errors import AdapterError
-from merge_engine.files.locate import find
+from merge_engine.files.locate import find, find_file, only_file
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
-from merge_engine.formats.peft_tensors import describe, open_weights, sort_tensors
+from merge_engine.formats.peft_tensors import WEIGHTS_FILE, describe, open_weights, sort_tensors
+from merge_engine.formats.single_file import open_file
 
 # Fetched from the hub beside the weights: a config.json shows that it is a full model, before that is downloaded, and
 # the tokenizer's files say which tokens were added.
@@ -15,15 +16,19 @@ _FILES = (ADAPTER_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.jso
 
 
 def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
-    """Open a PEFT LoRA adapter from a local folder or from the hub, reading headers only.
+    """Open a LoRA adapter from a local folder or file, or from the hub, reading headers only.
 
     Args:
-        source: a folder, or a hub id ``user/repo``; a folder of that name wins.
+        source: a folder as PEFT or MLX writes it, or a hub id ``user/repo``; a folder of that name wins. Or one
+            .safetensors file of an image or video model: its path, its folder, or ``user/repo:file.safetensors``.
         revision: branch, tag or commit on the hub.
 
     Raises:
         AdapterError: it is missing or damaged, is no LoRA, or is a variant whose effect is not ``s * B @ A``.
     """
+    file = _single_file(source, revision)
+    if file is not None:
+        return open_file(file, str(source), file.stem if file.suffix == Path(source).suffix else Path(source).name)
     name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*",), AdapterError)
     config = read_config(path, name)
     factors, extras = sort_tensors(open_weights(path, name), config, name)
@@ -33,6 +38,16 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     if not modules:
         raise AdapterError(f"{name}: {path} holds no LoRA tensors, wanted keys {KEY_PREFIX}<module>.lora_A.weight")
     return Adapter(name, str(source), path, config, modules, extras, pairs)
+
+
+def _single_file(source: str | Path, revision: str | None) -> Path | None:
+    """The file that is the whole adapter; None where a folder with a configuration is asked for."""
+    file = find_file(source, revision, AdapterError)
+    if file is not None or not isinstance(source, str | Path):
+        return file if file is None or file.name != WEIGHTS_FILE else None  # PEFT's has a configuration beside it
+    folder = Path(source).expanduser()
+    described = any((folder / name).exists() for name in (ADAPTER_CONFIG, "config.json", WEIGHTS_FILE))
+    return None if described or not folder.is_dir() else only_file(folder, AdapterError)
 
 
 def open_adapters(sources: Iterable[str | Path | Adapter]) -> list[Adapter]:

@@ -68,7 +68,7 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
         raise AdapterError(f"{name}: {ADAPTER_CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{name}: {ADAPTER_CONFIG} holds a {type(config).__name__}, wanted an object")
-    _check_config(config, name)
+    check_config(config, name)
     return config
 
 
@@ -90,7 +90,7 @@ def rank_and_scaling(config: dict[str, Any], name: str) -> Callable[[str], tuple
     return resolve
 
 
-def _check_config(config: dict[str, Any], name: str) -> None:
+def check_config(config: dict[str, Any], name: str) -> None:
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{name}: peft_type is {config.get('peft_type')}, wanted LORA")
     for key, reason in REFUSED.items():

@@ -24,7 +24,7 @@ _EMBEDDINGS = frozenset(
 )
 _TRAINING_STATE = (".lora_velora_embed",)  # used by the backward pass only
 _SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
-_FLOATS = frozenset(
+FLOATS = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 )
 
@@ -102,7 +102,7 @@ def describe(adapter: str, name: str, sides: dict[str, StoredTensor], rank: int,
         where = f"{adapter}: lora_{side} of {name} is {list(tensor.shape)}"
         if not 2 <= len(tensor.shape) <= 5 or len(tensor.shape) != len(a.shape) or 0 in tensor.shape:
             raise AdapterError(f"{where}, wanted a factor of a linear, embedding or convolution layer")
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATS:
             raise AdapterError(f"{where} {short_name(tensor.dtype)}, wanted floating point")
     if a.dtype != b.dtype:
         raise AdapterError(

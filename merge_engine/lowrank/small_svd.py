@@ -90,9 +90,7 @@ def leading_of(svd: Svd, rank: int, energy: float | None, noise: float = 0.0) ->
     return found._replace(s=unit * found.s, values=unit * found.values)
 
 
-def _kept(
-    svd: Svd, others: Tensor, rank: int, energy: float | None, total: float | None, noise: float
-) -> Leading:
+def _kept(svd: Svd, others: Tensor, rank: int, energy: float | None, total: float | None, noise: float) -> Leading:
     """The first of ``svd`` that are asked for; ``others``: singular values of the matrix beyond these, ascending."""
     s = torch.where(svd.s > noise, svd.s, 0.0)
     squares = s.square().cumsum(0)
