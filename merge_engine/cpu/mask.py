@@ -68,6 +68,25 @@ def keep_mask(
     return out
 
 
+def random_words(*, seed: int, stream: int, adapter: int, rows: slice, columns: slice) -> Words:
+    """uint32 [rows, columns]: the words themselves that `keep_mask` compares, a tile of them. Arguments as there."""
+    seed = _in_range("seed", seed, 2**64)
+    stream, adapter = _in_range("stream", stream, 2**32), _in_range("adapter", adapter, 2**32)
+    (row0, row1), (col0, col1) = _span("rows", rows), _span("columns", columns)
+    keys = round_keys(seed & 0xFFFFFFFF, seed >> 32)
+    out = np.empty((row1 - row0, col1 - col0), np.uint32)
+    quad_end = (col1 + 3) >> 2
+    for quad0 in range(col0 >> 2, quad_end, _CHUNK_QUADS):
+        quads = range(quad0, min(quad0 + _CHUNK_QUADS, quad_end))
+        strip, step = _Strip(quads, stream, adapter, keys), _CHUNK_QUADS // len(quads)
+        left, right = max(col0, 4 * quads.start), min(col1, 4 * quads.stop)
+        for top in range(row0, row1, step):
+            bottom = min(top + step, row1)
+            words = strip.words(top, bottom)[:, left - 4 * quad0 : right - 4 * quad0]
+            out[top - row0 : bottom - row0, left - col0 : right - col0] = words
+    return out
+
+
 class _Strip:
     """The random words of some quads in any rows, with all that the column alone decides done once.
 

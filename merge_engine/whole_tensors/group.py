@@ -1,0 +1,111 @@
+"""The tensors that become one tensor of the output, and sweeps over them in blocks.
+
+Sweeps work on blocks that fit a core's cache, each widened to float32 when it is looked at: the tensors stay in the
+dtype in which they are stored, and memory beside them does not grow with their size. Blocks are fixed by the shape
+alone, each is computed on one thread, and sums of blocks are added up in their order: results do not depend on the
+number of threads.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_engine.runtime.threads import for_each
+
+R = TypeVar("R")
+BLOCK = 1 << 17  # elements of a block
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a method gets: tensors of one shape, any float dtypes, and where the result goes.
+
+    tensors: the models, without the base where the method knows one. base: the base, or None.
+    out: the result, of the output's dtype; contiguous. options: as in `rules.whole_methods`, a tuple where there is one
+    for each of the tensors. name: of the output's tensor; seed: with it, decides random drops. published: the method
+    as published, else with mergekit's floors and shortcuts.
+    """
+
+    name: str
+    tensors: Sequence[Tensor]
+    base: Tensor | None
+    out: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    published: bool = True
+
+    @property
+    def columns(self) -> int:
+        """The length of a row: of the last dimension; a vector is one row."""
+        return self.out.shape[-1] if self.out.ndim else 1
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """The tensor as [rows, columns]."""
+        return tensor.reshape(-1, self.columns) if tensor.numel() else tensor.reshape(0, 1)
+
+
+def sweep(shape: Sequence[int], work: Callable[[slice], R]) -> list[R]:
+    """work(slice) for blocks of whole lines, of a matrix [lines, width]; results in order."""
+    count, width = shape
+    step = max(1, BLOCK // max(1, width))
+    return for_each([slice(start, min(start + step, count)) for start in range(0, count, step)], work)
+
+
+def flat(group: Group, work: Callable[[slice], R]) -> list[R]:
+    """work(slice) for blocks of the flattened tensors."""
+    return sweep((group.out.numel(), 1), work)
+
+
+def block(tensor: Tensor, part: slice, base: Tensor | None = None) -> Tensor:
+    """A new float32 block of a flattened tensor, or of a matrix by rows; less the base's, where there is one."""
+    values = tensor[part].to(torch.float32, copy=True)
+    return values if base is None else values.sub_(base[part])
+
+
+def gram(tensors: Sequence[Tensor], base: Tensor | None) -> np.ndarray:
+    """G_ij = <t_i, t_j> in float64, of tensors of any one shape, or of their float32 differences from the base."""
+    lines = [tensor.reshape(-1) for tensor in tensors]
+    under = None if base is None else base.reshape(-1)
+
+    def products(part: slice) -> np.ndarray:
+        values = torch.stack([block(line, part, under) for line in lines]).double()
+        return (values @ values.t()).numpy()
+
+    return sum(sweep((len(lines[0]), 1), products), np.zeros((len(lines), len(lines))))
+
+
+def combination(group: Group, factors: Sequence[float], of_base: float = 0.0) -> None:
+    """out = of_base * base + sum_i factors[i] * tensors[i], in float32 and in this order."""
+    lines = [tensor.reshape(-1) for tensor in group.tensors]
+    base = group.base.reshape(-1) if group.base is not None and of_base else None
+    out = group.out.reshape(-1)
+
+    def combine(part: slice) -> None:
+        total = torch.zeros(part.stop - part.start) if base is None else block(base, part).mul_(of_base)
+        for line, factor in zip(lines, factors, strict=True):
+            if factor:
+                total.add_(line[part].float(), alpha=factor)
+        out[part] = total
+
+    flat(group, combine)
+
+
+def onto(group: Group, factors: Sequence[float]) -> None:
+    """out = base + sum_i factors[i] * (tensors[i] - base), in float32 and in this order; without a base, of 0."""
+    if group.base is None:
+        combination(group, factors)
+        return
+    lines, base, out = [tensor.reshape(-1) for tensor in group.tensors], group.base.reshape(-1), group.out.reshape(-1)
+
+    def add(part: slice) -> None:
+        total = torch.zeros(part.stop - part.start)
+        for line, factor in zip(lines, factors, strict=True):
+            if factor:
+                total.add_(block(line, part, base), alpha=factor)
+        out[part] = total.add_(base[part])
+
+    flat(group, add)
