@@ -41,8 +41,9 @@ def print_result(merged: Any, output: Any) -> None:
     """Print a line about a merged full model; only rank 0 does."""
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    inputs = len(merged.plan.adapters)
-    what = f"{inputs} inputs, {merged.merged} tensors merged, {merged.copied} copied, {merged.nbytes / 1e9:.3g} GB"
+    what = (
+        f"{merged.inputs} inputs, {merged.merged} tensors merged, {merged.copied} copied, {merged.nbytes / 1e9:.3g} GB"
+    )
     if merged.path is None:
         shards = len(merged.shards)
         print(f"{output}: would be {what} in {shards} file{'s' * (shards > 1)}, in about {merged.seconds:.1f} s")

@@ -6,10 +6,8 @@ input changes are copied byte for byte. Reading, merging and writing overlap. A 
 where it stopped.
 """
 
-import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,28 @@ from typing import Any
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.plan import Plan
-from merge_engine.errors import MergeError, OutputError, writing
-from merge_engine.files.folder import check_target, place_folder, sync, wipe, working_folder
-from merge_engine.files.journal import remove_journal
-from merge_engine.files.shards import SHARD_SIZE
+from merge_engine.errors import writing
+from merge_engine.files.folder import check_target
+from merge_engine.files.shards import SHARD_SIZE, Layout
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_engine.formats.open import open_adapters
 from merge_engine.into.companions import write_companions
 from merge_engine.into.job import Input, IntoJob, make_job, open_input
-from merge_engine.into.resume import take_up
+from merge_engine.into.place import place
+from merge_engine.into.resume import identity
 from merge_engine.into.write import estimate, write_tensors
 from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.memory import parse_size
-from merge_engine.runtime.processes import join
-
-logger = logging.getLogger(__name__)
+from merge_engine.runtime.processes import Ranks
 
 
 @dataclass(frozen=True)
 class MergedModel:
     """A merged full model: its folder (None after a dry run), its size, and how many tensors were merged and copied."""
 
-    plan: Plan
+    plan: Plan | None  # None where whole tensors were merged
+    inputs: int  # models and adapters that were merged
     path: Path | None
     nbytes: int
     merged: int  # tensors
@@ -134,32 +131,45 @@ def run(
     start = time.perf_counter()
     touched = len(job.module_of)
     result = MergedModel(
-        job.plan, None, job.layout.nbytes, touched, len(job.layout.slots) - touched, 0, 0.0, job.layout.sizes
+        job.plan,
+        len(job.plan.adapters),
+        None,
+        job.layout.nbytes,
+        touched,
+        len(job.layout.slots) - touched,
+        0,
+        0.0,
+        job.layout.sizes,
     )
-    inputs = [job.base.path, *job.plan.inputs]
+    merge = _Into(job, backend)
     if dry_run:
         with writing(output):
-            check_target(output, overwrite, inputs)
+            check_target(output, overwrite, merge.inputs)
         return replace(result, seconds=estimate(job, backend))
-    ranks = join()
-    place: AbstractContextManager[Path] = nullcontext(working_folder(output))
-    if ranks.rank == 0:
-        place = place_folder(output, overwrite, resume=True, inputs=inputs)
-    with place as folder:
-        if ranks.rank == 0:
-            take_up(job, output, folder, backend)
-        ranks.wait()
-        try:
-            resumed = write_tensors(job, folder, backend, ranks, progress)
-        except MergeError as error:
-            if not isinstance(error, OutputError):
-                wipe(folder)  # a mistake in the inputs: no later run can go on from here
-            raise
-        ranks.wait()
-        if ranks.rank == 0:
-            write_companions(folder, job.base, job.plan, job.layout, backend.name, job.union)
-            with writing(output):
-                sync(folder)  # this takes a while; after a kill in it the journal is still there
-            remove_journal(folder)
-    ranks.wait()
+    resumed = place(merge, output, overwrite=overwrite, progress=progress)
     return replace(result, path=output, resumed=resumed, seconds=time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Into:
+    """A job and who computes it, as `into.place` carries it out."""
+
+    job: IntoJob
+    backend: Backend
+
+    @property
+    def layout(self) -> Layout:
+        return self.job.layout
+
+    @property
+    def inputs(self) -> list[Path]:
+        return [self.job.base.path, *self.job.plan.inputs]
+
+    def identity(self) -> dict[str, Any]:
+        return identity(self.job, self.backend)
+
+    def write(self, folder: Path, ranks: Ranks, progress: bool | None) -> int:
+        return write_tensors(self.job, folder, self.backend, ranks, progress)
+
+    def finish(self, folder: Path) -> None:
+        write_companions(folder, self.job.base, self.job.plan, self.job.layout, self.backend.name, self.job.union)

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +11,27 @@ import torch
 from merge_engine.engine.backend import Backend
 from merge_engine.files.folder import check_space, wipe
 from merge_engine.files.journal import Journal, check_same, read_journal
-from merge_engine.files.shards import ShardFiles
+from merge_engine.files.shards import Layout, ShardFiles
 from merge_engine.formats.adapter import Adapter
 from merge_engine.into.job import IntoJob
 from merge_engine.models.finetuned import Finetuned
 from merge_engine.version import __version__
 
 logger = logging.getLogger(__name__)
+VERSIONS = {"merge-engine": __version__, "torch": str(torch.__version__)}
 _HEAD = 1 << 20  # bytes at the start of a file, with its header, that are hashed
 
 
-def take_up(job: IntoJob, output: Path, folder: Path, backend: Backend) -> None:
+def take_up(identity: Mapping[str, Any], layout: Layout, output: Path, folder: Path) -> None:
     """Prepare the working folder: as an earlier run of the same merge left it, or a new one. Checks the free space."""
-    identity = _identity(job, backend)
     found, _ = read_journal(folder)
     if found is None:
         wipe(folder)
     else:
         check_same(found, identity, output, folder)
-    files = ShardFiles(folder, job.layout)
+    files = ShardFiles(folder, layout)
     try:
-        check_space(output, job.layout.nbytes - files.on_disk())
+        check_space(output, layout.nbytes - files.on_disk())
         if found is None:
             with Journal(folder) as journal:
                 journal.begin(identity)
@@ -40,11 +40,11 @@ def take_up(job: IntoJob, output: Path, folder: Path, backend: Backend) -> None:
         files.close()
 
 
-def finished_keys(job: IntoJob, files: ShardFiles, folder: Path) -> set[str]:
+def finished_keys(layout: Layout, files: ShardFiles, folder: Path) -> set[str]:
     """The tensors that are finished by the journal, and whose bytes on the disk have the journal's hash."""
     done = set()
     for key, digest in read_journal(folder)[1].items():
-        slot = job.layout.slots.get(key)
+        slot = layout.slots.get(key)
         if slot is not None and files.digest(slot) == digest:
             done.add(key)
         else:
@@ -52,7 +52,7 @@ def finished_keys(job: IntoJob, files: ShardFiles, folder: Path) -> set[str]:
     return done
 
 
-def _identity(job: IntoJob, backend: Backend) -> dict[str, Any]:
+def identity(job: IntoJob, backend: Backend) -> dict[str, Any]:
     """Everything that decides the bytes of the output: recipe, layout, inputs and versions.
 
     Inputs count by size, time of change and the hash of their header, since hashing all of them would take too long.
@@ -62,21 +62,21 @@ def _identity(job: IntoJob, backend: Backend) -> dict[str, Any]:
         "shard_size": job.shard_size,
         "vocab": "base" if job.union is None else f"union of {len(job.union.tokens)} tokens {job.union.digest[:16]}",
         "backend": backend.identity,
-        "base": _files(job.base.path, job.base.files),
+        "base": files_in(job.base.path, job.base.files),
         "inputs": [_files_of(source) for source in job.plan.adapters],
-        "versions": {"merge-engine": __version__, "torch": str(torch.__version__)},
+        "versions": VERSIONS,
     }
 
 
 def _files_of(source: Adapter | Finetuned) -> dict[str, Any]:
     if isinstance(source, Finetuned):
         if source.adapter is None:
-            return _files(source.model.path, source.model.files)
+            return files_in(source.model.path, source.model.files)
         source = source.adapter
-    return _files(source.path, [file for file in sorted(source.path.iterdir()) if file.name.startswith("adapter_")])
+    return files_in(source.path, [file for file in sorted(source.path.iterdir()) if file.name.startswith("adapter_")])
 
 
-def _files(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
+def files_in(folder: Path, files: Sequence[Path]) -> dict[str, Any]:
     """{file: its size, time of change, and the hash of its first bytes, which hold the header}, and the folder."""
     found: dict[str, Any] = {"folder": str(folder.resolve())}
     for file in files:

@@ -60,7 +60,7 @@ def write_tensors(job: IntoJob, folder: Path, backend: Backend, ranks: Ranks, pr
     files = ShardFiles(folder, job.layout)
     try:
         with Journal(folder, ranks.rank) as journal:
-            done = finished_keys(job, files, folder)
+            done = finished_keys(job.layout, files, folder)
             ranks.wait()  # no rank may add to the journal before every rank has read it
             keys = list(job.layout.slots)
             keys = [keys[i] for i in ranks.share(_costs(job, keys))]

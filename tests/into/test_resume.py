@@ -15,7 +15,7 @@ from toy_vocabularies import numbered, save_toy, union_folder, write_tokenizer
 import merge_engine
 from merge_engine.cli.main import main
 from merge_engine.errors import OutputError
-from merge_engine.into import merge as into_merge
+from merge_engine.into import place as into_place
 from merge_engine.into import resume as into_resume
 from merge_engine.into import write as into_write
 from merge_engine.into.write import _write
@@ -185,7 +185,7 @@ def test_a_kill_while_files_are_flushed_loses_nothing(base, three, tmp_path, mon
     def killed(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(into_merge, "sync", killed)
+    monkeypatch.setattr(into_place, "sync", killed)
     with pytest.raises(KeyboardInterrupt):
         merge_engine.merge_into(base, three, tmp_path / "out", method="linear")
     monkeypatch.undo()
