@@ -1,6 +1,7 @@
 """The result of a merge: kept in memory, or written to a folder that appears whole or not at all."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -9,8 +10,13 @@ from pathlib import Path
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import ENOUGH, ENOUGH_RANK, LOW, NUMERICAL_RANK, SMALLEST_ROW, Finished
 from merge_engine.engine.plan import Plan
-from merge_engine.files.folder import place_folder
+from merge_engine.errors import OutputError
+from merge_engine.files.folder import place_file, place_folder
+from merge_engine.files.locate import SINGLE
+from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.families import PEFT, Family
 from merge_engine.formats.peft_writer import AdapterWriter
+from merge_engine.formats.single_file_writer import SingleFileWriter
 from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.models.finetuned import Finetuned
 from merge_engine.rules.methods import METHODS
@@ -46,7 +52,7 @@ class Output:
 
     def __init__(self, plan: Plan, backend: Backend, path: Path | None, folder: Path | None) -> None:
         self.plan, self.backend, self.path = plan, backend, path
-        self.writer = None if folder is None else _writer(plan, folder)
+        self.writer = None if folder is None or path is None else _writer(plan, folder, path)
         self.energy: dict[str, float] = {}
         self.ranks: dict[str, int] = {}
         self.figures: dict[str, dict[str, float]] = {}
@@ -88,7 +94,14 @@ class Output:
 def output_of(plan: Plan, backend: Backend, path: Path | None, overwrite: bool = False) -> Iterator[Output]:
     """The output of a plan: the folder appears when the block ends, and does not where it raises."""
     place: AbstractContextManager[Path | None]
-    place = nullcontext() if path is None else place_folder(path, overwrite, output_bytes(plan), inputs=plan.inputs)
+    if path is not None:
+        check_output(plan, path)
+    if path is None:
+        place = nullcontext()
+    elif path.suffix == SINGLE:
+        place = place_file(path, overwrite, output_bytes(plan), inputs=plan.inputs)
+    else:
+        place = place_folder(path, overwrite, output_bytes(plan), inputs=plan.inputs)
     with place as folder:
         output = Output(plan, backend, path, folder)
         try:
@@ -160,9 +173,23 @@ def output_bytes(plan: Plan) -> int:
     return own * plan.dtype.itemsize
 
 
-def _writer(plan: Plan, folder: Path) -> AdapterWriter:
+def check_output(plan: Plan, path: Path) -> None:
+    """Raise OutputError where adapters of the plan's family cannot be written to a path of this form."""
+    family = _family(plan)
+    if path.suffix == SINGLE and not family.single:
+        raise OutputError(f"{path} is a file, wanted a folder to write to: the adapters are {family}")
+
+
+def _family(plan: Plan) -> Family:
+    return next((source.family for source in plan.adapters if isinstance(source, Adapter)), PEFT)
+
+
+def _writer(plan: Plan, folder: Path, path: Path) -> AdapterWriter:
     described = {module.name: plan.adapters[module.adapters[0]].modules[module.name] for module in plan.modules}
     adapters = [adapter for adapter in plan.adapters if not isinstance(adapter, Finetuned)]
+    if _family(plan).single:
+        name = path.name if path.suffix == SINGLE else f"{os.path.realpath(path).rpartition(os.sep)[2]}{SINGLE}"
+        return SingleFileWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, file_name=name)
     return AdapterWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, plan.recipe.saved)
 
 

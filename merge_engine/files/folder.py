@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all.
+"""An output folder, or file, that appears whole or not at all.
 
 The result is made in ``.<name>.partial`` beside the target, flushed to the disk and renamed. A process that is killed
 leaves that folder behind; the next run for the same target wipes it and uses it again, or goes on from it (``resume``).
@@ -80,6 +80,43 @@ def place_folder(
         raise
 
 
+@contextmanager
+def place_file(
+    target: Path, overwrite: bool = False, required_bytes: int = 0, *, inputs: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """Yield a working folder, of whose files the one with ``target``'s name becomes ``target`` when the block ends.
+
+    Whatever else the block made there is removed. The other arguments and the errors are those of `place_folder`; a
+    target that is an input is never replaced.
+    """
+    target = Path(os.path.realpath(target))
+    with writing(target):
+        _check_file(target, overwrite, inputs)
+        made = _make_parents(target.parent)
+    try:
+        working = working_folder(target)
+        with writing(target):
+            lock = _lock(working, target)
+        try:
+            with writing(target):
+                wipe(working)
+            check_space(target, required_bytes)
+            yield working
+            with writing(target):
+                sync(working)
+                _check_file(target, overwrite, inputs)
+                os.replace(working / target.name, target)
+                flush(target.parent)
+        finally:
+            if _is_open_folder(working, lock):
+                shutil.rmtree(working, ignore_errors=True)
+            os.close(lock)
+    except BaseException:
+        for parent in made:
+            _remove_if_empty(parent)
+        raise
+
+
 def working_folder(target: Path) -> Path:
     """The folder in which `place_folder` makes what becomes ``target``."""
     target = Path(os.path.realpath(target))
@@ -104,6 +141,18 @@ def check_target(target: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
         raise OutputError(
             f"{target} holds no model, so overwrite does not replace it; remove it or choose another folder"
         )
+
+
+def _check_file(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Raise OutputError where `place_file` would refuse to make or to replace ``target``, a real path."""
+    if not os.path.lexists(target):
+        return
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder, wanted a file to write to")
+    if any(target == Path(os.path.realpath(read)) for read in inputs):
+        raise OutputError(f"{target} is merged; wanted another file to write to")
+    if not overwrite:
+        raise OutputError(f"{target} already exists; pass overwrite to replace it")
 
 
 def check_space(target: Path, required: int) -> None:

@@ -74,8 +74,13 @@ class SafetensorsWriter:
         self._end += data.nbytes
         self._waiting.remove(name)
 
-    def close(self) -> None:
-        """Write the header. Syncing to the disk is left to whoever places the folder."""
+    def close(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the header. Syncing to the disk is left to whoever places the folder.
+
+        metadata: in place of that given at the start, and no longer.
+        """
+        if metadata is not None:
+            self._header["__metadata__"] = dict(metadata)
         if self._waiting:
             missing = ", ".join(sorted(self._waiting)[:3])
             raise ValueError(f"{self.path.name}: {len(self._waiting)} planned tensors never came: {missing}")

@@ -46,6 +46,8 @@ class AdapterWriter:
         ValueError: a module that was not planned, comes twice or never comes; factors of a wrong shape.
     """
 
+    file_name = WEIGHTS_FILE
+
     def __init__(
         self,
         folder: Path,
@@ -62,8 +64,9 @@ class AdapterWriter:
         self._one_rank = ranks == "one"
         self._ranks: dict[str, int] = {}
         self._extras = shared_extras(adapters, saved)
-        keys = [key for module in self._modules.values() for key in _keys(module)]
-        self._weights = SafetensorsWriter(self._folder / WEIGHTS_FILE, [*keys, *self._extras])
+        keys = [key for module in self._modules.values() for key in self._keys(module)]
+        self._file = self._folder / self.file_name
+        self._weights = SafetensorsWriter(self._file, [*keys, *self._extras, *self._added()], self._metadata(None))
 
     def add(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
         """Append one module: ``A [k, N]``, ``B [M, k]``, any float dtype; k may differ from module to module."""
@@ -76,7 +79,7 @@ class AdapterWriter:
                 f"{name}: factors are {list(a.shape)} and {list(b.shape)}, wanted "
                 f"[k, {module.columns}] and [{module.rows}, k]"
             )
-        key_a, key_b = _keys(module)
+        key_a, key_b = self._keys(module)
         self._weights.add(key_a, self._cast(a, key_a).reshape(rank, *module.a_shape[1:]))
         self._weights.add(key_b, self._cast(b, key_b).reshape(module.rows, rank, *module.b_shape[2:]))
         self._ranks[name] = rank
@@ -95,11 +98,8 @@ class AdapterWriter:
             report: figures of the merge; each module's rank before zeros is added to ``report["modules"][name]``, and
                 the largest one as ``report["rank"]``.
         """
-        for key, extra in self._extras.items():
-            self._weights.add(key, extra.read())
-        self._weights.close()
-        written = self._written_ranks()
-        config = adapter_config(self._adapters, written, list(self._extras))
+        written = self._complete()
+        base = self._describe(written)
         modules = report.get("modules", {})
         full_report = {
             **report,
@@ -108,22 +108,47 @@ class AdapterWriter:
             "rank": max(written.values()),
             "modules": {name: {"rank": rank, **modules.get(name, {})} for name, rank in sorted(self._ranks.items())},
         }
-        self._write(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
         self._write("merge_report.json", json.dumps(full_report, indent=2))
         sources = [adapter.source for adapter in self._adapters]
         weights = recipe.get("weights")
         if not isinstance(weights, Sequence) or len(weights) != len(sources):
             weights = [""] * len(sources)
-        base = config["base_model_name_or_path"]
-        on_hub = bool(base) and is_hub_id(base)
+        on_hub = base is not None and is_hub_id(base)
         self._write("README.md", adapter_card(sources, weights, recipe, base, on_hub))
 
-    def _written_ranks(self) -> dict[str, int]:
-        """The rank of every module in the file, once all are made one."""
-        if not self._one_rank:
-            return self._ranks
-        axes = {key: axis for name in self._ranks for key, axis in zip(_keys(self._modules[name]), _SIDES, strict=True)}
-        return dict.fromkeys(self._ranks, to_one_rank(self._folder / WEIGHTS_FILE, axes))
+    def _keys(self, module: Module) -> tuple[str, str]:
+        """The keys of A and of B."""
+        stem = f"{KEY_PREFIX}{module.name}."
+        if module.kind == "embedding":
+            return f"{stem}lora_embedding_A", f"{stem}lora_embedding_B"
+        return f"{stem}lora_A.weight", f"{stem}lora_B.weight"
+
+    def _added(self) -> Sequence[str]:
+        """The keys of tensors that are written beside factors and extras."""
+        return ()
+
+    def _metadata(self, rank: int | None) -> dict[str, str] | None:
+        """The ``__metadata__`` of the file. It takes no more room than with rank None: when that is not known yet."""
+        return None
+
+    def _complete(self) -> dict[str, int]:
+        """Complete the weights; the rank of every module in the file, once all are made one."""
+        for key, extra in self._extras.items():
+            self._weights.add(key, extra.read())
+        self._weights.close()
+        return self._made_one(None) if self._one_rank else self._ranks
+
+    def _made_one(self, metadata: Mapping[str, str] | None) -> dict[str, int]:
+        keys = {
+            key: axis for name in self._ranks for key, axis in zip(self._keys(self._modules[name]), _SIDES, strict=True)
+        }
+        return dict.fromkeys(self._ranks, to_one_rank(self._file, keys, metadata))
+
+    def _describe(self, written: Mapping[str, int]) -> str | None:
+        """Write the configuration; the name of the base model."""
+        config = adapter_config(self._adapters, written, list(self._extras))
+        self._write(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
+        return config["base_model_name_or_path"]
 
     def _write(self, name: str, text: str) -> None:
         with writing(self._folder / name):
@@ -174,13 +199,6 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras
     if any(key.endswith("trainable_tokens_delta") for key in extras):
         config["trainable_token_indices"] = adapters[0].config.get("trainable_token_indices")
     return config
-
-
-def _keys(module: Module) -> tuple[str, str]:
-    stem = f"{KEY_PREFIX}{module.name}."
-    if module.kind == "embedding":
-        return f"{stem}lora_embedding_A", f"{stem}lora_embedding_B"
-    return f"{stem}lora_A.weight", f"{stem}lora_B.weight"
 
 
 def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
