@@ -16,6 +16,7 @@ if _typing.TYPE_CHECKING:
     from merge_engine.engine.output import Merged
     from merge_engine.errors import AdapterError, MergeError, ModelError, OutputError, RecipeError
     from merge_engine.formats.checkpoint import open_checkpoint
+    from merge_engine.formats.normalize import Normalized, normalize
     from merge_engine.formats.open import open_adapter
     from merge_engine.into.merge import MergedModel, merge_into, merge_models
     from merge_engine.many.merge_many import Failed, merge_many
@@ -31,6 +32,7 @@ __all__ = [
     "Merged",
     "MergedModel",
     "ModelError",
+    "Normalized",
     "OutputError",
     "Recipe",
     "RecipeError",
@@ -42,6 +44,7 @@ __all__ = [
     "merge_many",
     "merge_models",
     "merge_recipe",
+    "normalize",
     "open_adapter",
     "open_checkpoint",
 ]
@@ -58,6 +61,7 @@ _HOMES = {
     "Merged": "engine.output",
     "MergedModel": "into.merge",
     "ModelError": "errors",
+    "Normalized": "formats.normalize",
     "OutputError": "errors",
     "Recipe": "rules.recipe",
     "RecipeError": "errors",
@@ -68,6 +72,7 @@ _HOMES = {
     "merge_many": "many.merge_many",
     "merge_models": "into.merge",
     "merge_recipe": "mergekit.recipe",
+    "normalize": "formats.normalize",
     "open_adapter": "formats.open",
     "open_checkpoint": "formats.checkpoint",
 }

@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from merge_engine.cli import compare, demo, info, merge, merge_models
+from merge_engine.cli import compare, demo, info, merge, merge_models, normalize
 from merge_engine.errors import MergeError
 from merge_engine.version import __version__
 
-COMMANDS = (merge, merge_models, info, compare, demo)
+COMMANDS = (merge, merge_models, normalize, info, compare, demo)
 
 
 def command() -> int:

@@ -102,9 +102,10 @@ def run(options: argparse.Namespace) -> int | None:
     if several:
         return _several(adapters, output, given)
     merged = merge(adapters, output, **given)
+    servers = "" if merged.server_note is None else f"; {merged.server_note}"
     print(
         f"{output}: {len(adapters)} adapters, {len(merged.ranks)} modules, "
-        f"rank up to {max(merged.ranks.values())}, kept energy {merged.total_energy:.4f}"
+        f"rank up to {merged.rank}, kept energy {merged.total_energy:.4f}{servers}"
     )
     return None
 

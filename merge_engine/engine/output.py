@@ -16,6 +16,7 @@ from merge_engine.files.locate import SINGLE
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.families import PEFT, Family
 from merge_engine.formats.peft_writer import AdapterWriter
+from merge_engine.formats.servers import max_lora_rank, vllm_option, warn_of_servers
 from merge_engine.formats.single_file_writer import SingleFileWriter
 from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.models.finetuned import Finetuned
@@ -46,6 +47,21 @@ class Merged:
     ranks: dict[str, int] = field(default_factory=dict, repr=False)
     figures: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
 
+    @property
+    def rank(self) -> int:
+        """The largest rank: with ``ranks="one"`` that of every module as it is written."""
+        return max(self.ranks.values())
+
+    @property
+    def max_lora_rank(self) -> int | None:
+        """The --max-lora-rank with which vLLM loads the result; None: it loads no adapter of so large a rank."""
+        return max_lora_rank(self.rank)
+
+    @property
+    def server_note(self) -> str | None:
+        """How vLLM loads the result, in a sentence; None of image models' files, which it does not load."""
+        return None if family_of(self.plan).single else vllm_option(self.rank)
+
 
 class Output:
     """What a merge makes, module by module: kept, or written into a folder."""
@@ -74,6 +90,7 @@ class Output:
         """Complete the folder: every module is there. What the user ought to know is logged."""
         if self.writer is not None:
             _finish(self.writer, self.plan, self.backend, self)
+            warn_of_servers(self.path, self.writer.trouble_of_servers())
         subject = f"merge by {self.plan.recipe.method}" if self.path is None else str(self.path)
         _warn_of_a_cut(self, subject)
         warn_of_one_start(self.plan, self.figures, subject)
@@ -175,19 +192,20 @@ def output_bytes(plan: Plan) -> int:
 
 def check_output(plan: Plan, path: Path) -> None:
     """Raise OutputError where adapters of the plan's family cannot be written to a path of this form."""
-    family = _family(plan)
+    family = family_of(plan)
     if path.suffix == SINGLE and not family.single:
         raise OutputError(f"{path} is a file, wanted a folder to write to: the adapters are {family}")
 
 
-def _family(plan: Plan) -> Family:
+def family_of(plan: Plan) -> Family:
+    """The family of the adapters of a plan."""
     return next((source.family for source in plan.adapters if isinstance(source, Adapter)), PEFT)
 
 
 def _writer(plan: Plan, folder: Path, path: Path) -> AdapterWriter:
     described = {module.name: plan.adapters[module.adapters[0]].modules[module.name] for module in plan.modules}
     adapters = [adapter for adapter in plan.adapters if not isinstance(adapter, Finetuned)]
-    if _family(plan).single:
+    if family_of(plan).single:
         name = path.name if path.suffix == SINGLE else f"{os.path.realpath(path).rpartition(os.sep)[2]}{SINGLE}"
         return SingleFileWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, file_name=name)
     return AdapterWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, plan.recipe.saved)

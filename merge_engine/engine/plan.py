@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from merge_engine.engine.joint import Joined, Joint, Keeper, LastFew
 from merge_engine.errors import AdapterError, RecipeError
-from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.adapter import Adapter, common_dtype
 from merge_engine.formats.extras import shared_extras
 from merge_engine.formats.families import check_one_family
 from merge_engine.lowrank.small_svd import product_norm
@@ -203,7 +202,8 @@ def make_plan(
             _check_one_density(number, names, modules)
     for adapter in only_adapters:
         adapter.check_finite()
-    dtype = DTYPES[recipe.dtype] if recipe.dtype else _common_dtype(adapters)
+    stored = {module.dtype for adapter in adapters for module in adapter.modules.values()}
+    dtype = DTYPES[recipe.dtype] if recipe.dtype else common_dtype(stored)
     plan = Plan(tuple(adapters), recipe, rule, modules, dtype)
     return replace(plan, joint=(joint or make_joint)(plan))
 
@@ -279,9 +279,3 @@ def _check_one_density(number: int, names: Sequence[str], modules: Sequence[Modu
             f"density: scope='model' has one threshold for all of {names[number]}, wanted one density, "
             f"got {', '.join(map(str, sorted(densities)))}"
         )
-
-
-def _common_dtype(adapters: Sequence[Adapter | Finetuned]) -> torch.dtype:
-    dtypes = {module.dtype for adapter in adapters for module in adapter.modules.values()}
-    # torch promotes no 8-bit floats; bfloat16 holds them all.
-    return reduce(torch.promote_types, (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in dtypes))

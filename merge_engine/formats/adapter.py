@@ -1,8 +1,9 @@
 """An adapter of any file format: a description of its modules, and factors that are read when they are asked for."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,3 +129,8 @@ def is_base_copy(key: str) -> bool:
 
 def short_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def common_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The smallest dtype that holds the values of all; of 8-bit floats, which torch does not promote, bfloat16."""
+    return reduce(torch.promote_types, (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in dtypes))

@@ -18,7 +18,7 @@ from merge_engine.formats.peft_config import ADAPTER_CONFIG, REFUSED
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 # Embeddings that PEFT saves whole when the vocabulary was resized, by their usual names.
-_EMBEDDINGS = frozenset(
+EMBEDDINGS = frozenset(
     {"embed_tokens", "lm_head", "wte", "shared", "embed_in", "embed_out", "word_embeddings", "tok_embeddings"}
     | {"token_embedding", "tokens_embed", "word_embedding", "proj_out", "decoder", "embeddings"}
 )
@@ -85,7 +85,7 @@ def _is_extra(key: str, config: dict[str, Any]) -> bool:
     parts = key[len(KEY_PREFIX) :].split(".")
     if any(saves(str(target), key) for target in config.get("modules_to_save") or ()):
         return True
-    return len(parts) > 1 and parts[-2] in _EMBEDDINGS and parts[-1] in ("weight", "bias")
+    return len(parts) > 1 and parts[-2] in EMBEDDINGS and parts[-1] in ("weight", "bias")
 
 
 def describe(adapter: str, name: str, sides: dict[str, StoredTensor], rank: int, scaling: float) -> Module:

@@ -18,6 +18,7 @@ from merge_engine.formats.extras import shared_extras
 from merge_engine.formats.one_rank import COLUMNS, ROWS, to_one_rank
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE
+from merge_engine.formats.servers import trouble_of_servers
 from merge_engine.report.card import adapter_card
 from merge_engine.runtime.finite import finite
 from merge_engine.version import versions
@@ -63,6 +64,7 @@ class AdapterWriter:
         self._dtype = dtype
         self._one_rank = ranks == "one"
         self._ranks: dict[str, int] = {}
+        self.rank = 0  # the largest one that was written, once all are there
         self._extras = shared_extras(adapters, saved)
         keys = [key for module in self._modules.values() for key in self._keys(module)]
         self._file = self._folder / self.file_name
@@ -90,22 +92,31 @@ class AdapterWriter:
             raise OutputError(f"{key} reaches {tensor.abs().max().item():.3g}, which overflows {self._dtype}")
         return cast
 
+    def complete(self) -> str | None:
+        """Complete the weights and write the configuration; the name of the base model."""
+        written = self._complete()
+        self.rank = max(written.values())
+        return self._describe(written)
+
+    def trouble_of_servers(self) -> str | None:
+        """See `servers.trouble_of_servers`."""
+        return trouble_of_servers(self._modules.values(), list(self._extras))
+
     def finish(self, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """Complete the weights and write configuration, model card and report.
+        """`complete`, and write model card and report.
 
         Args:
             recipe: what was asked for; plain values, as in JSON.
             report: figures of the merge; each module's rank before zeros is added to ``report["modules"][name]``, and
                 the largest one as ``report["rank"]``.
         """
-        written = self._complete()
-        base = self._describe(written)
+        base = self.complete()
         modules = report.get("modules", {})
         full_report = {
             **report,
             "recipe": dict(recipe),
             "versions": versions(),
-            "rank": max(written.values()),
+            "rank": self.rank,
             "modules": {name: {"rank": rank, **modules.get(name, {})} for name, rank in sorted(self._ranks.items())},
         }
         self._write("merge_report.json", json.dumps(full_report, indent=2))

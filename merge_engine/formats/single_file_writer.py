@@ -42,6 +42,10 @@ class SingleFileWriter(AdapterWriter):
         self.file_name = file_name
         super().__init__(folder, adapters, modules, dtype, ranks)
 
+    def trouble_of_servers(self) -> str | None:
+        """None: servers of language models load no such file."""
+        return None
+
     def _keys(self, module: Module) -> tuple[str, str]:
         return next(adapter for adapter in self._adapters if module.name in adapter.modules).keys(module.name)
 
