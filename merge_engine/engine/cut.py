@@ -85,8 +85,13 @@ class CutFactors(NamedTuple):
 
 
 def finished(plan: Plan, work: Work, found: CutFactors) -> Finished:
-    """A module that was cut to some factors, on the CPU, with what else there is to say of it."""
+    """A module that was cut to some factors, on the CPU, with what else there is to say of it.
+
+    Raises RecipeError, naming the module, where a factor overflows float32.
+    """
     (A, B, energy), figures, values = found
+    if values is None and not (finite(A) and finite(B)):  # else the cut has looked
+        raise RecipeError(f"{work.module.name}: its merge overflows float32; wanted smaller weights")
     if values is not None and energy < LOW:
         figures[ENOUGH_RANK] = rank_that_keeps(ENOUGH, values)
     squared_norm = product_norm(A, B) ** 2 if values is None else float(values[: len(A)].square().sum())
@@ -148,8 +153,6 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     Raises RecipeError, naming the module, where a factor overflows float32.
     """
     A, B, energy = result.factors
-    if not (finite(A) and finite(B)):
-        raise RecipeError(f"{name}: its merge overflows float32; wanted smaller weights")
     squared_norm = result.squared_norm / energy if energy > 0 else 0.0
     scale = scale_of(recipe, result.norms, squared_norm, result.rounding)
     if recipe.scale == "auto":

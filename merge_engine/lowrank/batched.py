@@ -111,8 +111,8 @@ def cut_matrices(
 
     All in float64, rounded once to float32. Products in float32 would be of 10 bits on a GPU wherever a program allows
     TF32, and no operator can ask for more. The host waits for a GPU at each of the two decisions, and for the result.
-    On a CPU a module has the same bits in any group. cuBLAS may sum a batch of another size in another order: results
-    then agree to rounding, or to the tolerance where that tips a decision.
+    BLAS may sum a batch of another size in another order, on a GPU and on some CPUs: the results of a module in
+    different groups agree to rounding, or to the tolerance where that tips a decision.
     Memory beyond ``matrices``: a float64 copy and 8 w (M + N) numbers a module, or for the Gram matrix
     4 min(M, N)^2 + 4 k (M + N), in float64, for so many modules at a time that it is at most `PART_BYTES`, or for one.
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from merge_engine.runtime.finite import finite
 
+# |u_i s| <= s: singular values up to this, B fits float32, and only beyond it is B looked at.
+_SURELY_FITS = 1e38
 Decomposed = tuple[Tensor, Tensor]  # reflectors of Q below R, and their factors, as LAPACK's geqrf packs them
 
 
@@ -111,7 +113,7 @@ def unfolded(core: Leading, left: Decomposed, right: Decomposed) -> LowRank:
 def rounded(A: Tensor, B: Tensor, core: Leading) -> LowRank:
     """The factors in float32; raises ValueError where B overflows it."""
     A, B = A.float().contiguous(), B.float().contiguous()
-    if not finite(B):
+    if not (float(core.s[0]) <= _SURELY_FITS or finite(B)):
         raise ValueError(f"the largest singular value is {float(core.s[0]):.1e}: B overflows float32")
     return LowRank(A, B, core.kept)
 

@@ -26,6 +26,7 @@ from merge_engine.runtime.finite import finite
 _CANCELLED = 2.0**-20
 # What a solution may miss of a column, as a share of it: a 64th of what rounding to float32 loses.
 _MISSED = 2.0**-30
+_AT_A_TIME = 512  # columns of the stacked factors that are multiplied at once
 
 
 def from_products(
@@ -106,8 +107,11 @@ class Stack:
         u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
         if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) is too inexact to be divided by S
             return unfolded(core, torch.geqrf(self._left.T), torch.geqrf(self._right.T)), core.values
-        B = (vh @ self._upper_right * columns) @ self._left
-        A = ((u / s).T @ self._upper_left * columns) @ self._right
+        of_left, of_right = vh @ self._upper_right * columns, (u / s).T @ self._upper_left * columns
+        if found == k:
+            A, B = _narrow(of_right, self._right), _narrow(of_left, self._left, turned=True)
+            return rounded(A, B, core), core.values
+        A, B = of_right @ self._right, of_left @ self._left
         return rounded(completed(A, k), torch.nn.functional.pad(B, (0, 0, 0, k - found)).T, core), core.values
 
     @property
@@ -162,8 +166,11 @@ class Stack:
 
     def _unfolded(self, cut: Leading) -> LowRank:
         found, k = int((cut.s > 0).sum()), len(cut.s)
-        B = self.columns(cut.u[:, :found] * cut.s[:found])
-        A = self.rows(cut.vh[:found].T)
+        of_left, of_right = cut.u[:, :found] * cut.s[:found], cut.vh[:found].T
+        if found == k:
+            A, B = self._narrow_rows(of_right), self._narrow_columns(of_left)
+            return rounded(A, B, cut)
+        B, A = self.columns(of_left), self.rows(of_right)
         return rounded(completed(A, k), torch.nn.functional.pad(B.T, (0, 0, 0, k - found)).T, cut)
 
     def columns(self, block: Tensor) -> Tensor:
@@ -178,11 +185,47 @@ class Stack:
         """(Q_A @ block)^T [k, N] of ``block`` [q, k]; see `columns`."""
         return _times_q(self._right, self._upper_right, block)
 
+    def _narrow_columns(self, block: Tensor) -> Tensor:
+        """`columns` in float32."""
+        combination = _combination(self._upper_left, block)
+        if combination is None:
+            return self.columns(block)
+        return _narrow(combination.to(self._left.device), self._left, turned=True)
+
+    def _narrow_rows(self, block: Tensor) -> Tensor:
+        """`rows` in float32."""
+        combination = _combination(self._upper_right, block)
+        return self.rows(block) if combination is None else _narrow(combination.to(self._right.device), self._right)
+
+
+def _narrow(combination: Tensor, stacked: Tensor, *, turned: bool = False) -> Tensor:
+    """combination [k, R] @ stacked [R, n], rounded to float32, or its transpose where turned.
+
+    Some columns at a time: new memory for the wide product takes longer than the product.
+    """
+    k, n = len(combination), stacked.shape[1]
+    out = stacked.new_empty((n, k) if turned else (k, n), dtype=torch.float32)
+    for start in range(0, n, _AT_A_TIME):
+        some = stacked[:, start : start + _AT_A_TIME]
+        if turned:
+            out[start : start + _AT_A_TIME] = some.T @ combination.T
+        else:
+            out[:, start : start + _AT_A_TIME] = combination @ some
+    return out
+
 
 def _times_q(stacked: Tensor, triangle: Tensor, block: Tensor) -> Tensor:
     """(Q @ block)^T, stacked^T = Q @ triangle: see `Stack.columns`."""
     if block.shape[1] == 0:  # LAPACK refuses this
         return stacked.new_zeros(0, stacked.shape[1])
+    combination = _combination(triangle, block)
+    if combination is None:
+        return q_times(torch.geqrf(stacked.T), block.to(stacked.device)).T
+    return combination.to(stacked.device) @ stacked
+
+
+def _combination(triangle: Tensor, block: Tensor) -> Tensor | None:
+    """C [k, R] with triangle @ C^T = block, on the CPU; None where there is none, or large columns cancel in it."""
     triangle, block = triangle.cpu(), block.cpu()
     lengths = torch.linalg.vector_norm(triangle, dim=0)
     lengths = torch.where(lengths > 0, lengths, 1.0)
@@ -191,8 +234,8 @@ def _times_q(stacked: Tensor, triangle: Tensor, block: Tensor) -> Tensor:
         sums = _CANCELLED * solution.abs().sum(0) <= wanted
         missed = torch.linalg.vector_norm(unit @ solution - block, dim=0)
         if (sums & (missed <= _MISSED * wanted)).all():
-            return (solution.T / lengths).to(stacked.device) @ stacked
-    return q_times(torch.geqrf(stacked.T), block.to(stacked.device)).T
+            return solution.T / lengths
+    return None
 
 
 def _solutions(unit: Tensor, block: Tensor) -> Iterator[Tensor]:

@@ -24,6 +24,7 @@ from merge_engine.many.pool import Pool, seed_of
 from merge_engine.runtime.threads import ahead, threads
 
 T = TypeVar("T")
+_ASKED = 1024  # bytes of a note in the cache, about
 Numbers = list[int]  # of the plans that share a result up to its scale and dtype
 
 
@@ -51,6 +52,8 @@ class Step(NamedTuple):
 
 
 FinishedOrError = Finished | Exception
+# Of some plans, for one module; whether others hold the result too, so that it must be copied before it is given away.
+Outcome = tuple[Numbers, ModulePlan, FinishedOrError, bool]
 
 
 def merged_modules(
@@ -66,20 +69,18 @@ def merged_modules(
     else:
         found = _plan_by_plan(plans, backend, pool, room)
     with closing(found) as outcomes:
-        for numbers, module, outcome in outcomes:
+        for numbers, module, outcome, held in outcomes:
             for number in numbers:
                 if number not in failed:
                     result = outcome
                     if not isinstance(outcome, Exception):
-                        result = _attempt(_scaled_copy, outcome, plans[number], module)
+                        result = _attempt(_own, outcome, plans[number], module, held or len(numbers) > 1)
                     if isinstance(result, Exception):
                         failed.add(number)
                     yield number, module, result
 
 
-def _plan_by_plan(
-    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room
-) -> Generator[tuple[Numbers, ModulePlan, FinishedOrError], None, None]:
+def _plan_by_plan(plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room) -> Generator[Outcome, None, None]:
     equal: dict[Hashable, Numbers] = {}
     for number, plan in enumerate(plans):
         equal.setdefault((plan.adapters, plan.modules, _settings(plan)), []).append(number)
@@ -88,20 +89,20 @@ def _plan_by_plan(
         try:
             ready = pool.prepared(plan, backend)
             for module, result in cut_modules(plan, backend, ready, room.workers, lambda _, result: result):
-                yield numbers, module, result
+                yield numbers, module, result, False
         except Exception as error:
-            yield numbers, plan.modules[0], error
+            yield numbers, plan.modules[0], error, False
 
 
 def _module_by_module(
     plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room, failed: set[int]
-) -> Generator[tuple[Numbers, ModulePlan, FinishedOrError], None, None]:
+) -> Generator[Outcome, None, None]:
     modules = [{module.name: module for module in plan.modules} for plan in plans]
     ready: dict[int, Preparation] = {}
     for number, plan in enumerate(plans):
         found = _attempt(pool.prepared, plan, backend)
         if isinstance(found, Exception):
-            yield [number], plan.modules[0], found
+            yield [number], plan.modules[0], found, False
         else:
             ready[number] = found
 
@@ -136,8 +137,8 @@ def _module_by_module(
                 except Exception as error:
                     yield from (Step(member, error) for member in step.members)
 
-    for job, outcome in ahead(partial(_finished, backend, pool), jobs(), room.workers):
-        yield job.member.numbers, job.member.module, outcome
+    for job, outcome, held in ahead(partial(_finished, backend, pool), jobs(), room.workers):
+        yield job.member.numbers, job.member.module, outcome, held
 
 
 def _as_one(members: Sequence[Member]) -> list[Member]:
@@ -202,20 +203,34 @@ def _taken(results: list[Tensor], i: int) -> Tensor:
     return tensor
 
 
-def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOrError]:
+def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOrError, bool]:
+    """The result of a step, and whether the cache holds it."""
     (_, plan, module, _), state = job
     if not isinstance(state, Work):
-        return job, state
+        return job, state, True
     made = _attempt(lambda: cut(plan, backend, state, pool.decompositions(plan, module)))
-    if pool.keeps_results and not isinstance(made, Exception):
-        pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors))
-    return job, made
+    if not pool.keeps_results or isinstance(made, Exception):
+        return job, made, False
+    return job, made, _keep(made, _result_key(job.member), plan.by_factors, pool)
 
 
-def _scaled_copy(result: Finished, plan: Plan, module: ModulePlan) -> Finished:
+def _keep(result: Finished, key: Hashable, cheap: bool, pool: Pool) -> bool:
+    """Put a result into the cache, a cheap one if it is made for the second time: to keep it and to give away a copy
+    takes a quarter of the time that it takes to make it, and a search over weights never asks for it again."""
+    asked = ("asked", key)
+    if cheap and pool.cache.find(asked) is None:
+        pool.cache.put(asked, True, _ASKED)
+        return False
+    pool.cache.put(key, result, _result_bytes(result.factors))
+    return True
+
+
+def _own(result: Finished, plan: Plan, module: ModulePlan, held: bool) -> Finished:
     """The plan's result, scaled, in memory of its own."""
     with threads(1):  # further threads would spin while the next module is cut
         made = scaled(result, plan.recipe, module.name)
+        if not held:
+            return made
         A, B, energy = made.factors
         return made._replace(factors=LowRank(A.clone(), B.clone() if B is result.factors.B else B, energy))
 

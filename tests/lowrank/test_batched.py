@@ -52,6 +52,15 @@ def check_all(matrices: Tensor, cuts: Cuts, rank: int) -> list[bool]:
     return [result is not None for result in found]
 
 
+def check_same(got: Cuts, i: int, want: Cuts, j: int) -> None:
+    """The results of one module agree but for what rounding to float32 and sums in another order change."""
+    assert got.ranks[i] == want.ranks[j]
+    if got.ranks[i]:
+        assert got.energies[i] == pytest.approx(want.energies[j], rel=1e-12)
+        one, other = ((cuts.B[k].double() @ cuts.A[k].double()) for cuts, k in ((got, i), (want, j)))
+        assert float((one - other).norm()) <= 4 * U32 * float(other.norm())
+
+
 def ties_deltas(m: int, n: int) -> tuple[Tensor, Tensor]:
     pairs = [ties_delta(m, n, seed=seed, density=density) for seed, density in enumerate((0.2, 0.5, 0.8))]
     return torch.stack([matrix for matrix, _ in pairs]), torch.stack([start for _, start in pairs])
@@ -160,8 +169,8 @@ def test_any_shape_rank_and_start(seed, m, n, p, rank, dtype):
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("rank", [16, 40])
-def test_a_module_has_the_same_bits_in_any_company(rank, count):
-    """On a CPU; here some of the group take more steps, some are no numbers, and one is zero."""
+def test_a_module_has_the_same_result_in_any_company(rank, count):
+    """But for rounding; here some of the group take more steps, some are no numbers, and one is zero."""
     matrices, start = ties_deltas(512, 400)
     hard = with_spectrum(512, 400, 1 - torch.arange(400) / 400)
     matrices = torch.cat([matrices, hard[None], torch.full_like(hard, math.nan)[None], torch.zeros_like(hard)[None]])
@@ -170,8 +179,7 @@ def test_a_module_has_the_same_bits_in_any_company(rank, count):
         together = cut_matrices(matrices, start, rank)
         for i in (0, 1, 2, 3, 5):
             alone = cut_matrices(matrices[i : i + 1], start[i : i + 1], rank)
-            assert torch.equal(alone.A[0], together.A[i]) and torch.equal(alone.B[0], together.B[i])
-            assert (alone.energies[0], alone.ranks[0]) == (together.energies[i], together.ranks[i])
+            check_same(alone, 0, together, i)
     # Its singular values fall by 1/400 each: only from the Gram matrix, at rank 40, are their vectors had at once.
     assert together.ranks == [rank] * 3 + [0 if rank == 16 else rank, 0, rank]
 
@@ -247,8 +255,8 @@ def test_parts_of_a_group(monkeypatch):
             sizes.clear()
             got = cut_matrices(matrices, start, rank)
             assert sizes == [[1, 1, 1], [2, 1]][at_a_time - 1]
-            assert torch.equal(got.A, want.A) and torch.equal(got.B, want.B)
-            assert got.energies == want.energies and got.ranks == want.ranks
+            for i in range(3):
+                check_same(got, i, want, i)
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.6, 0.9, 0.99, 1.0])
