@@ -12,7 +12,8 @@ from torch import Tensor
 
 from merge_engine.engine.joint import Joined, Joint, Keeper, LastFew
 from merge_engine.errors import AdapterError, RecipeError
-from merge_engine.formats.adapter import Adapter, common_dtype
+from merge_engine.formats.adapter import Adapter, Module, common_dtype
+from merge_engine.formats.experts import check_experts
 from merge_engine.formats.extras import shared_extras
 from merge_engine.formats.families import check_one_family
 from merge_engine.lowrank.small_svd import product_norm
@@ -193,6 +194,7 @@ def make_plan(
     check_one_family(only_adapters)
     _warn_of_different_bases(only_adapters)
     shared_extras(only_adapters, recipe.saved)
+    check_experts(_owned(only_adapters))
     modules = tuple(
         _plan_module(name, adapters, recipe)
         for name in sorted({module for adapter in adapters for module in adapter.modules})
@@ -259,6 +261,15 @@ def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Rec
         densities=tuple(densities[number] for number in having),
         rank=rank,
     )
+
+
+def _owned(adapters: Sequence[Adapter]) -> dict[str, list[tuple[str, Module]]]:
+    """{module: (adapter, its module) of all that have it}."""
+    owned: dict[str, list[tuple[str, Module]]] = {}
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            owned.setdefault(name, []).append((adapter.name, module))
+    return owned
 
 
 def _warn_of_different_bases(adapters: Sequence[Adapter]) -> None:

@@ -6,7 +6,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,12 @@ class StoredTensor:
         with self._opened() as file:
             self._fill(file, tensor)
         return tensor
+
+    def rows(self, start: int, count: int) -> "StoredTensor":
+        """The tensor of so many entries of the first dimension, from one on; nothing is read."""
+        size = math.prod(self.shape[1:]) * self.dtype.itemsize
+        mapped = None if self.mapped is None else self.mapped[start : start + count]
+        return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + start * size, mapped=mapped)
 
     def pieces(self, elements: int = 1 << 20) -> Iterator[torch.Tensor]:
         """The tensor as flat pieces of at most ``elements`` elements. A piece may overwrite the one before.

@@ -31,6 +31,21 @@ class Factor(Protocol):
 
 
 @dataclass(frozen=True)
+class Expert:
+    """One of the matrices in a parameter ``[E, ., .]`` of a layer of experts: PEFT's ``target_parameters``."""
+
+    layer: str  # in the base model: "model.layers.0.mlp.experts"
+    parameter: str  # "gate_up_proj"
+    number: int
+    count: int  # E
+
+    @property
+    def key(self) -> str:
+        """The whole parameter, as the base model and the configuration name it."""
+        return f"{self.layer}.{self.parameter}"
+
+
+@dataclass(frozen=True)
 class Module:
     """One pair of LoRA factors, described by what the file's header says of them."""
 
@@ -43,6 +58,12 @@ class Module:
     a_shape: tuple[int, ...]  # as stored
     b_shape: tuple[int, ...]
     dtype: torch.dtype  # as stored
+    expert: Expert | None = None  # whose pair it is, where the pairs of many are stored in one
+
+    @property
+    def target(self) -> str:
+        """What PEFT's configuration calls it: the module, or the parameter that holds all experts."""
+        return self.name if self.expert is None else self.expert.key
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from merge_engine.errors import AdapterError
 from merge_engine.files.locate import find, find_file, only_file
-from merge_engine.formats.adapter import KEY_PREFIX, Adapter
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Factor
+from merge_engine.formats.experts import LastTensor, describe_experts, pair_of, split_experts
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE, describe, open_weights, sort_tensors
 from merge_engine.formats.single_file import open_file
@@ -31,10 +32,19 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
         return open_file(file, str(source), file.stem if file.suffix == Path(source).suffix else Path(source).name)
     name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*",), AdapterError)
     config = read_config(path, name)
-    factors, extras = sort_tensors(open_weights(path, name), config, name)
+    found, extras = sort_tensors(open_weights(path, name), config, name)
     resolve = rank_and_scaling(config, name)
-    modules = {module: describe(name, module, factors[module], *resolve(module)) for module in sorted(factors)}
-    pairs = {module: (factors[module]["A"], factors[module]["B"]) for module in modules}
+    factors, parameters = split_experts(name, found, config, lambda module: resolve(module)[0])
+    modules = {module: describe(name, module, factors[module], *resolve(module)) for module in factors}
+    pairs: dict[str, tuple[Factor, Factor]] = {
+        module: (factors[module]["A"], factors[module]["B"]) for module in modules
+    }
+    last = LastTensor()
+    for (layer, parameter), sides in parameters.items():
+        experts = describe_experts(name, layer, parameter, sides, *resolve(f"{layer}.{parameter}"))
+        modules |= experts
+        pairs |= {expert: pair_of(module, sides, last) for expert, module in experts.items()}
+    modules = {module: modules[module] for module in sorted(modules)}
     if not modules:
         raise AdapterError(f"{name}: {path} holds no LoRA tensors, wanted keys {KEY_PREFIX}<module>.lora_A.weight")
     return Adapter(name, str(source), path, config, modules, extras, pairs)

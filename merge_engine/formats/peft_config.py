@@ -14,7 +14,10 @@ from merge_engine.errors import AdapterError
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 # Every field of PEFT's LoraConfig is in one of the four tables below. These decide what the factors mean:
-READ = frozenset({"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"})
+READ = frozenset(
+    {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
+    | {"target_parameters"}
+)
 # These name the base model, or the tensors that are saved beside the factors, and are kept:
 KEPT = frozenset(
     {"base_model_name_or_path", "revision", "task_type", "auto_mapping", "fan_in_fan_out", "modules_to_save"}
@@ -31,7 +34,6 @@ REFUSED = {
     "use_dora": "DoRA rescales the base weight",
     "lora_bias": "its bias is not part of the delta",
     "bias": "biases of the base model were trained",
-    "target_parameters": "LoRA on bare parameters is not supported",
     "layer_replication": "it applies to a model with repeated layers",
     "alora_invocation_tokens": "activated LoRA applies to some tokens only",
     "use_qalora": "QA-LoRA pools the input",
@@ -44,6 +46,7 @@ REFUSED = {
 # Initialisations that subtract the start of the adapter from the base weights.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}
+_TYPES |= {"target_parameters": list}
 _LARGEST = 2**63  # JSON may hold Infinity, NaN and integers of any size
 
 

@@ -44,7 +44,7 @@ def open_weights(path: Path, name: str) -> dict[str, StoredTensor]:
 def sort_tensors(
     tensors: dict[str, StoredTensor], config: dict[str, Any], name: str
 ) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, StoredTensor]]:
-    """(factors by module and side "A" or "B", extras by key); AdapterError where a tensor is neither."""
+    """(factors by their keys' stem and side "A" or "B", extras by key); AdapterError where a tensor is neither."""
     factors: dict[str, dict[str, StoredTensor]] = {}
     extras = {}
     for key, tensor in tensors.items():
@@ -56,11 +56,6 @@ def sort_tensors(
         if ending and key.startswith(KEY_PREFIX):
             side = _SIDES[ending]
             module = key[len(KEY_PREFIX) : -len(ending)]
-            if "base_layer" in module.split("."):
-                raise AdapterError(
-                    f"{name}: tensor {key} belongs to a nested layer "
-                    "(torch.nn.MultiheadAttention or target_parameters), which is not supported"
-                )
             sides = factors.setdefault(module, {})
             if side in sides:
                 raise AdapterError(f"{name}: {module} has two {side} factors, of a linear layer and of an embedding")

@@ -13,9 +13,10 @@ import torch
 from merge_engine.errors import OutputError, writing
 from merge_engine.files.locate import is_hub_id
 from merge_engine.files.safetensors_writer import SafetensorsWriter
-from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Module, saves
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Expert, Module, saves
+from merge_engine.formats.experts import nested_stems, stacked
 from merge_engine.formats.extras import shared_extras
-from merge_engine.formats.one_rank import COLUMNS, ROWS, to_one_rank
+from merge_engine.formats.one_rank import RankAxis, to_one_rank
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE
 from merge_engine.formats.servers import trouble_of_servers
@@ -24,7 +25,6 @@ from merge_engine.runtime.finite import finite
 from merge_engine.version import versions
 
 logger = logging.getLogger(__name__)
-_SIDES = (ROWS, COLUMNS)  # where A and B have their rank
 
 
 class AdapterWriter:
@@ -66,7 +66,9 @@ class AdapterWriter:
         self._ranks: dict[str, int] = {}
         self.rank = 0  # the largest one that was written, once all are there
         self._extras = shared_extras(adapters, saved)
-        keys = [key for module in self._modules.values() for key in self._keys(module)]
+        self._stems = nested_stems(module.expert for module in self._modules.values() if module.expert is not None)
+        self._waiting: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}  # experts, by whole parameter
+        keys = dict.fromkeys(key for module in self._modules.values() for key in self._keys(module))
         self._file = self._folder / self.file_name
         self._weights = SafetensorsWriter(self._file, [*keys, *self._extras, *self._added()], self._metadata(None))
 
@@ -82,9 +84,24 @@ class AdapterWriter:
                 f"[k, {module.columns}] and [{module.rows}, k]"
             )
         key_a, key_b = self._keys(module)
-        self._weights.add(key_a, self._cast(a, key_a).reshape(rank, *module.a_shape[1:]))
-        self._weights.add(key_b, self._cast(b, key_b).reshape(module.rows, rank, *module.b_shape[2:]))
+        a = self._cast(a, key_a).reshape(rank, *module.a_shape[1:])
+        b = self._cast(b, key_b).reshape(module.rows, rank, *module.b_shape[2:])
         self._ranks[name] = rank
+        if module.expert is not None:
+            self._add_expert(module.expert, a, b)
+        else:
+            self._weights.add(key_a, a)
+            self._weights.add(key_b, b)
+
+    def _add_expert(self, expert: Expert, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Keep an expert's pair until those of all have come; then write them as one."""
+        waiting = self._waiting.setdefault(expert.key, {})
+        waiting[expert.number] = a, b
+        if len(waiting) == expert.count:
+            pairs = self._waiting.pop(expert.key)
+            stem = KEY_PREFIX + self._stems[expert.key]
+            for side, factor in zip("AB", stacked([pairs[number] for number in sorted(pairs)]), strict=True):
+                self._weights.add(f"{stem}.lora_{side}.weight", factor)
 
     def _cast(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
         cast = tensor.detach().to(self._dtype)
@@ -129,10 +146,10 @@ class AdapterWriter:
 
     def _keys(self, module: Module) -> tuple[str, str]:
         """The keys of A and of B."""
-        stem = f"{KEY_PREFIX}{module.name}."
+        stem = KEY_PREFIX + (module.name if module.expert is None else self._stems[module.target])
         if module.kind == "embedding":
-            return f"{stem}lora_embedding_A", f"{stem}lora_embedding_B"
-        return f"{stem}lora_A.weight", f"{stem}lora_B.weight"
+            return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+        return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
     def _added(self) -> Sequence[str]:
         """The keys of tensors that are written beside factors and extras."""
@@ -143,17 +160,25 @@ class AdapterWriter:
         return None
 
     def _complete(self) -> dict[str, int]:
-        """Complete the weights; the rank of every module in the file, once all are made one."""
+        """Complete the weights; the rank of every module in the file, by its target, once all are made one."""
         for key, extra in self._extras.items():
             self._weights.add(key, extra.read())
         self._weights.close()
-        return self._made_one(None) if self._one_rank else self._ranks
+        if self._one_rank:
+            return self._made_one(None)
+        ranks: dict[str, int] = {}
+        for name, rank in self._ranks.items():  # of experts, the largest one counts
+            target = self._modules[name].target
+            ranks[target] = max(rank, ranks.get(target, 0))
+        return ranks
 
     def _made_one(self, metadata: Mapping[str, str] | None) -> dict[str, int]:
-        keys = {
-            key: axis for name in self._ranks for key, axis in zip(self._keys(self._modules[name]), _SIDES, strict=True)
-        }
-        return dict.fromkeys(self._ranks, to_one_rank(self._file, keys, metadata))
+        keys: dict[str, RankAxis] = {}
+        for module in self._modules.values():
+            count = 1 if module.expert is None else module.expert.count
+            keys |= zip(self._keys(module), (RankAxis(0, before=count), RankAxis(1, after=count)), strict=True)
+        rank = to_one_rank(self._file, keys, metadata)
+        return {module.target: rank for module in self._modules.values()}
 
     def _describe(self, written: Mapping[str, int]) -> str | None:
         """Write the configuration; the name of the base model."""
@@ -175,7 +200,7 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras
 
     Args:
         adapters: what was merged.
-        ranks: the rank of each merged module, by name.
+        ranks: the rank of each merged module, by what PEFT calls it (`Module.target`).
         extras: keys of the tensors that are copied beside the factors.
     """
     ((rank, _),) = Counter(ranks.values()).most_common(1)
@@ -184,6 +209,10 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras
         "^(" + "|".join(re.escape(name) for name in sorted(ranks) if ranks[name] == other) + ")": other
         for other in sorted(set(ranks.values()) - {rank})
     }
+    experts = {
+        module.target for adapter in adapters for module in adapter.modules.values() if module.expert is not None
+    }
+    parameters = sorted(ranks.keys() & experts)
     saved = sorted({str(target) for adapter in adapters for target in adapter.config.get("modules_to_save") or ()})
     saved = [target for target in saved if any(saves(target, key) for key in extras)]
     config = {
@@ -194,7 +223,7 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras
         "lora_alpha": rank,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(ranks.keys() - experts),
         # PEFT itself sets this right for Linear and Conv1D, with a warning, wherever it is wrong.
         "fan_in_fan_out": any(adapter.config.get("fan_in_fan_out") for adapter in adapters),
         "modules_to_save": saved or None,
@@ -207,6 +236,8 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras
         "layers_to_transform": None,
         "layers_pattern": None,
     }
+    if parameters:
+        config["target_parameters"] = _agreed(adapters, "target_parameters") or parameters
     if any(key.endswith("trainable_tokens_delta") for key in extras):
         config["trainable_token_indices"] = adapters[0].config.get("trainable_token_indices")
     return config

@@ -76,7 +76,7 @@ def test_a_damaged_configuration(tmp_path, text, match):
         ({"use_dora": True}, r"a: use_dora is set in adapter_config.json; DoRA rescales the base weight"),
         ({"lora_bias": True}, r"a: lora_bias is set in adapter_config.json; its bias is not part of the delta"),
         ({"bias": "lora_only"}, r"a: bias is set in adapter_config.json; biases of the base model were trained"),
-        ({"target_parameters": ["w"]}, r"a: target_parameters is set"),
+        ({"target_parameters": "w"}, r"a: target_parameters is 'w' in adapter_config.json, wanted a list"),
         ({"layer_replication": [[0, 2]]}, r"a: layer_replication is set"),
         ({"alora_invocation_tokens": [1]}, r"a: alora_invocation_tokens is set"),
         ({"use_qalora": True}, r"a: use_qalora is set"),

@@ -9,7 +9,7 @@ from lora_files import STEM
 from merge_engine.engine import cut as engine_cut
 from merge_engine.engine.merge import merge
 from merge_engine.errors import AdapterError
-from merge_engine.formats import adapter as formats_adapter
+from merge_engine.files.weights import StoredTensor
 from merge_engine.loops import door
 from merge_engine.many.merge_many import merge_many
 from merge_engine.many.session import Session
@@ -97,6 +97,6 @@ def test_equal_extras_are_compared_once(alike, tmp_path, monkeypatch):
         more = {"extras": extras, "modules_to_save": ["head"]}
         own.append(save_adapter(tmp_path / f"x{seed}", seed, {"q": (23, 37)}, **more))
     with Session(own) as session:
-        compared = counting(monkeypatch, formats_adapter, "_same_bytes")
+        compared = counting(monkeypatch, StoredTensor, "same_as")
         assert identical(session.merge(method="linear"), merge(own, method="linear"))
         assert len(compared) == 1  # by the merge alone

@@ -1,0 +1,237 @@
+"""LoRA on the parameters of experts: as PEFT stores it, reads it and applies it."""
+
+import json
+
+import pytest
+import torch
+from expert_models import EXPERTS, FUSED, expert_deltas, in_peft, save_experts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lora_files import STEM, save_factors
+from safetensors.torch import load_file
+
+import merge_engine
+from merge_engine.errors import AdapterError
+from merge_engine.formats.experts import stacked
+from merge_engine.formats.open import open_adapter
+from merge_engine.rules import reference
+from merge_engine.rules.rule import make_rule
+
+LAYER = "model.layers.0.mlp.experts"
+
+
+def deltas_of(folder):
+    """{expert's module: s B A in float64}, of an adapter as this package reads it."""
+    adapter = open_adapter(folder)
+    found = {}
+    for name, module in adapter.modules.items():
+        A, B = adapter.factors(name)
+        found[name] = module.scaling * (B.double() @ A.double())
+    return found
+
+
+def by_expert(deltas, transposed):
+    """What PEFT applies, a matrix [out, in] for each expert, by this package's names."""
+    found = {}
+    for (layer, parameter), delta in deltas.items():
+        if parameter is None:
+            found[layer] = delta.double()
+            continue
+        for number in range(EXPERTS):
+            found[f"{layer}.{parameter}.{number}"] = (delta[number].t() if transposed else delta[number]).double()
+    return found
+
+
+def assert_same(got, want, U=2.0**-20):
+    assert got.keys() == want.keys()
+    for name, delta in got.items():
+        torch.testing.assert_close(delta.double(), want[name], rtol=0, atol=U * float(want[name].abs().max()))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("config", [{}, {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 5}}])
+def test_each_expert_has_the_delta_that_peft_applies(tmp_path, family, config):
+    folder = save_experts(tmp_path / "a", 1, family, use_rslora=bool(config), **config)
+    want = by_expert(expert_deltas(in_peft(folder, family)), family == "gpt_oss")
+    assert_same(deltas_of(folder), want)
+    assert {f"{LAYER}.gate_up_proj.2", f"{LAYER}.down_proj.0"} < want.keys()
+
+
+@pytest.mark.parametrize("targets", [FUSED[:1], FUSED[1:], ["down_proj", "gate_up_proj"], [f"{LAYER}.down_proj"]])
+def test_parameters_may_be_named_in_every_way_that_peft_knows(tmp_path, targets):
+    folder = save_experts(tmp_path / "a", 1, target_modules=["q_proj", "k_proj"], target_parameters=targets)
+    assert_same(deltas_of(folder), by_expert(expert_deltas(in_peft(folder)), True))
+
+
+RECIPES = [
+    {"method": "linear"},
+    {"method": "cat"},
+    {"method": "ties", "density": 0.4},
+    {"method": "magnitude_prune", "density": 0.3, "scope": "model"},
+    {"method": "linear", "dtype": "bfloat16"},
+    {"method": "ties", "density": 0.4, "ranks": "own"},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: "-".join(map(str, recipe.values())))
+def test_each_expert_is_merged_by_itself_and_peft_loads_the_result(tmp_path, recipe):
+    """Of mixed ranks and alphas, against the textbook on dense matrices; as the merged adapter is in PEFT."""
+    configs = [{"r": 4}, {"r": 2, "lora_alpha": 8, "rank_pattern": {"gate_up_proj": 3}}, {"r": 3, "use_rslora": True}]
+    folders = [save_experts(tmp_path / str(i), i, **config) for i, config in enumerate(configs)]
+    weights = [0.9, -0.4, 1.3]
+    merge_engine.merge(folders, tmp_path / "out", weights=weights, **recipe)
+    tasks = {}
+    for number, folder in enumerate(folders):
+        for name, delta in by_expert(expert_deltas(in_peft(folder)), True).items():
+            tasks.setdefault(name, {})[number] = delta
+    rule = make_rule(recipe["method"] if recipe["method"] != "cat" else "linear", scope=recipe.get("scope"))
+    densities = {name: [recipe.get("density", 0.2)] * 3 for name in tasks}
+    want = reference.merge_model(tasks, weights, densities, rule)
+    got = by_expert(expert_deltas(in_peft(tmp_path / "out")), True)
+    tolerance = 2.0**-6 if "dtype" in recipe else 2.0**-18
+    if recipe["method"] in ("linear", "cat"):
+        assert_same(got, want, tolerance)
+    else:  # cut to the sum of the ranks
+        full = merge_engine.merge(folders, weights=weights, **{**recipe, "rank": 24})
+        for name, result in full.modules.items():
+            exact = result.B.double() @ result.A.double()
+            torch.testing.assert_close(exact, want[name], rtol=0, atol=2e-5 * float(want[name].abs().max()))
+            U, S, V = torch.linalg.svd(want[name])
+            rank = min(10 if "gate_up" in name else 9, 12) if "experts" in name else 9
+            best = (U[:, :rank] * S[:rank]) @ V[:rank]
+            error, least = float((got[name] - want[name]).norm()), float((best - want[name]).norm())
+            assert error <= 1.01 * least + 1e-5 * float(want[name].norm()), name
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert sorted(config["target_parameters"]) == sorted(FUSED)
+    assert bool(config["rank_pattern"]) == ("ranks" in recipe)
+
+
+def test_of_many_merges_at_once_each_has_the_bits_of_one(tmp_path):
+    folders = [save_experts(tmp_path / str(i), i, r=2 + i) for i in range(2)]
+    recipes = [{"method": "linear", "weights": [1.0, 0.5]}, {"method": "dare_ties", "density": 0.5, "seed": 3}]
+    single = [merge_engine.merge(folders, **recipe) for recipe in recipes]
+    several = list(merge_engine.merge_many(folders, recipes))
+    with merge_engine.Session(folders) as session:
+        again = [session.merge(**recipe) for recipe in recipes]
+    for one, *others in zip(single, several, again, strict=True):
+        assert len(one.modules) == 2 * (2 * EXPERTS + 1)
+        for other in others:
+            for name, result in one.modules.items():
+                assert torch.equal(result.A, other.modules[name].A) and torch.equal(result.B, other.modules[name].B)
+
+
+def test_experts_are_compared(tmp_path):
+    folders = [save_experts(tmp_path / str(i), i) for i in range(2)]
+    figures = merge_engine.interference(folders)
+    (one, two), name = map(deltas_of, folders), f"{LAYER}.gate_up_proj.1"
+    want = float((one[name] * two[name]).sum() / one[name].norm() / two[name].norm())
+    assert f"{LAYER}.down_proj.2" in figures.modules and figures.shapes[name] == (24, 16)
+    assert abs(float(figures.modules[name].cosine[0, 1]) - want) < 1e-5
+
+
+def test_experts_as_layers_of_their_own(tmp_path):
+    """What PEFT saved before transformers fused the experts."""
+    names = [f"model.layers.0.mlp.experts.{e}.{part}_proj" for e in range(2) for part in ("gate", "down")]
+    generator = torch.Generator().manual_seed(0)
+    folders = []
+    for number in range(2):
+        pairs = {
+            name: (torch.randn(2, 5, generator=generator), torch.randn(4, 2, generator=generator)) for name in names
+        }
+        folders.append(save_factors(tmp_path / str(number), pairs))
+    merge_engine.merge(folders, tmp_path / "out", method="linear")
+    one, two, got = map(deltas_of, (*folders, tmp_path / "out"))
+    assert_same(got, {name: one[name] + two[name] for name in names})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=6),
+    sides=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    seed=st.integers(0, 10**6),
+)
+def test_stacked_pairs_are_what_peft_multiplies_out(ranks, sides, seed):
+    """By PEFT's own formula: einsum("o r e, e r i -> e o i") of B [M, r, E] and A [E, r, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    (rows, columns), count, rank = sides, len(ranks), max(ranks)
+    pairs = [(torch.randn(r, columns, generator=generator), torch.randn(rows, r, generator=generator)) for r in ranks]
+    A, B = stacked(pairs)
+    assert A.shape == (count * rank, columns) and B.shape == (rows, rank * count)
+    got = torch.einsum("ore,eri->eoi", B.reshape(rows, rank, count).double(), A.reshape(count, rank, columns).double())
+    for number, (a, b) in enumerate(pairs):
+        torch.testing.assert_close(got[number], b.double() @ a.double())
+
+
+def written(tmp_path, shapes, **config):
+    """An adapter in which tensors have these shapes."""
+    extras = {f"{STEM}{LAYER}.{key}.weight": torch.ones(shape) for key, shape in shapes.items()}
+    given = {"target_parameters": FUSED, **config}
+    return save_factors(tmp_path / "a", {"q": (torch.ones(2, 3), torch.ones(3, 2))}, extras, **given)
+
+
+GOOD = {
+    "base_layer.lora_A": (6, 5),
+    "base_layer.lora_B": (8, 6),
+    "lora_A": (6, 4),
+    "lora_B": (5, 6),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"lora_B": None}, {}, r"^a: down_proj of \S+experts has no lora_B"),
+        (
+            {"lora_A": (5, 4)},
+            {},
+            r"down_proj of \S+ has factors \[5, 4\] and \[5, 6\], wanted \[E r, N\] and \[M, r E\]",
+        ),
+        ({"lora_B": (5, 4)}, {}, r"down_proj of \S+ has factors \[6, 4\] and \[5, 4\], wanted .* with rank 2 for each"),
+        (
+            {},
+            {"target_parameters": FUSED[:1]},
+            r"experts has 2 pairs of factors, wanted one for each of gate_up_proj, w",
+        ),
+        (
+            {"base_layer.lora_A": None, "base_layer.lora_B": None},
+            {},
+            r"experts has 1 pairs of factors, wanted one for each of down_proj, gate_up_proj, which target_parameters",
+        ),
+        (
+            {},
+            {"target_parameters": ["experts.w1", "experts.w2"]},
+            r"w1, w2; the order of several is only known for gate_",
+        ),
+        (
+            {},
+            {"target_parameters": None},
+            r"lora_A\.weight belongs to a nested layer \(torch\.nn\.MultiheadAttention, or",
+        ),
+        ({}, {"target_parameters": [FUSED[0], 3]}, r"adapted parameters 3, gate_up_proj; the order of several"),
+        ({"base_layer.base_layer.lora_A": (6, 5)}, {}, r"experts has 3 pairs of factors"),
+    ],
+)
+def test_what_is_refused(tmp_path, change, config, message):
+    shapes = {key: shape for key, shape in {**GOOD, **change}.items() if shape is not None}
+    with pytest.raises(AdapterError, match=message):
+        open_adapter(written(tmp_path, shapes, **config))
+
+
+def test_adapters_that_do_not_go_together(tmp_path):
+    one = save_experts(tmp_path / "one", 1)
+    tensors = load_file(one / "adapter_model.safetensors")
+    other = {
+        key: t[: len(t) * 2 // 3] if "lora_A" in key else t[:, : t.shape[1] * 2 // 3] for key, t in tensors.items()
+    }
+    other = {key: t.contiguous() for key, t in other.items() if "q_proj" not in key}
+    config = json.loads((one / "adapter_config.json").read_text())
+    save_factors(tmp_path / "two", {"q": (torch.ones(4, 3), torch.ones(3, 4))}, other, **config)
+    with pytest.raises(AdapterError, match=r"^two: \S+down_proj has 2 experts, wanted 3 as in one"):
+        merge_engine.merge([one, tmp_path / "two"], tmp_path / "no", method="linear")
+    named = {"base_model_name_or_path": "tiny"}
+    plain = save_factors(tmp_path / "three", {LAYER: (torch.ones(2, 3), torch.ones(3, 2))}, **named)
+    with pytest.raises(AdapterError, match=rf"^one adapts a parameter of {LAYER}, and three the layer; wanted one of"):
+        merge_engine.merge([one, plain], tmp_path / "no", method="linear")
+    assert not (tmp_path / "no").exists()
