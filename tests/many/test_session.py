@@ -137,3 +137,17 @@ def test_a_session_writes_and_ends(folders, tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"ours", "alone"}
     with pytest.raises(RecipeError, match=r"^session: wanted an open one, got one that is closed$"):
         session.merge(**recipe)
+
+
+def test_a_cheap_result_is_kept_when_it_is_made_for_the_second_time(alike):
+    """A sum of factors costs little more than a copy of it, and a search over weights asks for each once."""
+    with Session(alike, backend="torch") as session:
+        kinds = []
+        for _ in range(3):
+            assert identical(session.merge(method="linear"), merge(alike, method="linear", backend="torch"))
+            kinds.append({key[0] for key in session._pool.cache._entries})
+        assert "result" not in kinds[0] and "result" in kinds[1]
+        kept = session._pool.cache._entries.keys()
+        sums = [key for key in kept if key[0] == "result"]
+        session.merge(method="ties", density=0.3)  # costs more: kept at once
+        assert len([key for key in kept if key[0] == "result"]) == 2 * len(sums)
