@@ -44,7 +44,9 @@ bench.__path__ = [str(ROOT / "bench")]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "peft_suite" not in config.option.markexpr:
+        items[:] = [item for item in items if not item.get_closest_marker("peft_suite")]
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -6,6 +6,7 @@ merge_engine.peft_backend.enable()
 model.add_weighted_adapter(["sql", "chat", "ads"], [2, 1, 1], "merged", combination_type="ties", density=0.2)
 """
 
-from merge_engine.peft_backend.drop_in import add_weighted_adapter, disable, enable, enabled
+from merge_engine.peft_backend.drop_in import add_weighted_adapter
+from merge_engine.peft_backend.enabling import disable, enable, enabled
 
 __all__ = ["add_weighted_adapter", "disable", "enable", "enabled"]

@@ -175,7 +175,7 @@ def _combined(batch: Batch, rule: Rule, density: float, mask: Mask) -> Tensor:
     elif density < 1 and rule.keep == "bernoulli":
         for row, (place, layer) in zip(x, ((place, layer) for place in places for layer in layers), strict=True):
             drop(row, mask(layer, place, side).flatten(), density)
-    return _combine(x.view(len(places), len(layers), -1), batch.weights, rule)
+    return combine(x.view(len(places), len(layers), -1), batch.weights, rule)
 
 
 def _blame(batch: Batch, dtype: torch.dtype) -> None:
@@ -220,7 +220,7 @@ def _kth_largest(magnitude: Tensor, k: int) -> Tensor:
     return torch.from_numpy(found.copy()).to(magnitude.dtype)[:, None]
 
 
-def _combine(x: Tensor, weights: Sequence[float], rule: Rule) -> Tensor:
+def combine(x: Tensor, weights: Sequence[float], rule: Rule) -> Tensor:
     """[G, numel] from kept task tensors [n, G, numel]."""
     weight = torch.tensor(weights, device=x.device)[:, None, None]
     if rule.elect == "none":

@@ -1,7 +1,7 @@
 """The LoRA layers of a live PEFT model: finding and describing them, and installing a merged adapter."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from merge_engine.errors import AdapterError
 from merge_engine.formats.adapter import Adapter, Module
 from merge_engine.formats.peft_config import KEPT
+from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.finite import what_is_wrong
 
 LayerFactors = tuple[Tensor, Tensor]
 # What a layer stores of each adapter, with the values for a merged one; r and lora_alpha are set to its rank.
 SETTINGS = {"r": 0, "lora_alpha": 0, "scaling": 1.0, "use_rslora": False, "use_dora": False, "lora_bias": False}
-SLOTS = (*SETTINGS, "lora_dropout", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+SLOTS = (*SETTINGS, "lora_dropout", "lora_variant", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+# Fields of a configuration that say how an adapter is used: the merged one has them too. All adapters must have the
+# same ones, or (True) none: a model's layers have been replicated before its adapters are merged.
+SHARED = {"alora_invocation_tokens": False, "layer_replication": True}
 
 
 class Part(NamedTuple):
@@ -26,7 +30,7 @@ class Part(NamedTuple):
     adapter: str
     A: Tensor  # [r, ...], the layer's own
     B: Tensor  # [M, r, ...]
-    scaling: float  # the layer's own, which set_scale may have changed
+    scaling: float  # the layer's own, which set_scale may have changed; a tensor after PEFT's preparation for hotswaps
 
 
 class Layer(NamedTuple):
@@ -65,7 +69,7 @@ class LiveAdapter(Adapter):
 def find_layers(model: nn.Module, adapters: Sequence[str]) -> tuple[list[Layer], list[str]]:
     """(the layers that any of the adapters has, the names of all modules of the base model), in the model's order.
 
-    Raises AdapterError for layers whose factors are split between processes.
+    Raises AdapterError for layers whose factors are split between processes, or have no values (meta device).
     """
     from peft.tuners.lora import LoraLayer
 
@@ -92,6 +96,14 @@ def find_layers(model: nn.Module, adapters: Sequence[str]) -> tuple[list[Layer],
     return layers, names
 
 
+def needed_rank(layers: Sequence[Layer], recipe: Recipe) -> int:
+    """The rank that the factors need: PEFT's preparation for hotswaps fills them up beyond their configuration's."""
+    if recipe.space == "delta" and recipe.method != "cat":
+        return 0
+    total = sum if recipe.method == "cat" else max
+    return max((total(len(part.A) for part in layer.parts) for layer in layers), default=0)
+
+
 def live_adapters(adapters: Sequence[str], layers: Sequence[Layer]) -> list[LiveAdapter]:
     """The adapters, each with the layers it has."""
     found = []
@@ -102,15 +114,27 @@ def live_adapters(adapters: Sequence[str], layers: Sequence[Layer]) -> list[Live
     return found
 
 
-def merged_config(tuner: Any, adapters: Sequence[str], rank: int, layers: Sequence[Layer], names: Sequence[str]) -> Any:
+def merged_config(
+    tuner: Any,
+    adapters: Sequence[str],
+    rank: int,
+    layers: Sequence[Layer],
+    names: Sequence[str],
+    saved: Mapping[str, Any],
+) -> Any:
     """A plain LoRA configuration of rank and alpha `rank` whose targets are exactly these layers.
 
-    Fields that describe the base model are those of the first adapter. Fields for how that adapter was trained, started
-    or scaled (dropout, rsLoRA, init_lora_weights, excluded modules, chosen layers) have PEFT's defaults. Targets are
-    PEFT's union of the adapters' targets; if that union matches other layers too, they are the layers' full names.
+    Fields that describe the base model are those of the first adapter; those of `SHARED` are the same in all. Fields
+    for how that adapter was trained, started or scaled (dropout, rsLoRA, init_lora_weights, excluded modules, chosen
+    layers) have PEFT's defaults. Targets are PEFT's union of the adapters' targets; if that union matches other layers
+    too, they are the layers' full names. saved: the fields for saved modules and trained tokens.
     """
     first = tuner.peft_config[adapters[0]]
-    kept = {key: getattr(first, key) for key in KEPT - {"modules_to_save", "trainable_token_indices"}}
+    kept = {key: getattr(first, key) for key in KEPT - saved.keys()}
+    for key in SHARED:
+        given = [value for adapter in adapters if (value := getattr(tuner.peft_config[adapter], key, None)) is not None]
+        kept |= {key: given[0]} if given else {}
+    kept |= {key: value for key, value in saved.items() if value is not None}
     config = type(first)(**kept, r=rank, lora_alpha=rank, inference_mode=first.inference_mode)
     wanted = {layer.name for layer in layers if "base_layer" not in layer.name.split(".")}
     for targets in _targets([tuner.peft_config[adapter].target_modules for adapter in adapters], wanted):
@@ -120,17 +144,10 @@ def merged_config(tuner: Any, adapters: Sequence[str], rank: int, layers: Sequen
     return config
 
 
-def install(tuner: Any, name: str, config: Any, layers: Sequence[Layer], merged: Sequence[LayerFactors]) -> None:
-    """Add a merged adapter to the model, neither active nor trainable. On an error the model is left as it was."""
-    try:
-        tuner.peft_config[name] = config
-        for layer, (A, B) in zip(layers, merged, strict=True):
-            _add(layer, name, config.r, A, B)
-    except BaseException:
-        tuner.peft_config.pop(name, None)
-        for layer in layers:
-            remove(layer, name)
-        raise
+def install(config: Any, name: str, layers: Sequence[Layer], merged: Sequence[LayerFactors]) -> None:
+    """Add a merged adapter to the layers, neither active nor trainable."""
+    for layer, (A, B) in zip(layers, merged, strict=True):
+        _add(layer, name, config.r, A, B)
 
 
 def remove(layer: Layer, name: str) -> None:
@@ -147,6 +164,12 @@ def check_finite(tensor: Tensor, subject: str) -> None:
         raise AdapterError(f"{subject} holds {wrong}")
 
 
+def check_here(tensor: Tensor, subject: str) -> None:
+    """Raises AdapterError for a tensor without values."""
+    if tensor.is_meta:
+        raise AdapterError(f"{subject} is on the meta device, wanted its values: load the adapter before merging it")
+
+
 def _parts(name: str, module: Any, adapters: Sequence[str]) -> list[Part]:
     parts = []
     for number, adapter in enumerate(adapters):
@@ -158,6 +181,8 @@ def _parts(name: str, module: Any, adapters: Sequence[str]) -> list[Part]:
             continue
         if getattr(module, "_tp_info", None) is not None or hasattr(A, "device_mesh"):
             raise AdapterError(f"{adapter}: {name} is tensor parallel, which is not supported")
+        check_here(A, f"{adapter}: lora_A of {name}")
+        check_here(B, f"{adapter}: lora_B of {name}")
         parts.append(Part(number, adapter, A.detach(), B.detach(), module.scaling[adapter]))
     return parts
 
@@ -166,7 +191,7 @@ def _describe(layer: Layer, part: Part) -> Module:
     kind = "embedding" if layer.embedding else "linear" if part.A.ndim == 2 else "conv"
     rows, columns = part.B.shape[0], part.A[0].numel()
     shapes = (tuple(part.A.shape), tuple(part.B.shape))
-    return Module(layer.name, kind, rows, columns, part.A.shape[0], part.scaling, *shapes, part.A.dtype)
+    return Module(layer.name, kind, rows, columns, part.A.shape[0], float(part.scaling), *shapes, part.A.dtype)
 
 
 def _targets(given: Sequence[Any], wanted: set[str]) -> list[Any]:
@@ -183,6 +208,9 @@ def _add(layer: Layer, name: str, rank: int, A: Tensor, B: Tensor) -> None:
         if hasattr(module, setting):  # PEFT 0.19 does not have all of them
             getattr(module, setting)[name] = value
     module.lora_dropout[name] = nn.Identity()
+    variants = getattr(module, "lora_variant", {})
+    if source in variants:  # how the layer applies an activated adapter; it holds no weights
+        variants[name] = variants[source]
     weights = (nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False))
     if layer.embedding:
         module.lora_embedding_A[name], module.lora_embedding_B[name] = weights

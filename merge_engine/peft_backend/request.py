@@ -2,12 +2,13 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.peft_config import CHANGES_BASE, REFUSED
+from merge_engine.peft_backend.layers import SHARED
 from merge_engine.rules.recipe import Recipe
 
 # {combination_type: (method, space)}
@@ -27,11 +28,7 @@ TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
 RNGS, SVDS = ("philox", "torch"), ("subspace", "exact")
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd on a GPU
 # Fields of a configuration that change an adapter's effect, or that would be lost when factors are merged.
-_REFUSED = {
-    **REFUSED,
-    "modules_to_save": "its trained copies of whole layers cannot be merged",
-    "trainable_token_indices": "its trained tokens cannot be merged",
-}
+_REFUSED = {key: reason for key, reason in REFUSED.items() if key not in SHARED}
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,7 @@ def check_request(
         raise ValueError(f"Invalid combination_type: {combination_type}")
     for adapter in adapters:
         _check_config(adapter, tuner.peft_config[adapter])
+    _check_shared(adapters, tuner.peft_config)
     _one_of("rng", rng, RNGS)
     _one_of("svd", svd, SVDS)
     _one_of("svd_driver", svd_driver, DRIVERS)
@@ -132,6 +130,17 @@ def _check_config(adapter: str, config: Any) -> None:
             "adapter fits the base model as it is now, not the original one",
             stacklevel=4,
         )
+
+
+def _check_shared(adapters: Sequence[str], configs: Mapping[str, Any]) -> None:
+    for key, optional in SHARED.items():
+        values = {adapter: getattr(configs[adapter], key, None) for adapter in adapters}
+        if optional:
+            values = {adapter: value for adapter, value in values.items() if value is not None}
+        for adapter, value in values.items():
+            first = next(iter(values))
+            if value != values[first]:
+                raise AdapterError(f"{adapter}: {key} is {value}, wanted {values[first]} as in {first}")
 
 
 def _density(combination_type: str, density: Any) -> float:

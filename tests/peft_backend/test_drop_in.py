@@ -14,7 +14,7 @@ from unchanged import assert_unchanged, snapshot
 
 import merge_engine
 from merge_engine.errors import AdapterError, MergeError, RecipeError
-from merge_engine.peft_backend.drop_in import add_weighted_adapter, disable, enable, enabled
+from merge_engine.peft_backend import add_weighted_adapter, disable, enable, enabled
 
 CALL = {"combination_type": "ties", "density": 0.5}
 

@@ -14,7 +14,7 @@ from merge_engine.peft_backend import drop_in as peft_backend_drop_in
 from merge_engine.peft_backend import factors as peft_backend_factors
 from merge_engine.peft_backend import layers as peft_backend_layers
 from merge_engine.peft_backend.drop_in import add_weighted_adapter
-from merge_engine.peft_backend.factors import _combine, strengths
+from merge_engine.peft_backend.factors import combine, strengths
 from merge_engine.peft_backend.layers import _parts
 from merge_engine.peft_backend.torch_masks import draw_factor_masks
 
@@ -99,7 +99,7 @@ def test_philox_masks_are_those_of_a_merge_of_files(tmp_path):
         for config in model.peft_config.values():
             config.base_model_name_or_path = "zoo"
     model.save_pretrained(tmp_path, save_embedding_layers=False)
-    add_weighted_adapter(model, spec.names, spec.weights, "merged", **spec.call, seed=7)
+    add_weighted_adapter(model, spec.names, spec.weights, "merged", **spec.call, seed=7, rng="philox")
     folders = [tmp_path / name for name in spec.names]
     recipe = {"method": "dare_ties", "density": 0.4, "space": "factors", "weights": spec.weights, "seed": 7}
     merged = merge_engine.merge(folders, **recipe).modules
@@ -126,7 +126,7 @@ def test_a_seed_decides_and_torchs_seed_decides_where_there_is_none():
 
 
 def _combine_with(change):
-    right = _combine
+    right = combine
     return lambda x, weights, rule: change(right, x, weights, rule)
 
 
@@ -166,8 +166,8 @@ def _scaling_twice(*arguments):
 
 BREAKS = {
     "no trim": (peft_backend_factors, "trim", lambda x, k: None, ["ties", "magnitude_prune"]),
-    "no election": (peft_backend_factors, "_combine", _combine_with(_without_election), ["ties", "dare_ties"]),
-    "mean over N": (peft_backend_factors, "_combine", _combine_with(_mean_over_all), ["ties", "dare_ties"]),
+    "no election": (peft_backend_factors, "combine", _combine_with(_without_election), ["ties", "dare_ties"]),
+    "mean over N": (peft_backend_factors, "combine", _combine_with(_mean_over_all), ["ties", "dare_ties"]),
     "not rescaled": (peft_backend_factors, "drop", lambda x, keep, density: x.mul_(keep), ["dare_linear", "dare_ties"]),
     "same mask for all": (peft_backend_drop_in, "draw_factor_masks", _same_mask_for_all, ["dare_linear", "dare_ties"]),
     "scaling twice": (peft_backend_layers, "_parts", _scaling_twice, [*FACTOR_TYPES, "cat"]),

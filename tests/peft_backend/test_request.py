@@ -83,7 +83,6 @@ REFUSALS = {
     "DoRA": ({"use_dora": True}, [1, 1], {}, "use_dora is set"),
     "lora_bias": ({"lora_bias": True}, [1, 1], {}, "lora_bias is set"),
     "bias": ({"bias": "all"}, [1, 1], {}, "bias is set"),
-    "saved modules": ({"target_modules": ["one"], "modules_to_save": ["two"]}, [1, 1], {}, "modules_to_save is set"),
     "ranks within a layer": ({"r": 2, "rank_pattern": {"one": 3}}, [1, 1], {}, "different ranks cannot be merged"),
     "NaN": ({}, [1, 1], {}, "adapter1: lora_A of two holds NaN"),
     "Inf in a delta": ({}, [1, 1], {"combination_type": "ties_svd"}, "adapter1: lora_A of two holds Inf"),
