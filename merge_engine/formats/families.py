@@ -63,13 +63,14 @@ SPELLINGS = (
 ENDINGS = {ending: (spelling, side) for spelling in SPELLINGS for ending, side in spelling.sides.items()}
 ALPHA = ".alpha"
 
+_ANY_UNET = "lora_unet_ names"
 # (how a module's name begins, whose names these are); the first match counts. Text encoders go with any model.
 _NAMES: tuple[tuple[str, str | None], ...] = (
     (r"lora_te\d?_|lora_prior_te_|text_encoder(_\d)?\.|text_encoders\.|conditioner\.", None),
     (r"lora_unet__", "names after lora_unet__ (Wan Fun)"),
     (r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed_|label_emb)", "lora_unet_ names of SDXL's blocks"),
     (r"lora_unet_(down_blocks|mid_block|up_blocks|time_embedding|add_embedding)", "lora_unet_ names of diffusers"),
-    (r"lora_unet_", "lora_unet_ names"),
+    (r"lora_unet_", _ANY_UNET),
     (r"lora_prior_unet_", "lora_prior_unet_ names (Stable Cascade)"),
     (r"lora_transformer_", "lora_transformer_ names (OneTrainer)"),
     (r"lycoris_", "lycoris_ names (SimpleTuner)"),
@@ -115,6 +116,8 @@ def names_of(modules: Sequence[str], adapter: str) -> str | None:
         whose = next(whose for begin, whose in _NAMES if re.match(begin, module))
         if whose is not None and not _EITHER.match(module):
             found.setdefault(whose, module)
+    if any(whose.startswith(_ANY_UNET) for whose in found.keys() - {_ANY_UNET}):
+        found.pop(_ANY_UNET, None)  # a name that does not say which it is
     if len(found) > 1:
         (one, first), (two, second), *_ = found.items()
         raise AdapterError(f"{adapter}: {first} is of {one}, {second} of {two}; wanted names of one kind")
