@@ -8,8 +8,8 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -40,12 +40,26 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a tensor that is written by itself: entries `start` to `start + count` of its first dimension."""
+
+    key: str
+    start: int
+    count: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Layout:
-    """All shards of a model: slots by key, and by shard its header and its size in bytes."""
+    """All shards of a model: slots by key, and by shard its header and its size in bytes.
+
+    places: the shard of each tensor, as the index file has it. A slot may be a piece of a tensor.
+    """
 
     slots: dict[str, Slot]
     headers: dict[str, bytes]
     sizes: dict[str, int]
+    places: dict[str, str]
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +70,21 @@ class Layout:
         """The text of the index file; None where one shard needs none."""
         if len(self.headers) == 1:
             return None
-        weight_map = {key: self.slots[key].shard for key in sorted(self.slots)}
+        weight_map = {key: self.places[key] for key in sorted(self.places)}
         total = sum(slot.nbytes for slot in self.slots.values())
         return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+    def divided(self, pieces: Mapping[str, Sequence[Piece]]) -> "Layout":
+        """The same files, with a slot for each piece of these tensors, by its own key. Pieces cover their tensor."""
+        slots: dict[str, Slot] = {}
+        for key, slot in self.slots.items():
+            width = prod(slot.shape[1:]) * slot.dtype.itemsize
+            for piece in pieces.get(key, ()):
+                offset = slot.offset + piece.start * width
+                slots[piece.key] = Slot(piece.key, slot.dtype, piece.shape, slot.shard, offset)
+            if key not in pieces:
+                slots[key] = slot
+        return replace(self, slots=slots)
 
 
 def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_size: int) -> Layout:
@@ -94,7 +120,8 @@ def lay_out(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], shard_si
             dtype, shape = tensors[key]
             slots[key] = Slot(key, dtype, shape, name, position)
             position += slots[key].nbytes
-    return Layout({key: slots[key] for key in tensors}, headers, sizes)
+    ordered = {key: slots[key] for key in tensors}
+    return Layout(ordered, headers, sizes, {key: slot.shard for key, slot in ordered.items()})
 
 
 class ShardFiles:

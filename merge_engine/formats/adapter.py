@@ -101,6 +101,10 @@ class Adapter:
         a, b = (factor.read().flatten(1) for factor in self._pairs[name])
         return (a, b) if a.dtype == b.dtype else (a.float(), b.float())
 
+    def pair(self, name: str) -> tuple[Factor, Factor]:
+        """A and B of one module, to be read later."""
+        return self._pairs[name]
+
     def keys(self, name: str) -> tuple[str, str]:
         """The keys of A and of B of one module in its file."""
         a, b = self._pairs[name]

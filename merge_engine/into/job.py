@@ -15,6 +15,7 @@ from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from merge_engine.formats.open import open_adapter
+from merge_engine.models.experts import Pieces, as_the_base_has_them, divided, pieces_of_experts
 from merge_engine.models.finetuned import Finetuned, added_rows, open_finetuned
 from merge_engine.models.saved import check_tokens, saved_tensors, saved_vocabulary
 from merge_engine.models.targets import Target, targets_of_adapters, targets_of_models
@@ -89,6 +90,8 @@ def make_job(
     """Check that the inputs fit the base and the recipe, and lay out the tensors of the output."""
     if vocab not in ("base", "union"):
         raise RecipeError(f"vocab: wanted base or union, got {vocab!r}")
+    whole = base
+    base, inputs, pieces = _with_experts(base, inputs)
     adapters = [each for each in inputs if isinstance(each, Adapter)]
     held = {}  # of adapters, as models of their own
     if vocab == "union":
@@ -127,9 +130,23 @@ def make_job(
             dtype if dtype and stored.dtype in FLOATS else stored.dtype,
             (union.rows, *stored.shape[1:]) if union is not None and key in union.keys else stored.shape,
         )
-        for key, stored in base.tensors.items()
+        for key, stored in whole.tensors.items()
     }
-    return IntoJob(base, plan, targets, saved, lay_out(shapes, shard_size), shard_size, union)
+    layout = lay_out(shapes, shard_size).divided(pieces)
+    return IntoJob(base, plan, targets, saved, layout, shard_size, union)
+
+
+def _with_experts(base: Checkpoint, inputs: Sequence[Input]) -> tuple[Checkpoint, list[Input], Pieces]:
+    """Base and inputs with a tensor, or a pair, for each adapted expert; and the pieces of the base's tensors."""
+    own = [as_the_base_has_them(each, base) if isinstance(each, Adapter) else each for each in inputs]
+    pieces = pieces_of_experts(base, [each for each in own if isinstance(each, Adapter)])
+    if not pieces:
+        return base, own, pieces
+    return (
+        divided(base, pieces),
+        [divided(each, pieces) if isinstance(each, Checkpoint) else each for each in own],
+        pieces,
+    )
 
 
 def _check_dense(recipe: Recipe, who: str) -> None:

@@ -9,6 +9,7 @@ from merge_engine.errors import ModelError
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter, Module
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint, is_head
+from merge_engine.models.experts import stores_transposed
 from merge_engine.models.vocabulary import in_layer, vocabulary_keys
 
 
@@ -112,13 +113,18 @@ def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: S
             f"{adapter.name}: the delta of {module.name} is {list(delta)}, wanted {list(stored.shape)} "
             f"as {stored.key} in {base.name}" + (": vocabularies differ" if in_vocabulary(base, stored.key) else "")
         )
+    if module.expert is not None and plain == turned:
+        return module.expert.count > 1 and stores_transposed(base)  # PEFT turns no single matrix
     if module.kind != "linear" or plain != turned:
         return module.kind == "embedding" or (module.kind == "linear" and stored.shape != plain)
     beside = [other for other in adapter.modules.values() if in_layer(other.name) == in_layer(module.name)]
     seen = {
         base.tensors[f"{other.name}.weight"].shape != (other.rows, other.columns)
         for other in beside
-        if other.kind == "linear" and other.rows != other.columns and f"{other.name}.weight" in base.tensors
+        if other.kind == "linear"
+        and other.expert is None
+        and other.rows != other.columns
+        and f"{other.name}.weight" in base.tensors
     }
     seen = seen or _layouts(base, in_layer(module.name))
     if len(seen) > 1:
