@@ -9,7 +9,7 @@ from torch import Tensor
 
 from merge_engine.engine.plan import Plan, make_plan
 from merge_engine.errors import MergeError, ModelError, RecipeError
-from merge_engine.files.locate import is_hub_id
+from merge_engine.files.locate import SINGLE, is_hub_id
 from merge_engine.files.shards import Layout, lay_out
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter
@@ -73,6 +73,8 @@ class IntoJob:
 def open_input(source: str | Path) -> Input:
     """The adapter, if the folder has an adapter_config.json, else the full model."""
     folder = Path(source).expanduser()
+    if str(source).endswith(SINGLE):
+        return open_adapter(source)
     if not folder.exists() and not is_hub_id(str(source)):
         wanted = "a folder with adapter_config.json or config.json, or a hub id user/repo"
         raise ModelError(f"{source} does not exist, wanted {wanted}")

@@ -26,6 +26,7 @@ from merge_engine.into.job import Input, IntoJob, make_job, open_input
 from merge_engine.into.place import place
 from merge_engine.into.resume import identity
 from merge_engine.into.write import estimate, write_tensors
+from merge_engine.models.targets import check_goes_into_a_base
 from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.memory import parse_size
 from merge_engine.runtime.processes import Ranks
@@ -112,6 +113,9 @@ def merge_models(
     """
     fields = Recipe.from_mapping(recipe)
     size = parse_size(shard_size, "shard_size")
+    for model in models:
+        if isinstance(model, Adapter):
+            check_goes_into_a_base(model)  # before a base is fetched
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     inputs = [model if isinstance(model, Adapter | Checkpoint) else open_input(model) for model in models]
     job = make_job(opened, inputs, fields, size, vocab)

@@ -9,6 +9,7 @@ from merge_engine.errors import ModelError
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter, Module
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint, is_head
+from merge_engine.formats.families import MLX, PEFT
 from merge_engine.models.experts import stores_transposed
 from merge_engine.models.vocabulary import in_layer, vocabulary_keys
 
@@ -30,6 +31,13 @@ class Target:
         return (matrix.t() if self.transposed else matrix).reshape(self.stored.shape)
 
 
+def check_goes_into_a_base(adapter: Adapter) -> None:
+    """Raise ModelError, which names what does it, for an adapter whose names need not be those of the base."""
+    if adapter.family.name != PEFT.name:
+        way = "mlx_lm.fuse" if adapter.family.name == MLX.name else "fuse_lora of diffusers' pipelines"
+        raise ModelError(f"{adapter.name} is {adapter.family}, which is not merged into a base here; {way} does that")
+
+
 def targets_of_adapters(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[str, Target]:
     """The weight ``<module>.weight`` of every module that an adapter has, checked against its delta.
 
@@ -41,6 +49,7 @@ def targets_of_adapters(base: Checkpoint, adapters: Sequence[Adapter]) -> dict[s
     """
     targets: dict[str, Target] = {}
     for adapter in adapters:
+        check_goes_into_a_base(adapter)
         flag = bool(adapter.config.get("fan_in_fan_out"))
         for name, module in adapter.modules.items():
             stored = _find(base, adapter, name)
