@@ -21,7 +21,7 @@ def add_to(commands: Any) -> None:
     parser = add_command(
         commands, "compare", run, COMPARE_EXAMPLES, "show how adapters conflict, before they are merged"
     )
-    parser.add_argument("adapters", nargs="+", help="adapter folders or hub ids (user/repo), two or more")
+    parser.add_argument("adapters", nargs="+", help="adapter folders, .safetensors files or hub ids, two or more")
     parser.add_argument(
         "--density",
         nargs="+",

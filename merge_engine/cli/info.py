@@ -16,7 +16,7 @@ examples:
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
     parser = add_command(commands, "info", run, INFO_EXAMPLES, "show ranks, scalings, size and norms of adapters")
-    parser.add_argument("adapters", nargs="*", metavar="adapter", help="adapter folder or hub id")
+    parser.add_argument("adapters", nargs="*", metavar="adapter", help="adapter folder, .safetensors file or hub id")
     parser.add_argument("--system", action="store_true", help="show which backend is used on this machine, and why")
 
 

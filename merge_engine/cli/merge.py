@@ -24,6 +24,7 @@ MERGE_EXAMPLES = """\
 examples:
   merge-engine merge sql chat ads -o merged --method ties --density 0.2 --weights 2 1 1
   merge-engine merge user/sql user/chat -o merged --method linear --rank 16
+  merge-engine merge a.safetensors b.safetensors -o ab.safetensors --weights 1 0.8 'a:down_blocks.*=0.5'
   merge-engine merge --into llama sql chat -o merged --method ties --shard-size 2GB
   merge-engine merge recipe.yaml
   merge-engine merge mergekit.yml -o merged
@@ -53,7 +54,11 @@ def add_to(commands: Any) -> None:
     parser = add_command(
         commands, "merge", run, MERGE_EXAMPLES + methods_text(KINDS), "merge adapters into one, or into a base model"
     )
-    parser.add_argument("adapters", nargs="+", help="adapter folders or hub ids (user/repo), or one recipe.yaml")
+    parser.add_argument(
+        "adapters",
+        nargs="+",
+        help="adapter folders, .safetensors files or hub ids (user/repo, user/repo:file), or one recipe.yaml",
+    )
     parser.add_argument("--into", metavar="BASE", help="write a full model: BASE with the adapters merged into it")
     merge_options(parser)
     parser.add_argument(

@@ -22,10 +22,15 @@ def methods_text(kinds: Collection[str]) -> str:
 
 def merge_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("-o", "--output", type=Path, help="folder to write")
+    add("-o", "--output", type=Path, help="folder to write, or .safetensors file where the inputs are such files")
     add("--overwrite", action="store_true", default=None, help="replace an existing output")
     add("--method", choices=CHOICES["method"], metavar="METHOD", help="one of those listed below; default: ties")
-    add("--weights", nargs="+", type=float, metavar="W", help="one number for each input; default: 1 each")
+    add(
+        "--weights",
+        nargs="+",
+        metavar="W",
+        help="one number for each input, and NAME:PATTERN=NUMBER for modules of one of them; default: 1 each",
+    )
     add(
         "--density",
         nargs="+",
@@ -112,6 +117,8 @@ def add_command(commands: Any, name: str, run: Any, examples: str, summary: str)
 def given_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options that were given on the command line, by the names of a recipe."""
     given = {key: value for key, value in vars(options).items() if value is not None and key != "run"}
+    if "weights" in given:
+        given |= weights(given.pop("weights"))
     if "density" in given:
         given["density"] = density(given["density"])
     if "sweep" in given:
@@ -155,6 +162,28 @@ def recipe_file(given: dict[str, Any]) -> dict[str, Any]:
             raise RecipeError(f"{first}: {key}: wanted {wanted}, got {recipe[key]!r}")
     del given["adapters"]
     return recipe
+
+
+def weights(texts: Sequence[str]) -> dict[str, Any]:
+    """2 1 -> {"weights": [2, 1]}; a:down_blocks.*=0.5 -> {"block_weights": {"a": {"down_blocks.*": 0.5}}}; or both."""
+    numbers: list[float] = []
+    blocks: dict[str, dict[str, float]] = {}
+    for text in texts:
+        target, equals, number = text.rpartition("=")
+        adapter, colon, pattern = target.partition(":")
+        try:
+            value = float(number)
+        except ValueError:
+            raise RecipeError(f"weights: wanted numbers and NAME:PATTERN=NUMBER, got {text}") from None
+        if not equals:
+            numbers.append(value)
+        elif not (colon and adapter and pattern):
+            raise RecipeError(f"weights: wanted numbers and NAME:PATTERN=NUMBER, got {text}")
+        elif pattern in blocks.setdefault(adapter, {}):
+            raise RecipeError(f"weights: wanted one number for {target}, got {blocks[adapter][pattern]} and {value}")
+        else:
+            blocks[adapter][pattern] = value
+    return ({"weights": numbers} if numbers else {}) | ({"block_weights": blocks} if blocks else {})
 
 
 def density(texts: Sequence[str]) -> Any:

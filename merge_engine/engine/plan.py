@@ -20,6 +20,7 @@ from merge_engine.lowrank.small_svd import product_norm
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.factor_weights import factor_weights
 from merge_engine.rules.methods import METHODS
+from merge_engine.rules.patterns import check_blocks
 from merge_engine.rules.recipe import DTYPES, Recipe
 from merge_engine.rules.rule import Rule
 from merge_engine.runtime.processes import ALONE, Ranks
@@ -195,6 +196,8 @@ def make_plan(
     _warn_of_different_bases(only_adapters)
     shared_extras(only_adapters, recipe.saved)
     check_experts(_owned(only_adapters))
+    if recipe.block_weights is not None:
+        check_blocks(recipe.block_weights, names, [adapter.modules for adapter in adapters])
     modules = tuple(
         _plan_module(name, adapters, recipe)
         for name in sorted({module for adapter in adapters for module in adapter.modules})

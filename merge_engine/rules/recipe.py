@@ -1,7 +1,6 @@
 """What a user asks for: method, weights, density, space, scope, seed, rank, convention; checked when it is made."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeGuard
@@ -12,6 +11,7 @@ from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import BALANCES, RANKS, SAVED, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, looks_at, methods_with, refuses
+from merge_engine.rules.patterns import BlockWeights, block_tables, compiled, in_blocks
 from merge_engine.rules.rule import Rule, make_rule
 
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
@@ -26,7 +26,7 @@ class Recipe:
 
     method: a row of `rule.METHODS`. weights: one an adapter, 1.0 each if None.
     density: the share that a trim or a drop keeps: one number, one an adapter, or a table {module pattern: either},
-        where a pattern matches as in PEFT's rank_pattern, ``(.*\\.)?(pattern)$``, and the first match counts.
+        where a pattern matches as in PEFT's rank_pattern (see `patterns`), and the first match counts.
         0.2 if None; methods that keep everything do not look at it.
     space: "delta" merges the deltas B @ A; "factors" merges all A and all B apart, as PEFT's types without _svd do,
         by any elementwise method; "knots" merges the deltas' coordinates U^T delta [K, N] in the common column space U
@@ -54,6 +54,8 @@ class Recipe:
     balance: "pico": directions that many adapters share are damped before the merge; None: they are not.
     rescale: what random drops are made up for by: "density" (1/density), "l1" (the norm before the drop), or None: as
         the convention says.
+    block_weights: {adapter's name: {module pattern: weight}}, in place of that adapter's weight in the modules that
+        match, of a block for instance; the first match counts, and patterns match as those of density.
     module_weights, module_densities: tables {module: one number an adapter} by the exact name of every module; these
         weights come on top of `weights`, these densities in place of `density`.
 
@@ -83,6 +85,7 @@ class Recipe:
     min_tasks: int = MIN_TASKS
     ridge: float = 1.0
     balance: Literal["pico"] | None = None
+    block_weights: BlockWeights | None = None
     module_weights: Mapping[str, Sequence[float]] | None = None
     module_densities: Mapping[str, Sequence[float]] | None = None
 
@@ -111,6 +114,11 @@ class Recipe:
         self._check_scale()
         self._check_known()
         self._check_combine()
+        tables = block_tables(self.block_weights)
+        for adapter, table in (tables or {}).items():
+            for pattern, weight in table.items():
+                table[pattern] = _finite(f"block_weights: {adapter}: {pattern}", weight)
+        object.__setattr__(self, "block_weights", tables)
         for module, weights in (self.module_weights or {}).items():
             for weight in _sequence(f"module_weights: {module}", weights):
                 _finite(f"module_weights: {module}", weight)
@@ -120,7 +128,7 @@ class Recipe:
             _check_density(density, self.method, rule)
         if isinstance(self.density, Mapping):
             for pattern in self.density:
-                _compiled(pattern)
+                compiled("density", pattern)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise RecipeError(f"seed: wanted a whole number from 0 to 2**64 - 1, got {self.seed!r}")
         if self.rank != "auto" and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
@@ -222,6 +230,8 @@ class Recipe:
             raise RecipeError(
                 f"weights: wanted {len(adapters)}, one for each of {', '.join(adapters)}, got {len(weights)}"
             )
+        if module is not None and self.block_weights is not None:
+            weights = in_blocks(self.block_weights, weights, adapters, module)
         if module is None or self.module_weights is None:
             return weights
         own = _of_module("module_weights", self.module_weights, module, adapters)
@@ -234,7 +244,7 @@ class Recipe:
             return _of_module("module_densities", self.module_densities, module, adapters)
         density = self.density
         if isinstance(density, Mapping):
-            found = [value for pattern, value in density.items() if _compiled(pattern).match(module)]
+            found = [value for pattern, value in density.items() if compiled("density", pattern).match(module)]
             if not found:
                 raise RecipeError(
                     f"density: no pattern of {', '.join(density)} matches {module}; '.*' matches the rest"
@@ -288,15 +298,6 @@ def _plain(value: Any) -> Any:
 
 def _own(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _compiled(pattern: Any) -> re.Pattern[str]:
-    if not isinstance(pattern, str):
-        raise RecipeError(f"density: wanted a pattern of module names, got {pattern!r}")
-    try:
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
-        raise RecipeError(f"density: pattern {pattern!r} is no regular expression: {error}") from error
 
 
 def _is_number(value: Any) -> bool:
