@@ -142,6 +142,11 @@ def _floats(address, size):
     return numba.carray(_pointer(address), (size,))
 
 
+@part
+def _words(address, size):
+    return _floats(address, size).view(np.uint32)
+
+
 def room_for(terms: int) -> int:
     """Elements of scratch that `merge_tile` needs: a block of each term, votes and shares."""
     return (terms + 4) * _BLOCK
@@ -310,10 +315,43 @@ def _sum_agreeing_four(x, limits, ballots, weights, shares, votes, tied_plus, fi
 
 
 @part
+def _mean(total, share, divides):
+    return total / (share if divides & (share != F0) else F1)
+
+
+@part
 def _finish(count, divides, scale, out):
     for j in range(len(out)):
-        share = count[j] if divides & (count[j] != F0) else F1
-        out[j] = out[j] / share * scale
+        out[j] = _mean(out[j], count[j], divides) * scale
+
+
+@part
+def _merge_four(x, limits, ballots, weights, shares, by_sign, tied_plus, divides, scale, out):
+    """out = `_finish` of `_sum_agreeing_four` by `_vote_four`, of four terms that are all: each is read once."""
+    wide()
+    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
+    b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    s0, s1, s2, s3 = shares[0], shares[1], shares[2], shares[3]
+    for j in range(len(out)):
+        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
+        v0 = _over(x0, l0) * b0
+        v1 = _over(x1, l1) * b1
+        v2 = _over(x2, l2) * b2
+        v3 = _over(x3, l3) * b3
+        if by_sign:
+            v0, v1, v2, v3 = _sign(v0), _sign(v1), _sign(v2), _sign(v3)
+        vote = F0 + v0 + v1 + v2 + v3
+        plus = (vote > F0) | ((vote == F0) & tied_plus)
+        v0, agrees0 = _agreeing(x0, l0, b0, plus)
+        v1, agrees1 = _agreeing(x1, l1, b1, plus)
+        v2, agrees2 = _agreeing(x2, l2, b2, plus)
+        v3, agrees3 = _agreeing(x3, l3, b3, plus)
+        share = s0 if agrees0 else F0
+        share += s1 if agrees1 else F0
+        share += s2 if agrees2 else F0
+        share += s3 if agrees3 else F0
+        out[j] = _mean(F0 + v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3, share, divides) * scale
 
 
 @compiled((_terms, *_tile, f32[:, ::1], flag, flag, flag, flag, f32, i64[::1], i64, f32[::1]))
@@ -352,6 +390,11 @@ def merge_tile(
                 place = address + 4 * (row - block) * CHUNK
                 for k in range(count_of_terms):
                     limits[k] = _keep_row(terms[k], row, start, _floats(place + 4 * k * _BLOCK, size), mask)
+                if elects and n == 4 and len(outs) == 1:
+                    out = _floats(outs[0] + 4 * ((row - top) * stride + start - left), size)
+                    of = limits, ballots, weight[0], shares
+                    _merge_four(_floats(place, 4 * _BLOCK), *of, by_sign, tied_plus, divides, scale, out)
+                    continue
                 if elects:
                     for k in range(0, n, 4):
                         x = _floats(place + 4 * k * _BLOCK, 4 * _BLOCK)
@@ -422,28 +465,33 @@ def _collect_sixteen(context, bits, low, high, found):
     return types.uint64(types.int64, types.uint32, types.uint32, types.int64), generate
 
 
+# These get addresses: arrays are counted as they come and go, which took longer than the arithmetic.
 @part
-def _collect_one_by_one(bits, low, width, found, count):
-    above, high = np.uint64(0), low + width
-    for j in range(len(bits)):
-        above += np.uint64((bits[j] & _SIGN_OFF) > high)
-    for j in range(len(bits)):  # without a branch, which would be mispredicted too often
+def _collect_one_by_one(source, size, low, width, found, count):
+    bits, places = _words(source, size), _words(found + 4 * count, size + 1)
+    above, inside, high = 0, 0, low + width
+    for j in range(size):
+        above += np.int64((bits[j] & _SIGN_OFF) > high)
+    for j in range(size):  # without a branch, which would be mispredicted too often
         magnitude = bits[j] & _SIGN_OFF
-        found[count] = magnitude
-        count += np.uint64(np.uint32(magnitude - low) <= width)
-    return above, count
+        places[inside] = magnitude
+        inside += np.int64(np.uint32(magnitude - low) <= width)
+    return above, count + inside
 
 
 @part
-def _collect_by_sixteen(bits, low, width, found, count):
-    above, source, place = np.uint64(0), bits.ctypes.data, found.ctypes.data
-    even, high = len(bits) // 16 * 16, np.uint32(low + width)
+def _collect_by_sixteen(source, size, low, width, found, count):
+    above, inside, place = np.uint64(0), np.uint64(0), found + 4 * count
+    even, high = size // 16 * 16, np.uint32(low + width)
     for j in range(0, even, 16):
-        both = _collect_sixteen(source + 4 * j, low, high, place + 4 * np.int64(count))
+        both = _collect_sixteen(source + 4 * j, low, high, place + 4 * np.int64(inside))
         above += both >> _HALF
-        count += both & _LOW
-    rest, count = _collect_one_by_one(bits[even:], low, width, found, count)
-    return above + rest, count
+        inside += both & _LOW
+    count += np.int64(inside)
+    if even == size:
+        return np.int64(above), count
+    rest, count = _collect_one_by_one(source + 4 * even, size - even, low, width, found, count)
+    return np.int64(above) + rest, count
 
 
 _collect = _collect_by_sixteen if _has_avx512() else _collect_one_by_one
@@ -456,16 +504,16 @@ def bracket_tile(terms, top, bottom, left, right, lows, widths, found, counts):
     The latter go to the head of found[s], which has room for the whole tile and one more. All are bits of float32.
     """
     pair = np.empty((2, CHUNK), np.float32)
-    above, inside = np.zeros(len(lows), np.int64), np.zeros(len(lows), np.uint64)
+    first, places, stride = np.int64(pair.ctypes.data), np.int64(found.ctypes.data), 4 * found.shape[1]
+    counts[:] = 0
     for start in range(left, right, CHUNK):
         size = min(CHUNK, right - start)
+        x0, x1 = pair[0, :size], pair[1, :size]  # used in every round, so that it lives while its address is used
         for row in range(top, bottom, 2):
             rows = min(2, bottom - row)
-            _look(terms[0], row, rows, start, top, left, right - left, pair[0, :size], pair[1, :size])
+            _look(terms[0], row, rows, start, top, left, right - left, x0, x1)
             for r in range(rows):
                 for s in range(len(lows)):
-                    bits = pair[r, :size].view(np.uint32)
-                    over, inside[s] = _collect(bits, lows[s], widths[s], found[s], inside[s])
-                    above[s] += np.int64(over)
-    for s in range(len(lows)):
-        counts[s, 0], counts[s, 1] = above[s], inside[s]
+                    bits, place = first + 4 * r * CHUNK, places + s * stride
+                    above, counts[s, 1] = _collect(bits, size, lows[s], widths[s], place, counts[s, 1])
+                    counts[s, 0] += above

@@ -309,7 +309,7 @@ def test_what_is_inside_is_collected_in_order(size):
         for collect in {loops._collect, loops._collect_one_by_one}:
             found = np.full(size + 9, 7, np.uint32)
             found[:3] = 5
-            above, count = collect(bits, low, np.uint32(high - low), found, np.uint64(3))
+            above, count = collect(bits.ctypes.data, size, low, np.uint32(high - low), found.ctypes.data, 3)
             assert above == (magnitudes > high).sum() and count == 3 + len(inside)
             assert np.array_equal(found[3 : int(count)], inside)
             assert (found[:3] == 5).all() and (found[size + 4 :] == 7).all()
