@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_engine.engine.joint import Joined, Joint, Keeper, LastFew
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.adapter import Adapter, Module, common_dtype
+from merge_engine.formats.biases import BIAS
 from merge_engine.formats.experts import check_experts
 from merge_engine.formats.extras import shared_extras
 from merge_engine.formats.families import check_one_family
@@ -202,6 +203,7 @@ def make_plan(
         _plan_module(name, adapters, recipe)
         for name in sorted({module for adapter in adapters for module in adapter.modules})
     )
+    _check_vectors(adapters, recipe)
     if rule.keep == "magnitude" and rule.scope == "model":
         for number in range(len(adapters)):
             _check_one_density(number, names, modules)
@@ -264,6 +266,21 @@ def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Rec
         densities=tuple(densities[number] for number in having),
         rank=rank,
     )
+
+
+def _check_vectors(adapters: Sequence[Adapter | Finetuned], recipe: Recipe) -> None:
+    """Refuse what takes matrices apart, where an adapter has a bias, which is a vector."""
+    having = [each.name for each in adapters for module in each.modules.values() if module.kind == BIAS]
+    if not having:
+        return
+    what = f"{having[0]} has lora_bias, which is a vector"
+    if METHODS[recipe.method].kind == "core":
+        known = ", ".join(name for name, row in METHODS.items() if row.kind != "core")
+        raise RecipeError(f"method: {what}; wanted one of {known}, got {recipe.method}")
+    if recipe.space != "delta":
+        raise RecipeError(f"space: {what}; wanted delta, got {recipe.space}")
+    if recipe.balance is not None:
+        raise RecipeError(f"balance: {what}; wanted none, got {recipe.balance}")
 
 
 def _owned(adapters: Sequence[Adapter]) -> dict[str, list[tuple[str, Module]]]:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from merge_engine.errors import AdapterError
 from merge_engine.files.locate import find, find_file, only_file
-from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Factor
+from merge_engine.files.weights import StoredTensor
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Factor, Module
+from merge_engine.formats.biases import describe_bias
 from merge_engine.formats.experts import LastTensor, describe_experts, pair_of, split_experts
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE, describe, open_weights, sort_tensors
@@ -33,21 +36,32 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*",), AdapterError)
     config = read_config(path, name)
     found, extras = sort_tensors(open_weights(path, name), config, name)
+    modules, pairs = _modules(name, found, config)
+    if not modules:
+        raise AdapterError(f"{name}: {path} holds no LoRA tensors, wanted keys {KEY_PREFIX}<module>.lora_A.weight")
+    return Adapter(name, str(source), path, config, modules, extras, pairs)
+
+
+def _modules(
+    name: str, found: dict[str, dict[str, StoredTensor]], config: dict[str, Any]
+) -> tuple[dict[str, Module], dict[str, tuple[Factor, Factor]]]:
+    """The modules of the adapter `name` by their names, and A and B of each; found: see `sort_tensors`."""
     resolve = rank_and_scaling(config, name)
     factors, parameters = split_experts(name, found, config, lambda module: resolve(module)[0])
     modules = {module: describe(name, module, factors[module], *resolve(module)) for module in factors}
     pairs: dict[str, tuple[Factor, Factor]] = {
         module: (factors[module]["A"], factors[module]["B"]) for module in modules
     }
+    for layer, sides in factors.items():
+        if "bias" in sides:
+            bias, pair = describe_bias(name, modules[layer], sides["bias"])
+            modules[bias.name], pairs[bias.name] = bias, pair
     last = LastTensor()
     for (layer, parameter), sides in parameters.items():
         experts = describe_experts(name, layer, parameter, sides, *resolve(f"{layer}.{parameter}"))
         modules |= experts
         pairs |= {expert: pair_of(module, sides, last) for expert, module in experts.items()}
-    modules = {module: modules[module] for module in sorted(modules)}
-    if not modules:
-        raise AdapterError(f"{name}: {path} holds no LoRA tensors, wanted keys {KEY_PREFIX}<module>.lora_A.weight")
-    return Adapter(name, str(source), path, config, modules, extras, pairs)
+    return {module: modules[module] for module in sorted(modules)}, pairs
 
 
 def _single_file(source: str | Path, revision: str | None) -> Path | None:

@@ -16,7 +16,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Every field of PEFT's LoraConfig is in one of the four tables below. These decide what the factors mean:
 READ = frozenset(
     {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
-    | {"target_parameters"}
+    | {"target_parameters", "lora_bias"}
 )
 # These name the base model, or the tensors that are saved beside the factors, and are kept:
 KEPT = frozenset(
@@ -32,7 +32,6 @@ RESET = frozenset(
 # These change the arithmetic or the base model, so that s * B @ A is not what the adapter does:
 REFUSED = {
     "use_dora": "DoRA rescales the base weight",
-    "lora_bias": "its bias is not part of the delta",
     "bias": "biases of the base model were trained",
     "layer_replication": "it applies to a model with repeated layers",
     "alora_invocation_tokens": "activated LoRA applies to some tokens only",
@@ -43,6 +42,8 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA samples its weights",
     "megatron_config": "Megatron's parallel layers are not supported",
 }
+# These change the arithmetic in a way that merges of files take into account. The drop-in refuses them.
+OF_FILES = {"lora_bias": "its bias is not part of the delta"}
 # Initialisations that subtract the start of the adapter from the base weights.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}

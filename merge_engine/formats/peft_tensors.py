@@ -24,6 +24,7 @@ EMBEDDINGS = frozenset(
 )
 _TRAINING_STATE = (".lora_velora_embed",)  # used by the backward pass only
 _SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+_SIDES |= {".lora_B.bias": "bias"}
 FLOATS = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 )
@@ -50,8 +51,6 @@ def sort_tensors(
     for key, tensor in tensors.items():
         if "lora_magnitude_vector" in key:
             raise AdapterError(f"{name}: tensor {key} is DoRA's; {REFUSED['use_dora']}")
-        if key.endswith(".lora_B.bias"):
-            raise AdapterError(f"{name}: tensor {key} is a lora_bias; {REFUSED['lora_bias']}")
         ending = next((ending for ending in _SIDES if key.endswith(ending)), None)
         if ending and key.startswith(KEY_PREFIX):
             side = _SIDES[ending]

@@ -14,6 +14,7 @@ from merge_engine.errors import OutputError, writing
 from merge_engine.files.locate import is_hub_id
 from merge_engine.files.safetensors_writer import SafetensorsWriter
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Expert, Module, saves
+from merge_engine.formats.biases import BIAS, check_biases, layer_of, without_bias
 from merge_engine.formats.experts import nested_stems, stacked
 from merge_engine.formats.extras import shared_extras
 from merge_engine.formats.one_rank import RankAxis, to_one_rank
@@ -42,7 +43,7 @@ class AdapterWriter:
         saved: which of the layers that they save whole is taken where they differ; see `extras.carried_over`.
 
     Raises:
-        AdapterError: the adapters' extras differ.
+        AdapterError: the adapters' extras differ, or PEFT loads no adapter with all that they have.
         OutputError: the disk is full, the folder cannot be written, or a value does not fit ``dtype``.
         ValueError: a module that was not planned, comes twice or never comes; factors of a wrong shape.
     """
@@ -65,12 +66,15 @@ class AdapterWriter:
         self._one_rank = ranks == "one"
         self._ranks: dict[str, int] = {}
         self.rank = 0  # the largest one that was written, once all are there
+        check_biases(adapters)
         self._extras = shared_extras(adapters, saved)
         self._stems = nested_stems(module.expert for module in self._modules.values() if module.expert is not None)
         self._waiting: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}  # experts, by whole parameter
         keys = dict.fromkeys(key for module in self._modules.values() for key in self._keys(module))
+        self._zeros = {f"{KEY_PREFIX}{layer.name}.lora_B.bias": layer.rows for layer in without_bias(modules.values())}
         self._file = self._folder / self.file_name
-        self._weights = SafetensorsWriter(self._file, [*keys, *self._extras, *self._added()], self._metadata(None))
+        keys |= dict.fromkeys((*self._zeros, *self._extras, *self._added()))
+        self._weights = SafetensorsWriter(self._file, list(keys), self._metadata(None))
 
     def add(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
         """Append one module: ``A [k, N]``, ``B [M, k]``, any float dtype; k may differ from module to module."""
@@ -83,10 +87,14 @@ class AdapterWriter:
                 f"{name}: factors are {list(a.shape)} and {list(b.shape)}, wanted "
                 f"[k, {module.columns}] and [{module.rows}, k]"
             )
+        self._ranks[name] = rank
+        if module.kind == BIAS:
+            (key,) = self._keys(module)
+            self._weights.add(key, self._cast((b @ a)[0], key))
+            return
         key_a, key_b = self._keys(module)
         a = self._cast(a, key_a).reshape(rank, *module.a_shape[1:])
         b = self._cast(b, key_b).reshape(module.rows, rank, *module.b_shape[2:])
-        self._ranks[name] = rank
         if module.expert is not None:
             self._add_expert(module.expert, a, b)
         else:
@@ -144,8 +152,10 @@ class AdapterWriter:
         on_hub = base is not None and is_hub_id(base)
         self._write("README.md", adapter_card(sources, weights, recipe, base, on_hub))
 
-    def _keys(self, module: Module) -> tuple[str, str]:
-        """The keys of A and of B."""
+    def _keys(self, module: Module) -> tuple[str, ...]:
+        """The keys of A and of B, or of a bias."""
+        if module.kind == BIAS:
+            return (f"{KEY_PREFIX}{layer_of(module.name)}.lora_B.bias",)
         stem = KEY_PREFIX + (module.name if module.expert is None else self._stems[module.target])
         if module.kind == "embedding":
             return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
@@ -161,28 +171,34 @@ class AdapterWriter:
 
     def _complete(self) -> dict[str, int]:
         """Complete the weights; the rank of every module in the file, by its target, once all are made one."""
+        for key, rows in self._zeros.items():
+            self._weights.add(key, torch.zeros(rows, dtype=self._dtype))
         for key, extra in self._extras.items():
             self._weights.add(key, extra.read())
         self._weights.close()
         if self._one_rank:
             return self._made_one(None)
         ranks: dict[str, int] = {}
-        for name, rank in self._ranks.items():  # of experts, the largest one counts
-            target = self._modules[name].target
-            ranks[target] = max(rank, ranks.get(target, 0))
+        for module in self._matrices():  # of experts, the largest one counts
+            ranks[module.target] = max(self._ranks[module.name], ranks.get(module.target, 0))
         return ranks
+
+    def _matrices(self) -> list[Module]:
+        return [module for module in self._modules.values() if module.kind != BIAS]
 
     def _made_one(self, metadata: Mapping[str, str] | None) -> dict[str, int]:
         keys: dict[str, RankAxis] = {}
-        for module in self._modules.values():
+        for module in self._matrices():
             count = 1 if module.expert is None else module.expert.count
             keys |= zip(self._keys(module), (RankAxis(0, before=count), RankAxis(1, after=count)), strict=True)
         rank = to_one_rank(self._file, keys, metadata)
-        return {module.target: rank for module in self._modules.values()}
+        return {module.target: rank for module in self._matrices()}
 
     def _describe(self, written: Mapping[str, int]) -> str | None:
         """Write the configuration; the name of the base model."""
         config = adapter_config(self._adapters, written, list(self._extras))
+        if len(self._matrices()) < len(self._modules):
+            config["lora_bias"] = True
         self._write(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
         return config["base_model_name_or_path"]
 

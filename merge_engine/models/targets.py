@@ -8,6 +8,7 @@ from torch import Tensor
 from merge_engine.errors import ModelError
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter, Module
+from merge_engine.formats.biases import BIAS
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint, is_head
 from merge_engine.formats.families import MLX, PEFT
 from merge_engine.models.experts import stores_transposed
@@ -75,7 +76,7 @@ def targets_of_models(base: Checkpoint, models: Sequence[Checkpoint], adapted: d
 
 
 def _find(base: Checkpoint, adapter: Adapter, name: str) -> StoredTensor:
-    key = f"{name}.weight"
+    key = name if adapter.modules[name].kind == BIAS else f"{name}.weight"
     if key not in base.tensors:
         if is_head(key) and base.ties_embeddings:
             raise ModelError(_tied(base, adapter, name))
@@ -112,7 +113,9 @@ def _is_transposed(base: Checkpoint, adapter: Adapter, module: Module, stored: S
     The flag fan_in_fan_out does not do for all: an adapter has one, and PEFT sets it as its last layer needs it.
     """
     plain, turned = (module.rows, module.columns), (module.columns, module.rows)
-    if module.kind == "conv":
+    if module.kind == BIAS:
+        fits = stored.shape == (module.columns,)
+    elif module.kind == "conv":
         fits = stored.shape == (module.rows, *module.a_shape[1:])
     else:
         fits = stored.shape in ((turned,) if module.kind == "embedding" else (plain, turned))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from merge_engine.errors import AdapterError, RecipeError
-from merge_engine.formats.peft_config import CHANGES_BASE, REFUSED
+from merge_engine.formats.peft_config import CHANGES_BASE, OF_FILES, REFUSED
 from merge_engine.peft_backend.layers import SHARED
 from merge_engine.rules.recipe import Recipe
 
@@ -28,7 +28,7 @@ TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
 RNGS, SVDS = ("philox", "torch"), ("subspace", "exact")
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd on a GPU
 # Fields of a configuration that change an adapter's effect, or that would be lost when factors are merged.
-_REFUSED = {key: reason for key, reason in REFUSED.items() if key not in SHARED}
+_REFUSED = {key: reason for key, reason in (REFUSED | OF_FILES).items() if key not in SHARED}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ def test_no_adapters(tmp_path):
         ({"columns": 41}, {}, "^odd: layers.0.q_proj is linear \\[24, 41\\], wanted linear \\[24, 40\\] as in sql$"),
         ({"rank": 5}, {"space": "factors"}, "^odd: layers.0.q_proj has rank 5, wanted 4 as in sql: factors of diff"),
         ({"use_dora": True}, {}, "^odd: use_dora is set in adapter_config.json; "),
-        ({"lora_bias": True}, {}, "^odd: lora_bias is set in adapter_config.json; "),
         ({"r": 3}, {}, "^odd: .*rank"),
     ],
 )

@@ -121,7 +121,7 @@ def change_shape(key: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], N
         (change_shape("base_model.model.x", 4), r"a: tensor base_model.model.x is unknown"),
         (change_shape(f"{KEY}.lora_A.default.weight", 4, 2), r"a: tensor .*lora_A.default.weight is unknown"),
         (change_shape(f"{KEY}.lora_magnitude_vector", 32), r"a: tensor .*lora_magnitude_vector is DoRA's"),
-        (change_shape(f"{KEY}.lora_B.bias", 32), r"a: tensor .*lora_B.bias is a lora_bias"),
+        (change_shape(f"{KEY}.lora_B.bias", 31), r"a: .*lora_B.bias is \[31\], wanted \[32\]"),
         (change_shape(f"{KEY}.lora_embedding_A", 4, 3), rf"a: {Q0} has two A factors"),
         (
             change_shape(f"{KEY}.base_layer.lora_A.weight", 4, 3),
