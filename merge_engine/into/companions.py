@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import writing
@@ -26,8 +26,8 @@ def write_companions(
     for name, file in base.companions().items():
         with writing(folder / name):
             (folder / name).parent.mkdir(exist_ok=True)
-            if union is not None and union.added and name in _WITH_TOKENS:
-                value = _WITH_TOKENS[name](json.loads(file.read_bytes()), union)
+            if union is not None and union.added and name in WITH_TOKENS:
+                value = WITH_TOKENS[name](json.loads(file.read_bytes()), union)
                 (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(file, folder / name)
@@ -79,12 +79,21 @@ def _resized(config: dict[str, Any], union: Union) -> dict[str, Any]:
     return config | ({"vocab_size": union.rows} if config.get("vocab_size") == union.base_rows else {})
 
 
-def _tokenizer(value: dict[str, Any], union: Union) -> dict[str, Any]:
+class Extended(Protocol):
+    """A vocabulary that extends a model's."""
+
+    @property
+    def added(self) -> dict[str, dict[str, Any]]:
+        """The tokens that the model lacks, as entries of a tokenizer.json."""
+        ...
+
+
+def _tokenizer(value: dict[str, Any], union: Extended) -> dict[str, Any]:
     """tokenizer.json with the added tokens. Loaders number them in this order, from the first free index."""
     return {**value, "added_tokens": [*(value.get("added_tokens") or []), *union.added.values()]}
 
 
-def _tokenizer_config(value: dict[str, Any], union: Union) -> dict[str, Any]:
+def _tokenizer_config(value: dict[str, Any], union: Extended) -> dict[str, Any]:
     decoder = value.get("added_tokens_decoder")
     if isinstance(decoder, dict):
         new = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in union.added.values()}
@@ -92,18 +101,18 @@ def _tokenizer_config(value: dict[str, Any], union: Union) -> dict[str, Any]:
     return _special_tokens(value, union)
 
 
-def _special_tokens(value: dict[str, Any], union: Union) -> dict[str, Any]:
+def _special_tokens(value: dict[str, Any], union: Extended) -> dict[str, Any]:
     """Append special tokens without a role to the file's list of these, under its newer name or its older one."""
     key = "extra_special_tokens" if isinstance(value.get("extra_special_tokens"), list) else "additional_special_tokens"
     new = [token for token, entry in union.added.items() if entry["special"]]
     return {**value, key: [*(value.get(key) or []), *new]} if new else value
 
 
-def _added_tokens(value: dict[str, Any], union: Union) -> dict[str, Any]:
+def _added_tokens(value: dict[str, Any], union: Extended) -> dict[str, Any]:
     return value | {token: entry["id"] for token, entry in union.added.items()}
 
 
-_WITH_TOKENS: dict[str, Callable[[dict[str, Any], Union], dict[str, Any]]] = {
+WITH_TOKENS: dict[str, Callable[[dict[str, Any], Extended], dict[str, Any]]] = {
     TOKENIZER_FILE: _tokenizer,
     "tokenizer_config.json": _tokenizer_config,
     "special_tokens_map.json": _special_tokens,

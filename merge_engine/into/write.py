@@ -178,7 +178,7 @@ def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int
         slot, position, digest = job.layout.slots[key], 0, xxh3_128()
         for piece in job.pieces(key, item.merged):
             same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
-            data = tensor_bytes(piece if same else _cast(piece, slot, merged=item.merged is not None))
+            data = tensor_bytes(piece if same else cast(piece, slot, merged=item.merged is not None))
             digest.update(data)
             files.write(slot, position, data)
             position += data.nbytes
@@ -186,7 +186,7 @@ def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int
     return item.cost
 
 
-def _cast(tensor: Tensor, slot: Slot, *, merged: bool) -> Tensor:
+def cast(tensor: Tensor, slot: Slot, *, merged: bool) -> Tensor:
     """The tensor in its place's dtype. Raises ModelError if a value overflows it, or if a merged value is NaN."""
     cast = tensor.to(slot.dtype)
     if (merged or slot.dtype == torch.float16) and not finite(cast):

@@ -68,14 +68,14 @@ def unite(base: Checkpoint, models: Sequence[Checkpoint]) -> Union:
     equal strings are not the same token.
     """
     keys = token_keys(base)
-    own, base_rows = _read(base), base.tensors[keys[0]].shape[0]
+    own, base_rows = read_tokenizer(base), base.tensors[keys[0]].shape[0]
     _check_rows(base, own, keys)
     tokens = dict(own.tokens)
     added: dict[str, dict[str, Any]] = {}
     places: dict[Checkpoint, Tensor] = {}
     first = 1 + max(own.tokens.values(), default=-1)
     for model in models:
-        tokenizer = _read(model)
+        tokenizer = read_tokenizer(model)
         _check_rows(model, tokenizer, keys)
         _check_rules(base, own, model, tokenizer)
         for token in tokenizer.tokens:
@@ -161,7 +161,7 @@ def _size(base: Checkpoint) -> int | None:
     return next((each["vocab_size"] for each in sizes if isinstance(each, dict) and "vocab_size" in each), None)
 
 
-def _read(model: Checkpoint) -> Tokenizer:
+def read_tokenizer(model: Checkpoint) -> Tokenizer:
     """A model's tokenizer; ModelError where two tokens share an index or one token has two."""
     file = model.path / TOKENIZER_FILE
     if not file.is_file():
@@ -191,6 +191,11 @@ def _read(model: Checkpoint) -> Tokenizer:
     if not found:
         raise ModelError(f"{model.name}: {TOKENIZER_FILE} has no tokens")
     return Tokenizer(dict(sorted(found.items(), key=lambda item: item[1])), added, rules)
+
+
+def plain_entry(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """How a token is found in text: as the entry says, else as transformers adds a plain token."""
+    return _PLAIN | {key: entry[key] for key in _PLAIN if key in entry}
 
 
 def _entries(folder: Path, whole: Mapping[str, Any]) -> Iterator[tuple[str, int, Mapping[str, Any] | None]]:

@@ -4,7 +4,8 @@ import pytest
 from mergekit_oracle import TIES, model, put, recipe
 
 from merge_engine.errors import RecipeError
-from merge_engine.mergekit.file import MERGEKIT_METHODS, Clause, read_recipe
+from merge_engine.mergekit.file import read_recipe
+from merge_engine.mergekit.reader import Clause
 from merge_engine.mergekit.recipe import merge_recipe
 
 
@@ -15,7 +16,7 @@ def test_switches_take_the_lower_value():
 
 def test_a_revision_is_read():
     asked = read_recipe(recipe("ties", model("me/tuned@v2+you/lora@main", weight=1), base="me/tuned@v2"))
-    (entry,) = asked.inputs
+    (entry, _) = asked.slices[0].entries
     assert (str(asked.base), str(entry.reference)) == ("me/tuned@v2", "me/tuned@v2+you/lora@main")
     assert (entry.reference.revision, entry.reference.lora.path, entry.reference.lora.revision) == (
         "v2",

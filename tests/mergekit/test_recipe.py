@@ -31,8 +31,10 @@ from toy_vocabularies import save_toys, union_folder
 import merge_engine
 from merge_engine.errors import MergeError, RecipeError
 from merge_engine.formats.checkpoint import open_checkpoint
+from merge_engine.mergekit.factors import bind
 from merge_engine.mergekit.file import read_recipe
-from merge_engine.mergekit.recipe import bind, depths, merge_recipe
+from merge_engine.mergekit.layers import depths
+from merge_engine.mergekit.recipe import merge_recipe
 from merge_engine.rules.recipe import Recipe
 
 
@@ -92,7 +94,9 @@ def test_settings_say_of_every_tensor_what_numpy_does(home, own, shared, scale):
         with pytest.raises(RecipeError, match=r"^recipe: wanted a weight for ft1, got none for "):
             bind(read_recipe(asked), base)
         return
-    fields = bind(read_recipe(asked), base)
+    bound = bind(read_recipe(asked), base)
+    assert bound is not None
+    fields = bound.fields
     modules = [key.removesuffix(".weight") for key in SHAPES]
     got = fields["module_weights"] if "weights" not in fields else dict.fromkeys(modules, fields["weights"])
     for key, module in zip(SHAPES, modules, strict=True):

@@ -1,0 +1,173 @@
+"""Carries out a merge of whole tensors: read ahead, merged one by one, rounded once, written behind."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from xxhash import xxh3_128
+
+from merge_engine.errors import writing
+from merge_engine.files.folder import check_target
+from merge_engine.files.journal import Journal
+from merge_engine.files.safetensors_writer import tensor_bytes
+from merge_engine.files.shards import Layout, ShardFiles
+from merge_engine.formats.checkpoint import FLOATS
+from merge_engine.into.merge import MergedModel
+from merge_engine.into.place import place
+from merge_engine.into.resume import finished_keys
+from merge_engine.into.whole_companions import write_files
+from merge_engine.into.whole_job import TensorWork, WholeJob
+from merge_engine.into.write import cast
+from merge_engine.runtime.memory import new_tensor
+from merge_engine.runtime.processes import Ranks
+from merge_engine.runtime.threads import ahead
+from merge_engine.whole_tensors.group import Group
+from merge_engine.whole_tensors.table import merge_group
+
+
+def run_whole(
+    job: WholeJob, output: Path, *, overwrite: bool = False, dry_run: bool = False, progress: bool | None = None
+) -> MergedModel:
+    """Carry out a job; result and errors as of `into.merge.merge_into`."""
+    start = time.perf_counter()
+    copied = sum(len(work.keys) for work in job.works if work.is_copy)
+    merged = len(job.layout.slots) - copied
+    sizes = job.layout.sizes
+    result = MergedModel(None, len(job.sources), None, job.layout.nbytes, merged, copied, 0, 0.0, sizes)
+    if dry_run:
+        with writing(output):
+            check_target(output, overwrite, job.inputs)
+        return replace(result, seconds=estimate(job))
+    resumed = place(_Whole(job), output, overwrite=overwrite, progress=progress)
+    return replace(result, path=output, resumed=resumed, seconds=time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A job as `into.place` carries it out."""
+
+    job: WholeJob
+
+    @property
+    def layout(self) -> Layout:
+        return self.job.layout
+
+    @property
+    def inputs(self) -> list[Path]:
+        return self.job.inputs
+
+    def identity(self) -> dict[str, Any]:
+        return self.job.identity()
+
+    def write(self, folder: Path, ranks: Ranks, progress: bool | None) -> int:
+        return write_works(self.job, folder, ranks, progress)
+
+    def finish(self, folder: Path) -> None:
+        write_files(self.job, folder)
+
+
+class Load(NamedTuple):
+    """What was read for a tensor: its parts, the base first where there is one; none of what is copied."""
+
+    work: TensorWork
+    tensors: Sequence[Tensor]
+
+
+class Item(NamedTuple):
+    """A tensor on its way to the disk; merged: None where it is copied."""
+
+    work: TensorWork
+    merged: Tensor | None
+
+
+def write_works(job: WholeJob, folder: Path, ranks: Ranks, progress: bool | None) -> int:
+    """Write this rank's tensors that no earlier run has finished.
+
+    Returns how many tensors of the whole model earlier runs had finished.
+    """
+    from tqdm import tqdm
+
+    files = ShardFiles(folder, job.layout)
+    try:
+        with Journal(folder, ranks.rank) as journal:
+            done = finished_keys(job.layout, files, folder)
+            ranks.wait()  # no rank may add to the journal before every rank has read it
+            mine = [job.works[i] for i in ranks.share([job.cost(work) for work in job.works])]
+            shown = None if progress is None and ranks.rank == 0 else not progress or ranks.rank > 0
+            with tqdm(total=sum(map(job.cost, mine)), unit="element", unit_scale=True, disable=shown) as bar:
+                items = merged_items(job, [work for work in mine if not done.issuperset(work.keys)])
+                for cost in ahead(lambda item: _write(job, files, journal, item), items):
+                    bar.update(cost)
+    finally:
+        files.close()
+    return len(done)
+
+
+def merged_items(job: WholeJob, works: Sequence[TensorWork]) -> Iterator[Item]:
+    """The works, merged one by one; those after are read meanwhile."""
+    for load in ahead(lambda work: _load(job, work), works):
+        yield _merge(job, load)
+
+
+def _load(job: WholeJob, work: TensorWork) -> Load:
+    if not _needs_merge(job, work):
+        return Load(work, [])
+    tensors = [job.sources[number].read(key) for number, key in work.all]
+    if job.rows is not None and work.keys[0] in job.aligned:
+        base = None if work.base is None else work.base[0]
+        tensors = job.rows.align([number for number, _ in work.all], base, tensors)
+    return Load(work, tensors)
+
+
+def _needs_merge(job: WholeJob, work: TensorWork) -> bool:
+    """Whether there is anything to be computed: not where one tensor is copied, nor where it is no floats."""
+    number, key = work.all[0]
+    if job.sources[number].stored(key).dtype not in FLOATS:
+        return False
+    return not work.is_copy or work.keys[0] in job.aligned or job.sources[number].is_changed(key)
+
+
+def _merge(job: WholeJob, load: Load) -> Item:
+    work, tensors = load
+    if not tensors:
+        return Item(work, None)
+    slot = job.layout.slots[work.keys[0]]
+    out = new_tensor(slot.shape, slot.dtype)
+    base, parts = (None, tensors) if work.base is None else (tensors[0], tensors[1:])
+    group = Group(work.keys[0], parts, base, out, dict(work.options), job.seed, job.published)
+    merge_group(work.method, group)
+    return Item(work, out)
+
+
+def _write(job: WholeJob, files: ShardFiles, journal: Journal, item: Item) -> int:
+    """Write a tensor to its places, and to the journal that it is finished. Returns its cost."""
+    for key in item.work.keys:
+        slot, position, digest = job.layout.slots[key], 0, xxh3_128()
+        number, own = item.work.all[0]
+        pieces = [item.merged] if item.merged is not None else job.sources[number].stored(own).pieces()
+        for piece in pieces:
+            same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
+            data = tensor_bytes(piece if same else cast(piece, slot, merged=item.merged is not None))
+            digest.update(data)
+            files.write(slot, position, data)
+            position += data.nbytes
+        journal.finished(key, digest.hexdigest())
+    return job.cost(item.work)
+
+
+def estimate(job: WholeJob) -> float:
+    """Seconds that the job would take: measured on its tensor of median cost, plus writing at 1 GB/s."""
+    seconds = job.layout.nbytes / 1e9
+    works = sorted((work for work in job.works if _needs_merge(job, work)), key=job.cost)
+    if works:
+        sample = works[len(works) // 2]
+        for _ in range(2):  # the first time includes loading compiled code
+            start = time.perf_counter()
+            for _ in merged_items(job, [sample]):
+                torch.get_num_threads()
+        seconds += (time.perf_counter() - start) * sum(map(job.cost, works)) / job.cost(sample)
+    return seconds
