@@ -1,5 +1,6 @@
 """Reads the parts of mergekit's YAML: tables, names of models, and settings of parameters; errors name file and key."""
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 from merge_engine.errors import RecipeError
 from merge_engine.rules.whole_methods import WHOLE_METHODS, Option
 
+logger = logging.getLogger(__name__)
 INERT = "int8_mask"  # the dtype of mergekit's masks, which changes no result
 PARAMETERS: dict[str, Option] = {
     name: option for row in reversed(WHOLE_METHODS.values()) for name, option in row.options.items()
@@ -158,8 +160,8 @@ class Reader:
                 continue
             found[name] = self.setting(f"{where}.{name}", option, setting)
             if name == INERT:
-                continue
-            if name not in options:
+                logger.warning("%s: %s.%s has no effect: masks take no memory here", self.file, where, name)
+            elif name not in options or name in WHOLE_METHODS[method].unused:
                 self.warn(f"{where}.{name}", f"{method} does not use it")
             elif of_model and options[name].of == "merge":
                 self.warn(f"{where}.{name}", "it applies to the whole merge, not to one model")

@@ -42,6 +42,7 @@ class WholeMethod(NamedTuple):
     least: int = 1
     most: int | None = None
     others: tuple[int, int | None] = (0, None)
+    unused: tuple[str, ...] = ()  # options without effect
 
 
 _INERT = {"int8_mask": Option(bool, "merge", False)}  # the dtype of mergekit's masks, which changes no result
@@ -67,7 +68,9 @@ WHOLE_METHODS: dict[str, WholeMethod] = {
         "element",
         {"weight": Option(float, "input"), "normalize": Option(bool, "merge", True)},
     ),
-    "task_arithmetic": _arithmetic("base + the weighted sum of differences", "element", False, False),
+    "task_arithmetic": _arithmetic("base + the weighted sum of differences", "element", False, False)._replace(
+        unused=("density", "rescale")
+    ),
     "ties": _arithmetic("trim, elect a sign, average what agrees", "selection", True, False),
     "dare_linear": _arithmetic("drop at random, rescale, add up", "element", False, True),
     "dare_ties": _arithmetic("drop at random, elect a sign, add up what agrees", "element", False, True),

@@ -7,6 +7,7 @@ from merge_engine.errors import RecipeError
 from merge_engine.mergekit.file import read_recipe
 from merge_engine.mergekit.reader import Clause
 from merge_engine.mergekit.recipe import merge_recipe
+from merge_engine.rules.whole_methods import WHOLE_METHODS
 
 
 def test_switches_take_the_lower_value():
@@ -33,17 +34,18 @@ def bad(change, message):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        bad(put("name", "x"), "recipe: name is not supported; wanted one of merge_method, base_model, models, "),
-        bad(put("modules", {}), "recipe: modules is not supported"),
-        bad(put("chat_template", "auto"), "recipe: chat_template is not supported"),
+        bad(put("merge_methods", "x"), r"recipe: merge_methods is no key of mergekit's; did you mean merge_method\?"),
+        bad(put("parameters/densty", 1), r"recipe: parameters.densty is no key of mergekit's; did you mean density\?"),
+        bad(put("models/0/parameter", {}), r"recipe: models\[0\].parameter is no key .*; did you mean parameters\?"),
         bad(
-            put("models/0/weight", 1), r"recipe: models\[0\]: weight is not supported; wanted one of model, parameters"
+            put("modules", {"default": {"models": []}}), "recipe: wanted one of models, slices and modules, got models"
         ),
         bad(
-            put("models/1/parameters/gamma", 1),
-            r"recipe: models\[1\].parameters: gamma is not supported; wanted one of",
+            put("chat_template", "chatlm"),
+            "recipe: chat_template: wanted auto, one of alpaca, .*, got 'chatlm'",
         ),
-        bad(put("parameters/epsilon", 1), "recipe: parameters: epsilon is not supported"),
+        bad(put("chat_template", ["auto"]), "recipe: chat_template: wanted auto, a name or a template, got "),
+        bad(put("experts", []), "recipe: experts: a recipe of mergekit-moe, which builds a mixture of experts"),
         bad(
             put("models/0/parameters/weight", [{"filter": "mlp", "values": 1}]),
             r"recipe: models\[0\].parameters.weight\[0\]: values is not supported; wanted one of filter, value",
@@ -55,28 +57,32 @@ def bad(change, message):
         bad(
             put("models/0/model", {"model": {"path": "ft1", "x": 1}}), r"recipe: models\[0\].model.model: x is not supp"
         ),
-        bad(put("tokenizer/pad_to_multiple_of", 8), "recipe: tokenizer: pad_to_multiple_of is not supported"),
-        bad(put("tokenizer/tokens", {}), "recipe: tokenizer: tokens is not supported; wanted one of source"),
+        bad(put("tokenizer/pad_to_multiple_of", 0), "recipe: tokenizer.pad_to_multiple_of: wanted a whole number"),
+        bad(put("tokenizer/tokens", []), r"recipe: tokenizer.tokens: wanted a table of tokens, got \[\]"),
+        bad(put("tokenizer/tokens", {"a": {"force": True}}), "recipe: tokenizer.tokens.a.source: wanted a model"),
         bad(
-            put("merge_method", "slerp"), "recipe: merge_method: wanted one of linear, task_arithmetic, .*, got 'slerp'"
+            put("tokenizer/tokens", {"a": {"source": {"kind": "model_token", "model": "ft1"}}}),
+            "recipe: tokenizer.tokens.a.source: wanted either token, a text, or token_id",
         ),
+        bad(
+            put("tokenizer/tokens", {"a": {"source": "ft3"}}),
+            "recipe: tokenizer.tokens.a: wanted one of the models, base, ft1, ft2, got ft3",
+        ),
+        bad(put("merge_method", "della_liner"), r"recipe: merge_method: della_liner is not known; did you mean della"),
+        bad(put("merge_method", "dare"), "recipe: merge_method: dare is not there; use dare_ties or dare_linear"),
+        bad(put("merge_method", "frank"), "recipe: merge_method: wanted one of linear, .*, got 'frank'"),
         bad(put("merge_method", ["ties"]), r"recipe: merge_method: wanted one of .*, got \['ties'\]"),
-        bad(put("slices", [{}]), "recipe: wanted either models or slices, got both"),
-        bad(put("models", None), "recipe: wanted either models or slices, got neither"),
-        bad(put("models", []), r"recipe: models: wanted a list, got \[\]"),
+        bad(put("slices", [{}]), "recipe: wanted one of models, slices and modules, got models and slices"),
+        bad(put("models", None), "recipe: wanted one of models, slices and modules, got none"),
+        bad(put("models", {}), "recipe: wanted one of models, slices and modules, got none"),
         bad(put("models/0", "ft1"), r"recipe: models\[0\]: wanted a table of keys, got 'ft1'"),
         bad(put("models/0/model", None), r"recipe: models\[0\].model: wanted model or model\+lora, got None"),
         bad(put("models/0/model", "a+b+c"), r"recipe: models\[0\].model: wanted model or model\+lora, got 'a\+b\+c'"),
         bad(put("models/0/model", "a@b@c"), r"recipe: models\[0\].model: wanted a path, or path@revision, got 'a@b@c'"),
         bad(put("models/0/model", "base+"), r"recipe: models\[0\].model.path: wanted a name, got ''"),
-        bad(put("models/0/model", "ft3+lo1"), r"recipe: ft3\+lo1: wanted an adapter on the base model, base"),
-        bad(put("models/0/model", "ft2"), "recipe: ft2 is there twice, wanted each model once"),
-        bad(put("models", [model("base")]), "recipe: wanted at least one model besides base, got none"),
+        bad(put("models/0/model", "ft2"), "recipe: models: ft2 is there twice, wanted each model once"),
+        bad(put("models", [model("base")]), "recipe: models: wanted at least one model besides base, got none"),
         bad(put("base_model", None), "recipe: base_model: ties needs one, got none"),
-        bad(
-            put("base_model", "base+lo1"),
-            r"recipe: base_model: wanted a full model without an adapter, got 'base\+lo1'",
-        ),
         bad(
             put("models/1/parameters/weight", None), r"recipe: models\[1\].parameters.weight: wanted a number, got None"
         ),
@@ -97,19 +103,9 @@ def bad(change, message):
         bad(put("models/1/parameters", {}), "recipe: wanted a weight for ft2, got none for "),
         bad(put("models/1/parameters/density", 1.5), "recipe: .*density: wanted a number from 0 to 1, got 1.5"),
         bad(put("parameters/normalize", "maybe"), "recipe: parameters.normalize: wanted true or false, got 'maybe'"),
-        bad(
-            put("parameters/rescale", True), "recipe: rescale: wanted false for ties, got true: trims are not rescaled"
-        ),
-        bad(
-            put("parameters/lambda", [0, 1]),
-            "recipe: lambda: ties takes one for the whole model, got 0.0 for lm_head and ",
-        ),
-        bad(
-            put("parameters/normalize", {"filter": "mlp", "value": False}), "recipe: normalize: ties takes one for the "
-        ),
         bad(put("dtype", "float64"), "recipe: dtype: wanted one of float32, float16, bfloat16, got 'float64'"),
         bad(put("out_dtype", 16), "recipe: out_dtype: wanted one of float32, float16, bfloat16, got 16"),
-        bad(put("tokenizer_source", "ft1"), "recipe: tokenizer_source: wanted base, union or base, got 'ft1'"),
+        bad(put("tokenizer_source", 5), "recipe: tokenizer_source: wanted model or model.lora, got 5"),
         bad(
             {**TIES, "tokenizer_source": "base", "tokenizer": {}}, "recipe: wanted either tokenizer or tokenizer_source"
         ),
@@ -141,14 +137,37 @@ def test_what_cannot_be_done_is_said(here, tmp_path, asked, message):
 def test_what_mergekit_reads_and_ignores_is_told(here, asked, message):
     with pytest.warns(UserWarning, match=f"^recipe: {message}"):
         told = read_recipe(asked)
-    assert len(told.inputs) == 2
+    assert len(told.slices[0].others) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("normalise_all", "normalise_all has no effect: wanted one of merge_method, base_model, "),
+        ("weight", "weight has no effect: weight belongs under parameters"),
+        ("models/0/density", r"models\[0\].density has no effect: density belongs under parameters"),
+        ("parameters/embed_slerp", "parameters.embed_slerp has no effect: wanted one of "),
+    ],
+)
+def test_a_key_that_mergekit_does_not_read_is_told(here, place, message):
+    with pytest.warns(UserWarning, match=f"^recipe: {message}"):
+        read_recipe(put(place, True))
 
 
 def test_the_table_of_methods_is_mergekits():
-    """What a recipe leaves out is mergekit's default."""
+    """Names, parameters, their kinds and defaults, and how many models: what a recipe leaves out is mergekit's."""
     registry = pytest.importorskip("mergekit.merge_methods.registry")
-    for name, row in MERGEKIT_METHODS.items():
-        theirs = {parameter.name: parameter.default for parameter in registry.get(name).spec.parameters}
-        assert theirs.get("normalize") == row.normalize
-        assert theirs.get("rescale", False) == row.rescale
-        assert set(row.parameters) <= theirs.keys()
+    base = pytest.importorskip("mergekit.merge_methods.base")
+    assert {method.spec.name for method in registry.registered_methods()} == WHOLE_METHODS.keys()
+    scopes = {"merge": "shared", "input": "input", "other": "non_base"}
+    bases = {"needed": "required", "optional": "optional", "none": "ignored"}
+    for name, row in WHOLE_METHODS.items():
+        spec = registry.get(name).spec
+        theirs = {
+            each.name: (each.scope.value, None if each.default is base.MISSING else each.default)
+            for each in spec.parameters
+        }
+        assert theirs == {key: (scopes[option.of], option.default) for key, option in row.options.items()}, name
+        contract = spec.contract
+        assert (bases[row.base], row.least, row.most) == (contract.base.value, contract.min_inputs, contract.max_inputs)
+        assert row.others == (contract.min_non_base or 0, contract.max_non_base)
