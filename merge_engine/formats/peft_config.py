@@ -42,8 +42,6 @@ REFUSED = {
     "monteclora_config": "MonteCLoRA samples its weights",
     "megatron_config": "Megatron's parallel layers are not supported",
 }
-# These change the arithmetic in a way that merges of files take into account. The drop-in refuses them.
-OF_FILES = {"lora_bias": "its bias is not part of the delta"}
 # Initialisations that subtract the start of the adapter from the base weights.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}

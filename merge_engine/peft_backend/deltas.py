@@ -3,11 +3,12 @@
 In memory are the merged deltas of one layer, or of as many layers as the engine cuts at once, and no adapter's delta.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose_backend import choose
@@ -17,7 +18,7 @@ from merge_engine.engine.plan import Plan, make_plan
 from merge_engine.engine.prepare import merge_groups, prepare
 from merge_engine.errors import AdapterError
 from merge_engine.lowrank.small_svd import LowRank
-from merge_engine.peft_backend.layers import Layer, LayerFactors, check_finite, live_adapters
+from merge_engine.peft_backend.layers import Layer, LayerFactors, Part, check_finite, live_adapters
 from merge_engine.peft_backend.request import MergeRequest
 from merge_engine.peft_backend.torch_masks import TorchStreamBackend
 
@@ -38,8 +39,8 @@ def merge_deltas(layers: Sequence[Layer], request: MergeRequest) -> list[LayerFa
     if request.rng == "torch" and request.drops:
         stream = TorchStreamBackend(layers, request.density)
         plan, backend = stream.prepared(plan), stream
-    cut = _exactly_cut(plan, backend, request) if request.exact else _cut(plan, backend)
     of = {layer.name: layer for layer in layers}
+    cut = _exactly_cut(plan, backend, request, of) if request.exact else _cut(plan, backend)
     with closing(cut) as modules:
         found = {name: _shaped(of[name], result, request) for name, result in modules}
     return [found[layer.name] for layer in layers]
@@ -50,20 +51,30 @@ def _cut(plan: Plan, backend: Backend) -> Cut:
         yield name, result.factors
 
 
-def _exactly_cut(plan: Plan, backend: Backend, request: MergeRequest) -> Cut:
-    """Cut dense merged deltas by a dense SVD, all others as usual."""
+def _exactly_cut(plan: Plan, backend: Backend, request: MergeRequest, layers: Mapping[str, Layer]) -> Cut:
+    """Cut merged deltas by a dense SVD; with svd="exact" sums of products as usual, with a clamp them too."""
     ready = prepare(plan, backend, lambda covered: None)
     for work in merge_groups(plan, backend, ready):
         if "delta" in work.merged:
-            matrix = work.merged["delta"]
-            driver = request.driver if matrix.device.type == "cuda" else None
-            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
-            k, squares = work.module.rank, S.square()
-            energy = float(squares[:k].sum() / squares.sum()) if bool(squares.sum() > 0) else 1.0
-            yield work.module.name, LowRank(Vh[:k], U[:, :k] * S[:k], energy)
+            yield work.module.name, _cut_matrix(work.merged["delta"], work.module.rank, request)
+        elif request.clamp is not None:
+            deltas = [request.weights[part.number] * _delta(part) for part in layers[work.module.name].parts]
+            yield work.module.name, _cut_matrix(torch.stack(deltas).sum(0), work.module.rank, request)
         else:
             module, result = recompress(plan, backend, work)
             yield module.name, result.factors
+
+
+def _delta(part: Part) -> Tensor:
+    return part.B.flatten(1).float() @ part.A.flatten(1).float() * part.scaling
+
+
+def _cut_matrix(matrix: Tensor, rank: int, request: MergeRequest) -> LowRank:
+    driver = request.driver if matrix.device.type == "cuda" else None
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False, driver=driver)
+    squares = S.square()
+    energy = float(squares[:rank].sum() / squares.sum()) if bool(squares.sum() > 0) else 1.0
+    return LowRank(Vh[:rank], U[:, :rank] * S[:rank], energy)
 
 
 def _shaped(layer: Layer, result: LowRank, request: MergeRequest) -> LayerFactors:

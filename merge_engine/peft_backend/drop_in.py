@@ -62,6 +62,9 @@ def add_weighted_adapter(
     as near to the merged delta as PEFT's. If ``adapter_name`` exists, nothing is done. One adapter is always "linear".
 
     svd_full_matrices: has no effect. svd_driver: has an effect only with svd="exact" on a CUDA device.
+    svd_clamp: the limit is a quantile of the factors' signed values, so it depends on the sign of each singular vector,
+        which no SVD defines. Deltas are then cut by the dense SVD that PEFT calls, and the result is PEFT's, but where
+        singular values are equal, or ``svd_rank`` is above the merged delta's rank: there the vectors are any.
     rng: of DARE's drops. "torch": masks from torch's global stream in PEFT's order, which after torch.manual_seed
         are PEFT's. "philox": a mask depends on seed, layer, adapter and element only, and is the same on every device.
     seed: of DARE's drops. None: what torch.manual_seed has set decides. A number: with rng="torch" as after
@@ -107,12 +110,13 @@ def add_weighted_adapter(
     with torch.no_grad():
         layers, names = find_layers(tuner.model, request.adapters)
         saved = find_saved(tuner.model, request.adapters)
-        request = replace(request, rank=max(request.rank, needed_rank(layers, request.recipe)))
+        configured = request.rank
+        request = replace(request, rank=max(configured, needed_rank(layers, request.recipe)))
         settings = saved.settings([tuner.peft_config[adapter] for adapter in request.adapters])
         config = merged_config(tuner, request.adapters, request.rank, layers, names, settings)
         with torch_stream(seed) if rng == "torch" and request.drops else nullcontext():
             if rng == "torch" and request.drops:
-                draw_injection(tuner, adapter_name, request.adapters[0], request.rank, layers)
+                draw_injection(tuner, adapter_name, request.adapters[0], configured, layers)
             merged = _merge(layers, request)
             rows = saved.merge(request)
         try:

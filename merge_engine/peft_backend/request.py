@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from merge_engine.errors import AdapterError, RecipeError
-from merge_engine.formats.peft_config import CHANGES_BASE, OF_FILES, REFUSED
+from merge_engine.formats.peft_config import CHANGES_BASE
 from merge_engine.peft_backend.layers import SHARED
 from merge_engine.rules.recipe import Recipe
 
@@ -28,7 +28,17 @@ TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
 RNGS, SVDS = ("philox", "torch"), ("subspace", "exact")
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd on a GPU
 # Fields of a configuration that change an adapter's effect, or that would be lost when factors are merged.
-_REFUSED = {key: reason for key, reason in (REFUSED | OF_FILES).items() if key not in SHARED}
+_REFUSED = {
+    "use_dora": "DoRA rescales the base weight",
+    "lora_bias": "its bias is not part of the delta",
+    "bias": "biases of the base model were trained",
+    "use_qalora": "QA-LoRA pools the input",
+    "use_bdlora": "BD-LoRA factors are block-diagonal",
+    "arrow_config": "Arrow routes between adapters",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "megatron_config": "Megatron's parallel layers are not supported",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class MergeRequest:
     """A checked call.
 
     recipe: method, weights, density, election, space and seed. rank: of the result in every layer.
-    clamp, driver: PEFT's svd_clamp and svd_driver. exact: whether svd="exact".
+    clamp, driver: PEFT's svd_clamp and svd_driver. exact: whether merged deltas are cut by a dense SVD.
     """
 
     adapters: tuple[str, ...]
@@ -116,7 +126,8 @@ def check_request(
     election = "frequency" if majority_sign_method == "frequency" else "total"
     share = None if rule.keep == "all" else _density(chosen, density)
     recipe = Recipe(method, recipe.weights, share, space=space, election=election, seed=recipe.seed, rank=recipe.rank)
-    return MergeRequest(tuple(adapters), recipe, rank, svd_clamp, svd_driver, rng, svd == "exact", backend)
+    exact = svd == "exact" or svd_clamp is not None  # a clamp's limit depends on the signs that a dense SVD gives
+    return MergeRequest(tuple(adapters), recipe, rank, svd_clamp, svd_driver, rng, exact, backend)
 
 
 def _check_config(adapter: str, config: Any) -> None:

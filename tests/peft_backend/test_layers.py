@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft_zoo import LAYERS, Spec, Zoo, assert_same_factors, both, build, factors, layers, product
 from unchanged import assert_unchanged, snapshot
 
+from merge_engine.errors import AdapterError
 from merge_engine.peft_backend import layers as peft_backend_layers
 from merge_engine.peft_backend.drop_in import add_weighted_adapter
 from merge_engine.peft_backend.layers import _holding
@@ -147,3 +148,40 @@ def test_adapters_that_are_merged_into_the_base(combination):
         add_weighted_adapter(each, spec.names, spec.weights, "ours", **spec.call)
     for name, pair in factors(plain, "ours").items():
         assert all(torch.equal(a, b) for a, b in zip(pair, factors(model, "ours")[name], strict=True))
+
+
+@pytest.mark.parametrize("combination", ["linear", "ties", "dare_linear", "magnitude_prune", "svd", "ties_svd", "cat"])
+def test_layers_that_are_prepared_for_hotswaps(combination, tmp_path):
+    """Ranks are filled up beyond the configuration's, and scalings are tensors. Stock's cat fails then."""
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    spec = Spec(call={"combination_type": combination, "density": 0.5})
+    model = build(spec)
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    if combination == "cat":
+        add_weighted_adapter(model, spec.names, spec.weights, "ours", **spec.call)
+        for name, layer in layers(model).items():
+            want = sum(
+                weight * float(layer.scaling[adapter]) * product(*factors(model, adapter)[name])
+                for adapter, weight in zip(spec.names, spec.weights, strict=True)
+            )
+            torch.testing.assert_close(product(*factors(model, "ours")[name]), want, rtol=1e-5, atol=1e-5)
+    elif "svd" in combination:
+        both(spec, model)
+        for name, theirs in factors(model, "theirs").items():
+            torch.testing.assert_close(product(*factors(model, "ours")[name]), product(*theirs), rtol=1e-3, atol=1e-3)
+    else:
+        assert_same_factors(both(spec, model))
+    for A, B in factors(model, "ours").values():
+        assert A.shape[0] == B.shape[1] == model.peft_config["ours"].r
+
+
+@pytest.mark.parametrize("combination", ["linear", "dare_ties", "cat", "svd", "ties_svd"])
+def test_a_model_on_the_meta_device_is_refused(combination):
+    with torch.device("meta"):
+        base = Zoo("linear")
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=list(LAYERS)), "sql")
+    model.add_adapter("chat", LoraConfig(r=3, target_modules=list(LAYERS)))
+    with pytest.raises(AdapterError, match=r"^sql: lora_A of one is on the meta device"):
+        add_weighted_adapter(model, ["sql", "chat"], [1, 1], "merged", combination, density=0.5)
+    assert list(model.peft_config) == ["sql", "chat"]
