@@ -88,6 +88,17 @@ def repositories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, P
     return folders
 
 
+@pytest.fixture
+def pretended_hub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A hub to push to, in memory: see `PretendedHub`."""
+    import huggingface_hub
+    from pretended_hub import PretendedHub
+
+    hub = PretendedHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub.api)
+    return hub
+
+
 @pytest.fixture(scope="session")
 def aot() -> Iterator[Callable[..., Any]]:
     """aot(function, *arguments): its result in one child process, in which Triton compiles.

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from merge_engine.cli.merge_models import print_result, write_model
+from merge_engine.cli.merge_models import print_pushed, print_result, write_model
 from merge_engine.cli.options import (
     add_command,
     given_options,
@@ -16,6 +16,7 @@ from merge_engine.cli.options import (
     recipe_file,
     sweep_options,
     take_output,
+    take_push,
 )
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import CHOICES, KINDS
@@ -91,10 +92,11 @@ def run(options: argparse.Namespace) -> int | None:
         return None
     swept = given.get("sweep", ())
     given = {**{key: value for key, value in recipe.items() if key not in swept}, **given}
-    several = "sweep" in given or "merges" in given
+    several = next((key for key in ("sweep", "merges") if key in given), None)
     if several and "into" in given:
-        key = "sweep" if "sweep" in given else "merges"
-        raise RecipeError(f"{key}: makes adapters, not full models; wanted no --into with it")
+        raise RecipeError(f"{several}: makes adapters, not full models; wanted no --into with it")
+    if several and "push" in given:
+        raise RecipeError(f"{several}: makes several adapters; wanted no --push with it")
     if not several:
         _refuse(given, ("evaluate", "timeout", "best", "memory"), "a sweep", "--sweep")
     if "into" in given:
@@ -106,12 +108,14 @@ def run(options: argparse.Namespace) -> int | None:
     adapters, output = given.pop("adapters"), take_output(given)
     if several:
         return _several(adapters, output, given)
+    repo = take_push(given)
     merged = merge(adapters, output, **given)
     servers = "" if merged.server_note is None else f"; {merged.server_note}"
     print(
         f"{output}: {len(adapters)} adapters, {len(merged.ranks)} modules, "
         f"rank up to {merged.rank}, kept energy {merged.total_energy:.4f}{servers}"
     )
+    print_pushed(merged, repo)
     return None
 
 
@@ -159,8 +163,10 @@ def _several(adapters: Any, output: Any, given: dict[str, Any]) -> int:
 def _mergekit(given: dict[str, Any]) -> None:
     from merge_engine.mergekit.recipe import merge_recipe
 
-    (file,), output = given.pop("adapters"), take_output(given)
+    (file,), output, repo = given.pop("adapters"), take_output(given), take_push(given)
     for key in given:
         if key not in ("seed", "shard_size", "overwrite", "dry_run", "backend"):
             raise RecipeError(f"{key}: wanted it in {file}, a recipe of mergekit's; got it as an option")
-    print_result(merge_recipe(file, output, **given), output)
+    merged = merge_recipe(file, output, **given)
+    print_result(merged, output)
+    print_pushed(merged, repo)

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output
+from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output, take_push
 
 MODELS_EXAMPLES = """\
 examples:
@@ -33,8 +33,16 @@ def run(options: argparse.Namespace) -> None:
 def write_model(given: dict[str, Any], base: str, inputs: list[str]) -> None:
     from merge_engine.into.merge import merge_models
 
-    output = take_output(given)
-    print_result(merge_models(base, inputs, output, **given), output)
+    output, repo = take_output(given), take_push(given)
+    merged = merge_models(base, inputs, output, **given)
+    print_result(merged, output)
+    print_pushed(merged, repo)
+
+
+def print_pushed(merged: Any, repo: str | None) -> None:
+    """Send a result to the hub, if it was asked for, and print its address; only rank 0 does."""
+    if repo is not None and int(os.environ.get("RANK", "0")) == 0:
+        print(f"{merged.path}: pushed to {merged.push_to_hub(repo)}")
 
 
 def print_result(merged: Any, output: Any) -> None:

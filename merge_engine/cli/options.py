@@ -10,7 +10,10 @@ from merge_engine.rules.choices import CHOICES
 from merge_engine.rules.methods import METHODS
 
 # Types of the keys of a recipe file that are not fields of `Recipe`.
-_KINDS = {"output": str, "into": str, "evaluate": str, "backend": str, "vocab": str, "overwrite": bool, "dry_run": bool}
+_KINDS = {
+    **dict.fromkeys(["output", "push", "into", "evaluate", "backend", "vocab"], str),
+    **dict.fromkeys(["overwrite", "dry_run"], bool),
+}
 
 
 def methods_text(kinds: Collection[str]) -> str:
@@ -23,6 +26,7 @@ def methods_text(kinds: Collection[str]) -> str:
 def merge_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", type=Path, help="folder to write, or .safetensors file where the inputs are such files")
+    add("--push", metavar="REPO", help="send the result to the hub, as user/repo; the repository is made if missing")
     add("--overwrite", action="store_true", default=None, help="replace an existing output")
     add("--method", choices=CHOICES["method"], metavar="METHOD", help="one of those listed below; default: ties")
     add(
@@ -126,6 +130,18 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
 
         given["sweep"] = parse_axes(given["sweep"])
     return given
+
+
+def take_push(given: dict[str, Any]) -> str | None:
+    """The repository to send the result to, once the hub has said that it knows who asks; None: it is not sent."""
+    repo: str | None = given.pop("push", None)
+    if repo is not None:
+        if given.get("dry_run"):
+            raise RecipeError("push: sends what was written; wanted no --dry-run with it")
+        from merge_engine.files.hub import check_push
+
+        check_push(repo)
+    return repo
 
 
 def take_output(given: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from merge_engine.files.locate import SINGLE
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.families import PEFT, Family
 from merge_engine.formats.peft_writer import AdapterWriter
+from merge_engine.formats.push import push_output
 from merge_engine.formats.servers import max_lora_rank, vllm_option, warn_of_servers
 from merge_engine.formats.single_file_writer import SingleFileWriter
 from merge_engine.lowrank.small_svd import LowRank
@@ -61,6 +62,14 @@ class Merged:
     def server_note(self) -> str | None:
         """How vLLM loads the result, in a sentence; None of image models' files, which it does not load."""
         return None if family_of(self.plan).single else vllm_option(self.rank)
+
+    def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Send what was written to ``user/repo`` on the hub, with a card that loads it from there; the address.
+
+        private: of a new repository; None: as the account has it. token: None: that of ``hf auth login``.
+        Raises OutputError: the merge was kept in memory, or the hub does not take it.
+        """
+        return push_output(self.path, repo, private=private, token=token)
 
 
 class Output:

@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from merge_engine.errors import MergeError
@@ -14,6 +14,12 @@ SINGLE = ".safetensors"  # the end of the name of a file that is an adapter by i
 def is_hub_id(source: str) -> bool:
     """Whether it has the form ``user/repo`` of a hub id. The hub may not have it."""
     return _HUB_ID.fullmatch(source) is not None
+
+
+def hub_ids(sources: Iterable[str | None]) -> list[str]:
+    """Those of some sources that are of the hub: ids, without the name of a file, that no local folder has."""
+    named = [source.partition(":")[0] for source in sources if source]
+    return [source for source in named if is_hub_id(source) and not Path(source).exists()]
 
 
 def find(

@@ -16,6 +16,7 @@ import torch
 from merge_engine.errors import ModelError
 from merge_engine.files.locate import find
 from merge_engine.files.weights import StoredTensor, open_bin, open_safetensors, open_sharded
+from merge_engine.formats.licence import CARD
 
 MODEL_CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -101,7 +102,7 @@ def open_checkpoint(source: str | Path, *, revision: str | None = None) -> Check
     Raises:
         MergeError: it is missing or damaged, or is no full model.
     """
-    files = [MODEL_CONFIG, *COMPANIONS, "model.safetensors.index.json"]
+    files = [MODEL_CONFIG, CARD, *COMPANIONS, "model.safetensors.index.json"]
     weights = ["model*.safetensors", "pytorch_model*.bin*"]
     name, path = find(source, revision, MODEL_CONFIG, files, weights, ModelError)
     config = _read_config(path, name)

@@ -10,13 +10,14 @@ from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Factor, Module
 from merge_engine.formats.biases import describe_bias
 from merge_engine.formats.experts import LastTensor, describe_experts, pair_of, split_experts
+from merge_engine.formats.licence import CARD
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE, describe, open_weights, sort_tensors
 from merge_engine.formats.single_file import open_file
 
-# Fetched from the hub beside the weights: a config.json shows that it is a full model, before that is downloaded, and
-# the tokenizer's files say which tokens were added.
-_FILES = (ADAPTER_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+# Fetched from the hub beside the weights: a config.json shows that it is a full model, before that is downloaded, the
+# tokenizer's files say which tokens were added, and the card says the licence.
+_FILES = (ADAPTER_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", CARD)
 
 
 def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:

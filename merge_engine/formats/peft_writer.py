@@ -11,17 +11,21 @@ from typing import Any
 import torch
 
 from merge_engine.errors import OutputError, writing
-from merge_engine.files.locate import is_hub_id
+from merge_engine.files.locate import hub_ids
 from merge_engine.files.safetensors_writer import SafetensorsWriter
-from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Expert, Module, saves
+from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Expert, Module, saves, short_name
 from merge_engine.formats.biases import BIAS, check_biases, layer_of, without_bias
 from merge_engine.formats.experts import nested_stems, stacked
 from merge_engine.formats.extras import shared_extras
+from merge_engine.formats.licence import CARD, agreed_licence
 from merge_engine.formats.one_rank import RankAxis, to_one_rank
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE
 from merge_engine.formats.servers import trouble_of_servers
-from merge_engine.report.card import adapter_card
+from merge_engine.formats.use import use_of_adapter, use_on_vllm
+from merge_engine.report.card import RECIPE_FILE, Card, front_matter, recipe_file
+from merge_engine.rules.recipe import DTYPES, Recipe
+from merge_engine.rules.resolved import resolved
 from merge_engine.runtime.finite import finite
 from merge_engine.version import versions
 
@@ -49,6 +53,7 @@ class AdapterWriter:
     """
 
     file_name = WEIGHTS_FILE
+    library = "peft"  # which loads the result, by the hub's name
 
     def __init__(
         self,
@@ -65,6 +70,7 @@ class AdapterWriter:
         self._dtype = dtype
         self._one_rank = ranks == "one"
         self._ranks: dict[str, int] = {}
+        self._config: dict[str, Any] = {}
         self.rank = 0  # the largest one that was written, once all are there
         check_biases(adapters)
         self._extras = shared_extras(adapters, saved)
@@ -128,10 +134,10 @@ class AdapterWriter:
         return trouble_of_servers(self._modules.values(), list(self._extras))
 
     def finish(self, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """`complete`, and write model card and report.
+        """`complete`, and write model card, recipe.yaml and report.
 
         Args:
-            recipe: what was asked for; plain values, as in JSON.
+            recipe: what was asked for: fields of `Recipe`, plain values as in JSON, with a weight for each adapter.
             report: figures of the merge; each module's rank before zeros is added to ``report["modules"][name]``, and
                 the largest one as ``report["rank"]``.
         """
@@ -146,11 +152,29 @@ class AdapterWriter:
         }
         self._write("merge_report.json", json.dumps(full_report, indent=2))
         sources = [adapter.source for adapter in self._adapters]
-        weights = recipe.get("weights")
-        if not isinstance(weights, Sequence) or len(weights) != len(sources):
-            weights = [""] * len(sources)
-        on_hub = base is not None and is_hub_id(base)
-        self._write("README.md", adapter_card(sources, weights, recipe, base, on_hub))
+        weights = recipe.get("weights") or [1.0] * len(sources)
+        dtype = short_name(self._dtype)
+        made_by = resolved(Recipe.from_mapping({**recipe, "dtype": dtype if dtype in DTYPES else None}), weights)
+        licence = agreed_licence([adapter.path for adapter in self._adapters])
+        card = Card(
+            "Merged LoRA adapter",
+            f"Made by merge-engine{f' for the base model `{base}`' if base else ''} from:",
+            "adapter",
+            list(zip(sources, weights, strict=True)),
+            made_by,
+            front_matter(
+                hub_ids([base, *sources]), "adapter", self.library, ["lora", "merge", "merge-engine"], licence
+            ),
+            self._use(),
+            ["What each module kept is in `merge_report.json`.", ""],
+        )
+        self._write(CARD, card.text())
+        self._write(RECIPE_FILE, recipe_file(sources, made_by).rstrip("\n"))
+
+    def _use(self) -> list[str]:
+        """The lines of the card on how to load the result."""
+        served = [] if self.trouble_of_servers() else use_on_vllm(self._config)
+        return use_of_adapter(self._config) + served
 
     def _keys(self, module: Module) -> tuple[str, ...]:
         """The keys of A and of B, or of a bias."""
@@ -196,11 +220,11 @@ class AdapterWriter:
 
     def _describe(self, written: Mapping[str, int]) -> str | None:
         """Write the configuration; the name of the base model."""
-        config = adapter_config(self._adapters, written, list(self._extras))
+        self._config = adapter_config(self._adapters, written, list(self._extras))
         if len(self._matrices()) < len(self._modules):
-            config["lora_bias"] = True
-        self._write(ADAPTER_CONFIG, json.dumps(config, indent=2, sort_keys=True))
-        return config["base_model_name_or_path"]
+            self._config["lora_bias"] = True
+        self._write(ADAPTER_CONFIG, json.dumps(self._config, indent=2, sort_keys=True))
+        return self._config["base_model_name_or_path"]
 
     def _write(self, name: str, text: str) -> None:
         with writing(self._folder / name):

@@ -19,6 +19,7 @@ from merge_engine.formats.adapter import Adapter, Module
 from merge_engine.formats.families import ALPHA, KOHYA
 from merge_engine.formats.peft_writer import AdapterWriter
 from merge_engine.formats.single_file import ADAPTER_METADATA, BASES
+from merge_engine.report.card import HERE, code
 
 # Fields of the header that are carried over where all inputs that have them agree.
 _CARRIED = (*BASES, "ss_v2", "modelspec.implementation", "modelspec.resolution", "modelspec.prediction_type")
@@ -41,6 +42,16 @@ class SingleFileWriter(AdapterWriter):
     ) -> None:
         self.file_name = file_name
         super().__init__(folder, adapters, modules, dtype, ranks)
+
+    library = "diffusers"
+
+    def _use(self) -> list[str]:
+        where = f"pipeline.load_lora_weights({json.dumps(HERE)}, weight_name={json.dumps(self.file_name)})"
+        return [
+            *code("python", f"{where}  # pipeline: of diffusers, loaded as usual"),
+            "",
+            "or put the file into the folder `models/loras` of ComfyUI.",
+        ]
 
     def trouble_of_servers(self) -> str | None:
         """None: servers of language models load no such file."""

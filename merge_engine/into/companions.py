@@ -2,24 +2,32 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import writing
-from merge_engine.files.locate import is_hub_id
+from merge_engine.files.locate import hub_ids
 from merge_engine.files.shards import INDEX_FILE, Layout
 from merge_engine.formats.checkpoint import MODEL_CONFIG, Checkpoint
+from merge_engine.formats.licence import CARD, agreed_licence
+from merge_engine.formats.use import use_of_model
 from merge_engine.models.vocabulary import TOKENIZER_FILE, Union
-from merge_engine.report.card import full_model_card
+from merge_engine.report.card import RECIPE_FILE, Card, front_matter, recipe_file, tokens_text
+from merge_engine.rules.resolved import OF_ADAPTERS, resolved
 from merge_engine.version import versions
 
 
 def write_companions(
-    folder: Path, base: Checkpoint, plan: Plan, layout: Layout, backend: str, union: Union | None = None
+    folder: Path,
+    base: Checkpoint,
+    plan: Plan,
+    layout: Layout,
+    backend: str,
+    union: Union | None = None,
 ) -> None:
-    """Copy the base's files, and write index, config.json, README.md and merge_report.json.
+    """Copy the base's files, and write index, config.json, README.md, recipe.yaml and merge_report.json.
 
     union: the tokens of the output, where vocabularies are united; tokenizer files and config.json are written for it.
     """
@@ -42,21 +50,40 @@ def write_companions(
         "recipe": recipe,
         "versions": versions(),
     }
+    made_by = {**resolved(plan.recipe, plan.weights, leave_out=OF_ADAPTERS), "vocab": recipe["vocab"]}
     added = {} if union is None else {token: entry["id"] for token, entry in union.added.items()}
     if union is not None:
         report["added_tokens"] = added
     texts = {
         MODEL_CONFIG: _config(base, plan.recipe.dtype, union),
         INDEX_FILE: layout.index(),
-        "README.md": full_model_card(
-            report["inputs"], recipe["weights"], recipe, base.source, is_hub_id(base.source), added
-        ),
+        CARD: _card(base, plan, made_by, added),
+        RECIPE_FILE: recipe_file(report["inputs"], made_by, into=base.source),
         "merge_report.json": json.dumps(report, indent=2) + "\n",
     }
     for name, text in texts.items():
         if text is not None:
             with writing(folder / name):
                 (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _card(base: Checkpoint, plan: Plan, made_by: Mapping[str, Any], added: Mapping[str, int]) -> str:
+    """The README.md. added: {token: index} that the base lacks."""
+    sources = [source.source for source in plan.adapters]
+    licence = agreed_licence([base.path, *plan.inputs])
+    return (
+        Card(
+            "Merged model",
+            f"Made by merge-engine: `{base.source}` with these merged into it:",
+            "input",
+            list(zip(sources, plan.weights, strict=True)),
+            made_by,
+            front_matter(hub_ids([base.source, *sources]), "merge", "transformers", ["merge", "merge-engine"], licence),
+            use_of_model(base.config, base.companions()),
+            tokens_text(added) if added else [],
+        ).text()
+        + "\n"
+    )
 
 
 def _config(base: Checkpoint, dtype: str | None, union: Union | None) -> str:

@@ -21,6 +21,7 @@ from merge_engine.files.shards import SHARD_SIZE, Layout
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_engine.formats.open import open_adapters
+from merge_engine.formats.push import push_output
 from merge_engine.into.companions import write_companions
 from merge_engine.into.job import Input, IntoJob, make_job, open_input
 from merge_engine.into.place import place
@@ -45,6 +46,14 @@ class MergedModel:
     resumed: int  # of these, finished by an earlier run
     seconds: float  # taken, or estimated by a dry run
     shards: dict[str, int]  # bytes by file
+
+    def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Send the model to ``user/repo`` on the hub, with a card that loads it from there; the address.
+
+        private: of a new repository; None: as the account has it. token: None: that of ``hf auth login``.
+        Raises OutputError: it was a dry run, or the hub does not take it.
+        """
+        return push_output(self.path, repo, private=private, token=token)
 
 
 def merge_into(

@@ -1,82 +1,61 @@
-"""Model cards: the README.md of a merged adapter and of a merged model."""
+"""Model cards, the README.md of a merged adapter and of a merged model, and the recipe.yaml that repeats the merge."""
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+RECIPE_FILE = "recipe.yaml"
 _SHOWN = 64  # added tokens that a model card lists
+_USE = "\n## Use\n"
+HERE = "."  # the output's folder, in the lines that load it, whatever it is called
+_IN_HERE = "In this folder, or with its path in place of `.`:"
 
 
-def adapter_card(
-    sources: Sequence[str], weights: Sequence[Any], recipe: Mapping[str, Any], base: Any, hub: bool
-) -> str:
-    """The README.md of a merged adapter: front matter for the hub, what was merged and how, and how to load it.
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
 
-    sources: where the inputs came from, in order. base: the base model's name; hub: whether that is a hub id.
+    front: the front matter, for the hub: see `front_matter`. inputs: where each input came from, and its weight.
+    recipe: {field: value}, resolved. more: lines after the recipe. use: lines on how to load the output.
     """
-    return _page(
-        {"library_name": "peft", "tags": ["lora", "merge", "merge-engine"]},
-        base if hub else None,  # the hub takes no local path
-        "Merged LoRA adapter",
-        f"Made by merge-engine{f' for the base model `{base}`' if base else ''} from:",
-        ("adapter", sources, weights),
-        recipe,
-        [
-            "What each module kept is in `merge_report.json`.",
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from peft import PeftModel",
-            "",
-            "model = PeftModel.from_pretrained(base_model, path_to_this_folder)  # base_model: loaded as usual",
-            "```",
-        ],
-    )
+
+    title: str
+    lead: str
+    what: str  # the inputs are: "adapter"
+    inputs: Sequence[tuple[str, float]]
+    recipe: Mapping[str, Any]
+    front: Mapping[str, Any]
+    use: Sequence[str]
+    more: Sequence[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """The card, in Markdown."""
+        import yaml
+
+        rows = [f"| {_cell(source)} | {weight} |" for source, weight in self.inputs]
+        header = ["---", yaml.safe_dump(dict(self.front), sort_keys=False).strip(), "---", "", f"# {self.title}", ""]
+        table = [self.lead, "", f"| {self.what} | weight |", "| --- | --- |", *rows, ""]
+        recipe = ["## Recipe", "", "```yaml", recipe_text(self.recipe), "```", ""]
+        repeat = [f"`merge-engine merge {RECIPE_FILE} -o OUT` repeats the merge, where the inputs are.", ""]
+        use = [_USE.strip("\n"), "", _IN_HERE, "", *self.use]
+        return "\n".join([*header, *table, *recipe, *repeat, *self.more, *use])
 
 
-def full_model_card(
-    sources: Sequence[str],
-    weights: Sequence[float],
-    recipe: Mapping[str, Any],
-    base: str,
-    hub: bool,
-    tokens: Mapping[str, int],
-) -> str:
-    """The README.md of a merged model: front matter for the hub, what was merged into what, and how.
+def front_matter(
+    hub_ids: Sequence[str], relation: str, library: str, tags: Sequence[str], licence: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The front matter of a card.
 
-    base: the base model's folder or hub id; hub: whether it is one. tokens: {token: index} that the base lacks.
+    hub_ids: those of the base and of the inputs; of a local path the hub knows nothing. relation: what the output is to
+    them: "adapter" or "merge", as the hub names it. licence: its fields, if all inputs agree.
     """
-    return _page(
-        {"library_name": "transformers", "tags": ["merge", "merge-engine"]},
-        base if hub else None,
-        "Merged model",
-        f"Made by merge-engine: `{base}` with these merged into it:",
-        ("input", sources, weights),
-        recipe,
-        _tokens_card(tokens) if tokens else [],
-    )
-
-
-def _page(
-    front: dict[str, Any],
-    base: str | None,
-    title: str,
-    lead: str,
-    inputs: tuple[str, Sequence[str], Sequence[Any]],
-    recipe: Mapping[str, Any],
-    ending: Sequence[str],
-) -> str:
-    import yaml
-
-    if base is not None:
-        front = {"base_model": base, **front}
-    what, sources, weights = inputs
-    rows = [f"| {_cell(source)} | {weight} |" for source, weight in zip(sources, weights, strict=True)]
-    header = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", "", lead, ""]
-    table = [f"| {what} | weight |", "| --- | --- |", *rows, ""]
-    return "\n".join([*header, *table, "## Recipe", "", "```yaml", recipe_text(recipe), "```", "", *ending])
+    found = list(dict.fromkeys(hub_ids))
+    front: dict[str, Any] = {}
+    if found:
+        front = {"base_model": found[0] if len(found) == 1 else found, "base_model_relation": relation}
+    return {**front, "library_name": library, **licence, "tags": list(tags)}
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
@@ -88,15 +67,40 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
         if not key.startswith("module_"):
             shown[key] = value
         elif value:
-            shown[key] = f"of {len(value)} modules, listed in merge_report.json"
+            shown[key] = f"of {len(value)} modules, listed in {RECIPE_FILE}"
     return yaml.safe_dump(shown, sort_keys=False).strip()
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def recipe_file(inputs: Sequence[str], recipe: Mapping[str, Any], into: str | None = None) -> str:
+    """The text of recipe.yaml: what `merge-engine merge recipe.yaml -o OUT` repeats the merge by.
+
+    inputs: as they were given. into: the base of a merge into one.
+    """
+    import yaml
+
+    values = {"adapters": list(inputs), **({} if into is None else {"into": into}), **recipe}
+    return (
+        f"# merge-engine merge {RECIPE_FILE} -o OUT\n"
+        "# Folders are as they were given: relative ones to where the merge was run.\n"
+        + yaml.safe_dump(values, sort_keys=False)
+    )
 
 
-def _tokens_card(tokens: Mapping[str, int]) -> list[str]:
+def code(language: str, *lines: str) -> list[str]:
+    """A block of code."""
+    return [f"```{language}", *lines, "```"]
+
+
+def moved(text: str, repo: str) -> str:
+    """The text of a card for an output on the hub: its section on use loads it from there."""
+    before, use, after = text.partition(_USE)
+    after = after.replace(f"{_IN_HERE}\n\n", "")
+    for start, end in (('"', '"'), ("=", "\n")):
+        after = after.replace(f"{start}{HERE}{end}", f"{start}{repo}{end}")
+    return before + use + after
+
+
+def tokens_text(tokens: Mapping[str, int]) -> list[str]:
     """The table of the tokens that the base lacks; tokens are JSON strings, escaped for a Markdown table."""
     rows = []
     for token, index in islice(tokens.items(), _SHOWN):
@@ -105,3 +109,7 @@ def _tokens_card(tokens: Mapping[str, int]) -> list[str]:
     rest = len(tokens) - len(rows)
     more = [f"and {rest} more, listed in `merge_report.json`.", ""] if rest else []
     return ["## Added tokens", "", "| token | index |", "| --- | --- |", *rows, "", *more]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

@@ -144,8 +144,8 @@ def test_companions_are_no_weights(tmp_path):
 def test_a_model_from_the_hub(tmp_path, repositories):
     """Weights in safetensors if there are any, else those of torch.save; and what else makes a model of them."""
     repositories["org/model-1"] = save_model(tmp_path / "model")
-    names = {"config.json", "tokenizer.json", "additional_chat_templates/tool.jinja"}
-    for name in (*names, "README.md", "pytorch_model.bin", "original/model.safetensors"):
+    names = {"config.json", "tokenizer.json", "additional_chat_templates/tool.jinja", "README.md"}
+    for name in (*names, "pytorch_model.bin", "original/model.safetensors"):
         (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "model" / name).open("a").close()
 

@@ -100,9 +100,9 @@ def test_a_sharded_adapter_from_the_hub(tmp_path, hub):
 
 
 def test_what_is_fetched_from_the_hub(tmp_path, repositories):
-    """Configuration, weights, and the files that say which tokens were added; a model card or an optimizer is not."""
+    """Configuration, weights, and the files that say which tokens were added and which licence; an optimizer is not."""
     wanted = {"adapter_config.json", "adapter_model.safetensors"}
-    wanted |= {"tokenizer.json", "tokenizer_config.json", "added_tokens.json"}
+    wanted |= {"tokenizer.json", "tokenizer_config.json", "added_tokens.json", "README.md"}
     repositories["user/repo"] = saved(tmp_path / "whole", r=4)
     for name in (*wanted, "optimizer.pt", "training_args.bin", "checkpoint-9/adapter_model.safetensors"):
         (tmp_path / "whole" / name).parent.mkdir(exist_ok=True)

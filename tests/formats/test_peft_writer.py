@@ -203,6 +203,7 @@ def test_the_report_and_the_card(tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "merge_report.json",
+        "recipe.yaml",
     ]
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
     assert report["recipe"] == {"method": "linear", "weights": [0.5, 0.5], "seed": 0}
@@ -217,10 +218,15 @@ def test_the_report_and_the_card(tmp_path):
     _, front, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {
         "base_model": "org/base",
+        "base_model_relation": "adapter",
         "library_name": "peft",
         "tags": ["lora", "merge", "merge-engine"],
     }
-    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == report["recipe"]
+    told = {"method": "linear", "weights": [0.5, 0.5], "space": "delta", "scale": 1.0, "rank": "auto", "ranks": "one"}
+    told |= {"dtype": "float32"}
+    assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == told
+    sources = {"adapters": [str(tmp_path / name) for name in ("one", "two")]}
+    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()) == sources | told
     assert f"| {tmp_path / 'one'} | 0.5 |" in card
 
 

@@ -16,7 +16,7 @@ def test_shards_and_what_lies_beside_them(base, three, tmp_path):
     merge_engine.merge_into(base, three, tmp_path / "one", weights=WEIGHTS)
     merge_engine.merge_into(base, three, tmp_path / "many", weights=WEIGHTS, shard_size=900)
     one, many = tmp_path / "one", tmp_path / "many"
-    beside = {"config.json", "tokenizer.json", "chat_template.jinja", "modeling_toy.py", "README.md"}
+    beside = {"config.json", "tokenizer.json", "chat_template.jinja", "modeling_toy.py", "README.md", "recipe.yaml"}
     assert set(bytes_of(one)) == {*beside, "merge_report.json", "model.safetensors"}
     shards = sorted(path.name for path in many.glob("model-*.safetensors"))
     assert shards == [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -39,7 +39,7 @@ def test_shards_and_what_lies_beside_them(base, three, tmp_path):
 def test_the_card_names_a_base_of_the_hub(base, three, tmp_path, repositories):
     """Its front matter, that is: the hub takes no local path there."""
     repositories["org/base"] = base
-    for source, named in ((base, []), ("org/base", ["base_model: org/base"])):
+    for source, named in ((base, []), ("org/base", ["base_model: org/base", "base_model_relation: merge"])):
         merge_engine.merge_into(source, three, tmp_path / "out", overwrite=True)
         front = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
         assert [line for line in front.splitlines() if line.startswith("base_model")] == named

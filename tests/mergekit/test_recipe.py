@@ -202,8 +202,11 @@ def test_a_changed_gradient_is_another_merge(here, tmp_path):
     assert told["module_weights"]["model.layers.2.self_attn.q_proj"] == [1.0, 0.5, 0.75]
     assert told["module_densities"]["model.layers.4.self_attn.q_proj"] == [0.1, 0.8, 0.8]
     shown = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
-    tables = dict.fromkeys(["module_weights", "module_densities"], "of 48 modules, listed in merge_report.json")
-    assert shown == told | tables and len(told["module_weights"]) == 48
+    tables = dict.fromkeys(["module_weights", "module_densities"], "of 48 modules, listed in recipe.yaml")
+    assert {key: shown[key] for key in tables} == tables and len(told["module_weights"]) == 48
+    assert all(told[key] in (value, None) for key, value in shown.items() if key not in tables)
+    kept = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert {key: kept[key] for key in tables} == {key: told[key] for key in tables}
     plain = Recipe(module_weights={"a": (1.0, 2.0)}, module_densities={"a": (0.5, 1.0)}).as_dict()
     assert json.loads(json.dumps(plain)) == plain
 

@@ -163,7 +163,11 @@ def test_equal_vocabularies_merge_as_without_a_union(tmp_path):
     for vocab in ("base", "union"):
         merge_engine.merge_models(base, models, tmp_path / f"{vocab}-out", method="dare_ties", vocab=vocab)
     one, other = bytes_of(tmp_path / "base-out"), bytes_of(tmp_path / "union-out")
-    assert {name for name in one | other if one.get(name) != other.get(name)} == {"README.md", "merge_report.json"}
+    assert {name for name in one | other if one.get(name) != other.get(name)} == {
+        "README.md",
+        "merge_report.json",
+        "recipe.yaml",
+    }
     assert report_of(tmp_path / "base-out")["recipe"]["vocab"] == "base"
 
 
