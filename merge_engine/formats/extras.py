@@ -8,6 +8,7 @@ import torch
 from merge_engine.errors import AdapterError
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import KEY_PREFIX, TOKENS, Adapter, is_base_copy, short_name
+from merge_engine.formats.tokens import carried_tokens, token_layer
 
 Owned = Sequence[tuple[str, StoredTensor]]  # (adapter, its tensor) of one key, in the adapters' order
 
@@ -36,26 +37,36 @@ class AverageTensor(StoredTensor):
 
 
 def shared_extras(adapters: Sequence[Adapter], saved: str | None = None) -> dict[str, StoredTensor]:
-    """{key: tensor} of what is carried over beside the merged factors; see `carried_over`.
+    """{key: tensor} of what is carried over beside the merged factors; see `carried_over` and `carried_tokens`.
 
     Raises:
-        AdapterError: a tensor differs between two adapters, and saved does not say what to do; their trained tokens
-            are not the same ones; or a layer that one adapter holds whole is adapted in another.
+        AdapterError: a tensor, or the row of a trained token, differs between two adapters, and saved does not say
+            what to do; or a layer that one adapter holds whole is adapted in another.
     """
-    found = carried_over([(adapter.name, adapter.extras) for adapter in adapters], saved)
-    for key in found:
-        layer = key.removeprefix(KEY_PREFIX).rpartition(".")[0].removesuffix(".modules_to_save")
+    whole = []
+    for adapter in adapters:
+        layers = {key: stored for key, stored in adapter.extras.items() if not key.endswith(TOKENS)}
+        whole.append((adapter.name, layers))
+    found = carried_over(whole, saved) | carried_tokens(adapters, saved)
+    _check_layers(adapters, found)
+    return dict(sorted(found.items()))
+
+
+def _check_layers(adapters: Sequence[Adapter], extras: Mapping[str, StoredTensor]) -> None:
+    """Raise AdapterError where a layer is held whole, or has trained tokens, and is changed in another way, too."""
+    for key in extras:
+        if is_base_copy(key):
+            continue
+        owner = next(adapter.name for adapter in adapters if key in adapter.extras)
+        layer = token_layer(key) if key.endswith(TOKENS) else key.removeprefix(KEY_PREFIX).rpartition(".")[0]
+        layer = layer.removesuffix(".modules_to_save")
+        if not key.endswith(TOKENS) and f"{KEY_PREFIX}{layer}{TOKENS}" in extras:
+            raise AdapterError(f"{owner} holds {layer} whole, and another adapter trains tokens of it")
         adapting = [adapter.name for adapter in adapters if layer in adapter.modules]
-        if adapting and not is_base_copy(key):
-            owner = next(adapter.name for adapter in adapters if key in adapter.extras)
+        if adapting:
             raise AdapterError(
                 f"{owner} holds {layer} whole, and {adapting[0]} adapts it; such layers cannot be merged"
             )
-    if any(key.endswith(TOKENS) for key in found):
-        for other in adapters[1:]:
-            if other.config.get("trainable_token_indices") != adapters[0].config.get("trainable_token_indices"):
-                raise AdapterError(f"trainable_token_indices differ between {adapters[0].name} and {other.name}")
-    return found
 
 
 def carried_over(

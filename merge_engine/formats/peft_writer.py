@@ -22,6 +22,7 @@ from merge_engine.formats.one_rank import RankAxis, to_one_rank
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE
 from merge_engine.formats.servers import trouble_of_servers
+from merge_engine.formats.tokens import token_settings
 from merge_engine.formats.use import use_of_adapter, use_on_vllm
 from merge_engine.report.card import RECIPE_FILE, Card, front_matter, recipe_file
 from merge_engine.rules.recipe import DTYPES, Recipe
@@ -278,8 +279,9 @@ def adapter_config(adapters: Sequence[Adapter], ranks: Mapping[str, int], extras
     }
     if parameters:
         config["target_parameters"] = _agreed(adapters, "target_parameters") or parameters
-    if any(key.endswith("trainable_tokens_delta") for key in extras):
-        config["trainable_token_indices"] = adapters[0].config.get("trainable_token_indices")
+    tokens = token_settings(adapters, extras)
+    if tokens is not None:
+        config["trainable_token_indices"] = tokens
     return config
 
 
