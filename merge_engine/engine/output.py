@@ -14,7 +14,8 @@ from merge_engine.errors import OutputError
 from merge_engine.files.folder import place_file, place_folder
 from merge_engine.files.locate import SINGLE
 from merge_engine.formats.adapter import Adapter
-from merge_engine.formats.families import PEFT, Family
+from merge_engine.formats.families import MLX, PEFT, Family
+from merge_engine.formats.mlx_writer import MlxWriter
 from merge_engine.formats.peft_writer import AdapterWriter
 from merge_engine.formats.push import push_output
 from merge_engine.formats.servers import max_lora_rank, vllm_option, warn_of_servers
@@ -60,8 +61,8 @@ class Merged:
 
     @property
     def server_note(self) -> str | None:
-        """How vLLM loads the result, in a sentence; None of image models' files, which it does not load."""
-        return None if family_of(self.plan).single else vllm_option(self.rank)
+        """How vLLM loads the result, in a sentence; None of image models' files and MLX's, which it does not load."""
+        return vllm_option(self.rank) if family_of(self.plan) == PEFT else None
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Send what was written to ``user/repo`` on the hub, with a card that loads it from there; the address.
@@ -204,6 +205,8 @@ def check_output(plan: Plan, path: Path) -> None:
     family = family_of(plan)
     if path.suffix == SINGLE and not family.single:
         raise OutputError(f"{path} is a file, wanted a folder to write to: the adapters are {family}")
+    if plan.recipe.ranks == "own" and not family.own_ranks:
+        raise OutputError(f"{path}: {family} has one rank for all modules, wanted ranks='one'")
 
 
 def family_of(plan: Plan) -> Family:
@@ -217,6 +220,8 @@ def _writer(plan: Plan, folder: Path, path: Path) -> AdapterWriter:
     if family_of(plan).single:
         name = path.name if path.suffix == SINGLE else f"{os.path.realpath(path).rpartition(os.sep)[2]}{SINGLE}"
         return SingleFileWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, file_name=name)
+    if family_of(plan) == MLX:
+        return MlxWriter(folder, adapters, described, plan.dtype)
     return AdapterWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, plan.recipe.saved)
 
 

@@ -20,19 +20,21 @@ class Family(NamedTuple):
     """How the files of some tools are made.
 
     name: as it stands in messages. names: whose names of modules it has; None where they fit any: those of text
-    encoders only. single: whether an adapter is one .safetensors file.
+    encoders only. single: whether an adapter is one .safetensors file. own_ranks: whether its modules may have ranks of
+    their own.
     """
 
     name: str
     names: str | None = None
     single: bool = True
+    own_ranks: bool = True
 
     def __str__(self) -> str:
         return f"{self.name} with {self.names}" if self.names else self.name
 
 
 PEFT = Family("PEFT's folder", single=False)
-MLX = Family("MLX's folder", single=False)
+MLX = Family("MLX's folder", single=False, own_ranks=False)
 KOHYA, PEFT_NAMED, DIFFUSERS = "kohya's file", "a PEFT-named file", "an early diffusers file"
 
 

@@ -11,6 +11,7 @@ from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Factor, Module
 from merge_engine.formats.biases import describe_bias
 from merge_engine.formats.experts import LastTensor, describe_experts, pair_of, split_experts
 from merge_engine.formats.licence import CARD
+from merge_engine.formats.mlx import ADAPTERS_FILE, is_mlx, open_mlx
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE, describe, open_weights, sort_tensors
 from merge_engine.formats.single_file import open_file
@@ -18,6 +19,8 @@ from merge_engine.formats.single_file import open_file
 # Fetched from the hub beside the weights: a config.json shows that it is a full model, before that is downloaded, the
 # tokenizer's files say which tokens were added, and the card says the licence.
 _FILES = (ADAPTER_CONFIG, "config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", CARD)
+
+_DESCRIBED = (WEIGHTS_FILE, ADAPTERS_FILE)  # weights that mean nothing without the configuration beside them
 
 
 def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
@@ -34,7 +37,9 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     file = _single_file(source, revision)
     if file is not None:
         return open_file(file, str(source), file.stem if file.suffix == Path(source).suffix else Path(source).name)
-    name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*",), AdapterError)
+    name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*", ADAPTERS_FILE), AdapterError)
+    if is_mlx(path):
+        return open_mlx(path, str(source), name)
     config = read_config(path, name)
     found, extras = sort_tensors(open_weights(path, name), config, name)
     modules, pairs = _modules(name, found, config)
@@ -69,9 +74,9 @@ def _single_file(source: str | Path, revision: str | None) -> Path | None:
     """The file that is the whole adapter; None where a folder with a configuration is asked for."""
     file = find_file(source, revision, AdapterError)
     if file is not None or not isinstance(source, str | Path):
-        return file if file is None or file.name != WEIGHTS_FILE else None  # PEFT's has a configuration beside it
+        return file if file is None or file.name not in _DESCRIBED else None
     folder = Path(source).expanduser()
-    described = any((folder / name).exists() for name in (ADAPTER_CONFIG, "config.json", WEIGHTS_FILE))
+    described = any((folder / name).exists() for name in (ADAPTER_CONFIG, "config.json", *_DESCRIBED))
     return None if described or not folder.is_dir() else only_file(folder, AdapterError)
 
 

@@ -103,20 +103,26 @@ class AdapterWriter:
         a = self._cast(a, key_a).reshape(rank, *module.a_shape[1:])
         b = self._cast(b, key_b).reshape(module.rows, rank, *module.b_shape[2:])
         if module.expert is not None:
-            self._add_expert(module.expert, a, b)
+            self._add_expert(module, module.expert, a, b)
         else:
-            self._weights.add(key_a, a)
-            self._weights.add(key_b, b)
+            self._put(module, a, b)
 
-    def _add_expert(self, expert: Expert, a: torch.Tensor, b: torch.Tensor) -> None:
+    def _add_expert(self, module: Module, expert: Expert, a: torch.Tensor, b: torch.Tensor) -> None:
         """Keep an expert's pair until those of all have come; then write them as one."""
         waiting = self._waiting.setdefault(expert.key, {})
         waiting[expert.number] = a, b
         if len(waiting) == expert.count:
             pairs = self._waiting.pop(expert.key)
-            stem = KEY_PREFIX + self._stems[expert.key]
-            for side, factor in zip("AB", stacked([pairs[number] for number in sorted(pairs)]), strict=True):
-                self._weights.add(f"{stem}.lora_{side}.weight", factor)
+            self._put_experts(module, [pairs[number] for number in sorted(pairs)])
+
+    def _put(self, module: Module, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Write the two tensors of a module, or of all experts."""
+        for key, tensor in zip(self._keys(module), (a, b), strict=True):
+            self._weights.add(key, tensor)
+
+    def _put_experts(self, module: Module, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Write the pairs of all experts, in their order, as one. module: of any of them."""
+        self._put(module, *stacked(pairs))
 
     def _cast(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
         cast = tensor.detach().to(self._dtype)
@@ -186,6 +192,11 @@ class AdapterWriter:
             return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
         return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
+    def _axes(self, module: Module) -> tuple[RankAxis, RankAxis]:
+        """Where the two tensors of a module, or of all experts, have their rank."""
+        count = 1 if module.expert is None else module.expert.count
+        return RankAxis(0, before=count), RankAxis(1, after=count)
+
     def _added(self) -> Sequence[str]:
         """The keys of tensors that are written beside factors and extras."""
         return ()
@@ -202,7 +213,7 @@ class AdapterWriter:
             self._weights.add(key, extra.read())
         self._weights.close()
         if self._one_rank:
-            return self._made_one(None)
+            return self._made_one(self._metadata(None))
         ranks: dict[str, int] = {}
         for module in self._matrices():  # of experts, the largest one counts
             ranks[module.target] = max(self._ranks[module.name], ranks.get(module.target, 0))
@@ -214,8 +225,7 @@ class AdapterWriter:
     def _made_one(self, metadata: Mapping[str, str] | None) -> dict[str, int]:
         keys: dict[str, RankAxis] = {}
         for module in self._matrices():
-            count = 1 if module.expert is None else module.expert.count
-            keys |= zip(self._keys(module), (RankAxis(0, before=count), RankAxis(1, after=count)), strict=True)
+            keys |= zip(self._keys(module), self._axes(module), strict=True)
         rank = to_one_rank(self._file, keys, metadata)
         return {module.target: rank for module in self._matrices()}
 
