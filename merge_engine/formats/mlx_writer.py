@@ -11,16 +11,24 @@ from merge_engine.formats.mlx import ADAPTERS_FILE
 from merge_engine.formats.one_rank import RankAxis, padded
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_writer import AdapterWriter
+from merge_engine.report.card import HERE, code
 
 
 class MlxWriter(AdapterWriter):
     """As `AdapterWriter`, with MLX's two files in place of PEFT's. All modules have one rank, as MLX wants it."""
 
     file_name = ADAPTERS_FILE
+    library = "mlx"
 
     def trouble_of_servers(self) -> str | None:
         """None: servers of PEFT's adapters load no such folder."""
         return None
+
+    def _use(self) -> list[str]:
+        """The lines of the card on how to load the result."""
+        base = next((json.dumps(adapter.base_model) for adapter in self._adapters if adapter.base_model), "base_model")
+        load = f"model, tokenizer = load({base}, adapter_path={json.dumps(HERE)})"
+        return code("python", "from mlx_lm import load", "", load)
 
     def _keys(self, module: Module) -> tuple[str, str]:
         stem = module.name if module.expert is None else module.expert.layer
