@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import AdapterError
+from merge_engine.formats.ways_out import OTHER_METHODS, STARTS, way_out
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,16 +35,15 @@ REFUSED = {
     "use_dora": "DoRA rescales the base weight",
     "bias": "biases of the base model were trained",
     "layer_replication": "it applies to a model with repeated layers",
-    "alora_invocation_tokens": "activated LoRA applies to some tokens only",
+    "alora_invocation_tokens": "activated LoRA (aLoRA) acts after its invocation tokens only, a merged delta always",
     "use_qalora": "QA-LoRA pools the input",
     "use_bdlora": "BD-LoRA factors are block-diagonal",
-    "arrow_config": "Arrow routes between adapters",
+    "arrow_config": "Arrow routes between adapters by the input, so it is no one delta; merge the adapters",
     "kasa_config": "KaSA changes the base weights",
     "monteclora_config": "MonteCLoRA samples its weights",
     "megatron_config": "Megatron's parallel layers are not supported",
 }
-# Initialisations that subtract the start of the adapter from the base weights.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGES_BASE = tuple(STARTS)  # initialisations that subtract the start of the adapter from the base weights
 _TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}
 _TYPES |= {"target_parameters": list}
 _LARGEST = 2**63  # JSON may hold Infinity, NaN and integers of any size
@@ -94,7 +94,8 @@ def rank_and_scaling(config: dict[str, Any], name: str) -> Callable[[str], tuple
 
 def check_config(config: dict[str, Any], name: str) -> None:
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{name}: peft_type is {config.get('peft_type')}, wanted LORA")
+        method = config.get("peft_type")
+        raise AdapterError(f"{name}: peft_type is {method}, wanted LORA{way_out(OTHER_METHODS, method)}")
     for key, reason in REFUSED.items():
         if config.get(key) not in (None, False, "none", [], {}):
             raise AdapterError(f"{name}: {key} is set in {ADAPTER_CONFIG}; {reason}")
@@ -104,8 +105,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise AdapterError(
-            f"{name}: init_lora_weights is {start}, which changed the base weights; save it again with PEFT's "
-            "path_initial_model_for_weight_conversion to make it a plain LoRA"
+            f"{name}: init_lora_weights is {start}, which changed the base weights{way_out(STARTS, start.lower())}"
         )
     for key in config.keys() - READ - KEPT - RESET - REFUSED.keys():
         if config[key]:
