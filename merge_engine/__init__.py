@@ -23,6 +23,8 @@ if _typing.TYPE_CHECKING:
     from merge_engine.many.session import Session
     from merge_engine.mergekit.recipe import merge_recipe
     from merge_engine.rules.recipe import Recipe
+    from merge_engine.sweeps.run import sweep
+    from merge_engine.sweeps.table import SweepResult
 
 __all__ = [
     "AdapterError",
@@ -37,6 +39,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Session",
+    "SweepResult",
     "__version__",
     "interference",
     "merge",
@@ -47,6 +50,7 @@ __all__ = [
     "normalize",
     "open_adapter",
     "open_checkpoint",
+    "sweep",
 ]
 
 # In a checkout the kernels live beside this package, not inside it: look there too.
@@ -66,6 +70,7 @@ _HOMES = {
     "Recipe": "rules.recipe",
     "RecipeError": "errors",
     "Session": "many.session",
+    "SweepResult": "sweeps.table",
     "interference": "compare.interference",
     "merge": "engine.merge",
     "merge_into": "into.merge",
@@ -75,6 +80,7 @@ _HOMES = {
     "normalize": "formats.normalize",
     "open_adapter": "formats.open",
     "open_checkpoint": "formats.checkpoint",
+    "sweep": "sweeps.run",
 }
 
 

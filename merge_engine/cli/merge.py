@@ -3,18 +3,20 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from merge_engine.cli.merge_models import print_pushed, print_result, write_model
 from merge_engine.cli.options import (
+    OF_EVALUATION,
     add_command,
     given_options,
     merge_options,
     methods_text,
     parse_rank,
     recipe_file,
+    refuse,
     sweep_options,
+    take_evaluation,
     take_output,
     take_push,
 )
@@ -98,11 +100,11 @@ def run(options: argparse.Namespace) -> int | None:
     if several and "push" in given:
         raise RecipeError(f"{several}: makes several adapters; wanted no --push with it")
     if not several:
-        _refuse(given, ("evaluate", "timeout", "best", "memory"), "a sweep", "--sweep")
+        refuse(given, ("evaluate", *OF_EVALUATION, "memory"), "a sweep", "--sweep")
     if "into" in given:
         write_model(given, given.pop("into"), given.pop("adapters"))
         return None
-    _refuse(given, ("vocab", "shard_size", "dry_run"), "full models", "--into BASE")
+    refuse(given, ("vocab", "shard_size", "dry_run"), "full models", "--into BASE")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("ranks: a single process merges adapters into one; wanted --into BASE with several processes")
     adapters, output = given.pop("adapters"), take_output(given)
@@ -119,33 +121,22 @@ def run(options: argparse.Namespace) -> int | None:
     return None
 
 
-def _refuse(given: dict[str, Any], keys: Sequence[str], subject: str, option: str) -> None:
-    """Raise RecipeError for keys that only apply to a subject, which another option asks for."""
-    for key in keys:
-        if key in given:
-            raise RecipeError(f"{key}: only applies to {subject}; wanted {option} with it")
-
-
 def _several(adapters: Any, output: Any, given: dict[str, Any]) -> int:
     """A sweep, or the merges of a recipe file; prints a table of all. The exit code is 1 if one failed."""
-    from merge_engine.sweep.run import run as run_sweep
-    from merge_engine.sweep.score import command
-    from merge_engine.sweep.trials import pool_trials, sweep_trials
+    from merge_engine.sweeps.run import run as run_sweep
+    from merge_engine.sweeps.trials import pool_trials, sweep_trials
 
-    axes, merges, text = given.pop("sweep", None), given.pop("merges", None), given.pop("evaluate", None)
-    if text is None:
-        _refuse(given, ("timeout", "best"), "an evaluation", "--evaluate")
+    axes, merges = given.pop("sweep", None), given.pop("merges", None)
     if axes is not None and merges is not None:
         raise RecipeError("sweep: wanted a sweep or merges, got both")
-    timeout, choose = given.pop("timeout", None), given.pop("best", "highest")
-    evaluation = None if text is None else command(text, timeout)
+    evaluation = take_evaluation(given)
     options = {key: given.pop(key) for key in ("memory", "overwrite", "backend") if key in given}
     if merges is None:
         trials = sweep_trials(axes, given, len(adapters))
     else:
         adapters, trials = pool_trials(merges, adapters, given)
     try:
-        outcome = run_sweep(adapters, output, trials, evaluation=evaluation, choose=choose, **options)
+        outcome = run_sweep(adapters, output, trials, evaluation=evaluation, **options)
     except KeyboardInterrupt:
         print(f"merge-engine: interrupted; run the same command again to go on with {output}", file=sys.stderr)
         return 130

@@ -11,7 +11,7 @@ from merge_engine.rules.methods import METHODS
 
 # Types of the keys of a recipe file that are not fields of `Recipe`.
 _KINDS = {
-    **dict.fromkeys(["output", "push", "into", "evaluate", "backend", "vocab"], str),
+    **dict.fromkeys(["output", "push", "into", "evaluate", "pattern", "results", "backend", "vocab"], str),
     **dict.fromkeys(["overwrite", "dry_run"], bool),
 }
 
@@ -96,14 +96,47 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=V,V",
         help="merge every combination of values, as density=0.1,0.2 scale=0.5,1; lists as weights=2:1:1,1:1:1",
     )
+    evaluation_options(add)
+    add("--memory", metavar="SIZE", help="limit for all merges together; default: 4GB")
+
+
+def evaluation_options(add: Any) -> None:
+    """How results are scored."""
     add(
         "--evaluate",
         metavar="COMMAND",
-        help="score each result: run this command, with its folder for {path}; the score is the last number printed",
+        help="score each result: run this command, with its folder for {path}. It prints JSON on its last line, or "
+        "`name: X` lines, or a number, or lm-eval's table",
     )
+    add("--metric", nargs="+", metavar="NAME", help="metrics that count, as arc/acc or '*/acc' or code/pass=2 (weight)")
+    add("--combine", choices=("mean", "worst"), help="of several metrics: their weighted mean, or the worst")
+    add("--maximize", dest="best", action="store_const", const="highest", help="the highest score is best (default)")
+    add("--minimize", dest="best", action="store_const", const="lowest", help="the lowest score is best")
+    add("--best", choices=("highest", "lowest"), help="the same as --maximize or --minimize")
+    add("--pattern", metavar="REGEX", help="read what is printed by named groups, as 'acc=(?P<acc>[0-9.]+)'")
+    add("--results", metavar="PATH", help="read a JSON file, or a folder of lm-eval's, with {path} in it")
     add("--timeout", type=float, metavar="SECONDS", help="limit of one evaluation; default: none")
-    add("--best", choices=("highest", "lowest"), help="which score is best; default: highest")
-    add("--memory", metavar="SIZE", help="limit for all merges together; default: 4GB")
+
+
+OF_EVALUATION = ("metric", "combine", "best", "pattern", "results", "timeout")
+
+
+def take_evaluation(given: dict[str, Any]) -> Any:
+    """The evaluation that options or a recipe file ask for, taken out of them; None without one."""
+    from merge_engine.sweeps.score import evaluation_of
+
+    text = given.pop("evaluate", None)
+    if text is None:
+        refuse(given, OF_EVALUATION, "an evaluation", "--evaluate")
+        return None
+    return evaluation_of(text, **{key: given.pop(key) for key in OF_EVALUATION if key in given})
+
+
+def refuse(given: dict[str, Any], keys: Sequence[str], subject: str, option: str) -> None:
+    """Raise RecipeError for keys that only apply to a subject, which another option asks for."""
+    for key in keys:
+        if key in given:
+            raise RecipeError(f"{key}: only applies to {subject}; wanted {option} with it")
 
 
 def add_command(commands: Any, name: str, run: Any, examples: str, summary: str) -> argparse.ArgumentParser:
@@ -126,7 +159,7 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
     if "density" in given:
         given["density"] = density(given["density"])
     if "sweep" in given:
-        from merge_engine.sweep.trials import parse_axes
+        from merge_engine.sweeps.trials import parse_axes
 
         given["sweep"] = parse_axes(given["sweep"])
     return given

@@ -1,6 +1,6 @@
-"""``python -m merge_engine.demo.evaluate [ADAPTER]``: measures an adapter of the demo's base; prints a number last.
+"""``python -m merge_engine.demo.evaluate [ADAPTER]``: measures an adapter of the demo's base; prints its score last.
 
-The number is the mean over the six tasks of the adapter's accuracy relative to that of the task's own adapter, in
+The score is the mean over the six tasks of the adapter's accuracy relative to that of the task's own adapter, in
 percent. ``--sample tuning`` (the default) measures on the sample on which the demo chooses scales, and ``--sample
 reported`` on the one that it reports: choose by the first, quote the second. Without an adapter, measures the base.
 """
@@ -24,13 +24,13 @@ def score(adapter: Path | None, sample: str = "tuning") -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line for each task, and the mean last."""
+    """Print a line for each task, and their mean as the score."""
     parser = argparse.ArgumentParser(prog="python -m merge_engine.demo.evaluate", description=__doc__)
     parser.add_argument("adapter", nargs="?", type=Path)
     parser.add_argument("--sample", choices=SAMPLES, default="tuning")
     options = parser.parse_args(arguments)
     for name, figure in score(options.adapter, options.sample).items():
-        print(f"{name:12}{figure:.4f}")
+        print(f"{'score' if name == 'mean' else name}: {figure:.4f}")
 
 
 if __name__ == "__main__":

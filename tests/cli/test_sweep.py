@@ -1,11 +1,13 @@
 """merge-engine merge with --sweep, or with the merges of a recipe file."""
 
+import json
+
 import pytest
 import yaml
 from command_line import run_cli
 from sweeps import assert_same
 
-from merge_engine.sweep import run as sweep_run
+from merge_engine.sweeps import run as sweep_run
 
 
 def test_the_command_sweeps_and_goes_on(three, tmp_path, capsys):
@@ -42,6 +44,32 @@ def test_a_recipe_file_with_a_sweep(three, tmp_path, capsys):
     options = ["-o", tmp_path / "two", "--sweep", "density=0.5,0.6"]
     assert run_cli(capsys, "merge", tmp_path / "recipe.yaml", *options)[0] == 0
     assert {path.name for path in (tmp_path / "two").glob("d*")} == {"density=0.5", "density=0.6"}
+
+
+def test_metrics_on_the_command_line_and_in_a_file(three, tmp_path, capsys):
+    told = {"=1": {"a": 1, "b": 9}, "=2": {"a": 2, "b": 3}}
+    for end, metrics in told.items():
+        (tmp_path / f"told{end}").write_text(json.dumps(metrics))
+    script = f"sh -c 'cat \"{tmp_path}/told=${{1##*=}}\"' name {{path}}"
+    command = ["merge", *three, "-o", tmp_path / "out", "--sweep", "scale=1,2", "--evaluate", script]
+    code, out, err = run_cli(capsys, *command)
+    assert code == 1 and "wanted --metric with one or more of a, b" in err
+    for options, scores in [
+        (["--metric", "a", "b=3"], [7, 2.75]),
+        (["--metric", "?", "--combine", "worst"], [1, 2]),
+        (["--metric", "b", "--minimize"], [9, 3]),
+    ]:
+        code, out, err = run_cli(capsys, *command, *options)
+        rows = [line.split() for line in out.splitlines()]
+        assert (code, err) == (0, "") and rows[0][-3:] == ["a", "b", "score"]
+        best = max(scores) if "--minimize" not in options else min(scores)
+        assert [row[-1] == "best" for row in rows[1:3]] == [score == best for score in scores]
+        assert [float(row[5]) for row in rows[1:3]] == scores
+    recipe = {"adapters": list(map(str, three)), "output": str(tmp_path / "out"), "sweep": {"scale": [1, 2]}}
+    recipe |= {"evaluate": script, "metric": {"a": 1, "b": 3}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = run_cli(capsys, "merge", tmp_path / "recipe.yaml")
+    assert code == 0 and out.splitlines()[1].endswith("7  <- best")
 
 
 def test_a_recipe_file_with_merges(three, tmp_path, capsys):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import merge_engine
-from merge_engine.sweep.run import run
-from merge_engine.sweep.score import Evaluation, command
-from merge_engine.sweep.trials import sweep_trials
+from merge_engine.sweeps.run import run
+from merge_engine.sweeps.score import command, function
+from merge_engine.sweeps.trials import sweep_trials
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def test_the_demo_by_a_sweep(tmp_path):
         seed = evaluate.SAMPLES[sample]
         return demo._mean(quiet(lambda: demo._relative(demo._marks(demo._load(folder), seed), own[sample])))
 
-    evaluation = Evaluation("demo", reach)
+    evaluation = function(reach, text="demo")
     axes = {"method": ["linear", "ties"], "scale": [0.2, 0.35, 1]}
     delta = run(list(adapter_paths().values()), tmp_path / "delta", sweep_trials(axes, {}, 6), evaluation=evaluation)
     apart = sweep_trials({"scale": [0.05, 0.1, 0.2]}, {"method": "linear", "space": "factors"}, 6)

@@ -7,7 +7,8 @@ from lora_files import save_factors
 from safetensors.torch import load_file
 
 import merge_engine
-from merge_engine.sweep.score import Evaluation
+from merge_engine.sweeps.goal import Goal
+from merge_engine.sweeps.score import Evaluation
 
 MODULES = ("layers.0.q_proj", "layers.1.q_proj")
 
@@ -44,9 +45,10 @@ class Scores:
     def __init__(self, say=lambda folder: 1.0, text="scores"):
         self.say, self.text, self.asked = say, text, []
 
-    def __call__(self):
-        return Evaluation(self.text, self._score)
+    def __call__(self, **goal):
+        return Evaluation(self.text, self._measure, Goal(**goal))
 
-    def _score(self, folder):
+    def _measure(self, folder):
         self.asked.append(folder.name)
-        return self.say(folder)
+        said = self.say(folder)
+        return said if isinstance(said, dict) else {"score": said}

@@ -31,7 +31,7 @@ from merge_engine.rules.conventions import CONVENTIONS
 from merge_engine.rules.methods import METHODS, STRICT, looks_at
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.recipe import Recipe
-from merge_engine.sweep.trials import sweep_trials
+from merge_engine.sweeps.trials import sweep_trials
 
 ROWS = [name for name, row in METHODS.items() if row.kind == "elementwise"]
 CASES = list(product(ROWS, CONVENTIONS))

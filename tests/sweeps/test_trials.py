@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import merge_engine
 from merge_engine.errors import RecipeError
 from merge_engine.rules.methods import _LOOKS, METHODS
-from merge_engine.sweep.trials import Trial, parse_axes, pool_trials, sweep_trials, text_of
+from merge_engine.sweeps.trials import Trial, parse_axes, pool_trials, sweep_trials, text_of
 
 
 def test_axes_by_hand():

@@ -4,9 +4,9 @@ import pytest
 
 from merge_engine.report.charts import NAMED
 from merge_engine.rules.methods import METHODS
-from merge_engine.sweep.plot import best_axis, draw, lines_of
-from merge_engine.sweep.table import Row, SweepResult
-from merge_engine.sweep.trials import Trial
+from merge_engine.sweeps.plot import best_axis, draw, lines_of
+from merge_engine.sweeps.table import Row, SweepResult
+from merge_engine.sweeps.trials import Trial
 
 pytest.importorskip("matplotlib")
 

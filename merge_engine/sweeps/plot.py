@@ -7,8 +7,9 @@ from typing import Any
 
 from merge_engine.files.text import replaced
 from merge_engine.report.charts import COLOURS, MARKERS, NAMED
-from merge_engine.sweep.table import BEST, Row, SweepResult
-from merge_engine.sweep.trials import number_of, text_of
+from merge_engine.sweeps.goal import BEST
+from merge_engine.sweeps.table import Row, SweepResult
+from merge_engine.sweeps.trials import number_of, text_of
 
 LOG_FROM = 8.0  # the axis is logarithmic where its highest value is this many times its lowest
 Point = tuple[float, float]

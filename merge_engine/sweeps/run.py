@@ -7,18 +7,21 @@ and every score, so the same command goes on from wherever the last one was stop
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from merge_engine.engine.output import Merged
-from merge_engine.errors import MergeError, OutputError, RecipeError
+from merge_engine.errors import MergeError, OutputError
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
 from merge_engine.many.merge_many import Failed, merge_many
-from merge_engine.sweep.score import Evaluation
-from merge_engine.sweep.table import BEST, PLOT, TABLE, Row, SweepResult, Table, difference_from, digest_of
-from merge_engine.sweep.trials import Trial
+from merge_engine.sweeps.score import Evaluation, evaluation_of
+from merge_engine.sweeps.table import PLOT, TABLE, Row, SweepResult, Table, difference_from, digest_of
+from merge_engine.sweeps.trials import Trial, sweep_trials
 
 
 def run(
@@ -27,7 +30,6 @@ def run(
     trials: Sequence[Trial],
     *,
     evaluation: Evaluation | None = None,
-    choose: str = "highest",
     memory: int | str = "4GB",
     overwrite: bool = False,
     progress: bool | None = None,
@@ -42,8 +44,6 @@ def run(
     """
     from tqdm import tqdm
 
-    if choose not in BEST:
-        raise RecipeError(f"best: wanted one of {', '.join(BEST)}, got {choose!r}")
     output, opened = Path(output), open_adapters(adapters)
     digests = [digest_of(adapter) for adapter in opened]
     made_from = [" ".join(digests[number] for number in trial.adapters) for trial in trials]
@@ -77,10 +77,55 @@ def run(
             _score(row, evaluation)
             table.write(rows)
     axes = list(dict.fromkeys(name for trial in trials for name in trial.varied))
-    outcome = SweepResult(output, rows, choose, axes)
+    outcome = SweepResult(output, rows, "highest" if evaluation is None else evaluation.goal.best, axes)
     if outcome.best() is not None:
         _plot(outcome)
     return outcome
+
+
+def sweep(
+    adapters: Sequence[str | Path | Adapter],
+    grid: Mapping[str, Sequence[Any]],
+    output: str | Path | None = None,
+    *,
+    evaluate: str | Callable[[Path], Any] | None = None,
+    metric: str | Sequence[str] | Mapping[str, float] = (),
+    combine: str = "mean",
+    best: str = "highest",
+    timeout: float | None = None,
+    memory: int | str = "4GB",
+    overwrite: bool = False,
+    progress: bool | None = None,
+    backend: str | None = None,
+    **recipe: Any,
+) -> SweepResult:
+    """Merge every combination of a grid's values, and score each; the rows, and ``best()`` of them.
+
+    sweep(adapters, {"method": ["linear", "tsv"], "gain": [0.7, 1]}, "out", evaluate=accuracy, scale="auto")
+
+    grid: {field of a recipe: values}. recipe: fields that all merges have.
+    output: each merge has a folder of a readable name in it, beside ``sweep.csv``, and the same call goes on from
+        what is there. None: folders are temporary, and only the rows remain.
+    evaluate: a command with ``{path}``, or a function of the folder, which returns a number or a table of metrics.
+    metric: those that count, as "arc/acc" or "*/acc", with weights as {"code/pass": 2}; combine: "mean" or "worst";
+    best: "highest" or "lowest". timeout: of a command, in seconds.
+
+    An error in one merge or evaluation is in its row's `error`. Raises MergeError before anything is written.
+    """
+    options = {"metric": metric, "combine": combine, "best": best, "timeout": timeout}
+    evaluation = None if evaluate is None else evaluation_of(evaluate, **options)  # type: ignore[arg-type]
+    opened = open_adapters(adapters)
+    trials = sweep_trials({name: list(values) for name, values in grid.items()}, recipe, len(opened))
+    place = TemporaryDirectory(prefix="merge-engine-") if output is None else nullcontext(str(output))
+    with place as folder:
+        return run(
+            *(opened, folder, trials),
+            evaluation=evaluation,
+            memory=memory,
+            overwrite=overwrite,
+            progress=progress,
+            backend=backend,
+        )
 
 
 def _has_to_be_merged(row: Row, made_from: str, opened: Sequence[Adapter], overwrite: bool) -> bool:
@@ -125,7 +170,8 @@ class _Merges:
 def _score(row: Row, evaluation: Evaluation) -> None:
     row.evaluate = evaluation.text
     try:
-        row.score, row.error = evaluation.score(row.folder), ""
+        row.metrics = evaluation.measure(row.folder)
+        row.score, row.error = evaluation.goal.score(row.metrics), ""
     except MergeError as error:
         row.error = str(error)
 
@@ -134,6 +180,6 @@ def _plot(outcome: SweepResult) -> None:
     if find_spec("matplotlib") is None:
         warnings.warn(f"{PLOT}: not drawn, needs matplotlib: pip install matplotlib", stacklevel=2)
         return
-    from merge_engine.sweep.plot import draw
+    from merge_engine.sweeps.plot import draw
 
     draw(outcome, outcome.output / PLOT)

@@ -7,8 +7,8 @@ from sweeps import Scores, assert_same, rows_of, save_lora
 
 from merge_engine.engine.output import Output
 from merge_engine.errors import OutputError
-from merge_engine.sweep.run import run
-from merge_engine.sweep.trials import sweep_trials
+from merge_engine.sweeps.run import run
+from merge_engine.sweeps.trials import sweep_trials
 
 
 def everything(output):
@@ -82,3 +82,28 @@ def test_a_table_that_is_none(three, tmp_path, text, message):
     (tmp_path / "out" / "sweep.csv").write_text(text, encoding="latin-1")
     with pytest.raises(OutputError, match=rf"sweep\.csv: {message}"):
         run(three, tmp_path / "out", sweep_trials({"scale": [1]}, {}, 3))
+
+
+def test_metrics_are_columns_and_another_goal_needs_no_new_measurement(three, tmp_path):
+    output, trials = tmp_path / "out", sweep_trials({"scale": [1, 2]}, {"method": "linear"}, 3)
+    figures = {"scale=1": {"acc": 0.1, "loss": 9.0, "seconds": 5.0, "score": 2.0, "bad": float("nan")}}
+    figures["scale=2"] = {"acc": 0.3, "loss": 7.5, "seconds": 6.0, "score": 1.0}
+    scores = Scores(lambda folder: figures[folder.name])
+    outcome = run(three, output, trials, evaluation=scores(metrics={"acc": 1.0}))
+    assert outcome.best().trial.name == "scale=2"
+    rows = rows_of(output)
+    assert [rows[name]["acc"] for name in figures] == ["0.1", "0.3"]
+    assert [rows[name]["score"] for name in figures] == ["0.1", "0.3"]
+    assert [rows[name]["seconds (metric)"] for name in figures] == ["5.0", "6.0"]
+    assert [rows[name]["score (metric)"] for name in figures] == ["2.0", "1.0"]
+    assert "loss" in outcome.table().splitlines()[0] and "bad" not in rows["scale=1"]
+    scores.asked.clear()
+    goal = {"metrics": {"loss": 1.0, "seconds": 1.0}, "best": "lowest"}
+    again = run(three, output, trials, evaluation=scores(**goal))
+    assert scores.asked == [] and [row.score for row in again.rows] == [7.0, 6.75]
+    assert again.best().trial.name == "scale=2" and again.rows[0].metrics["score"] == 2.0
+    missing = run(three, output, trials, evaluation=scores(metrics={"f1": 1.0}))
+    assert scores.asked == ["scale=1", "scale=2"] and "wanted the metric f1, got acc, loss" in missing.rows[0].error
+    scores.asked.clear()
+    found = run(three, output, trials, evaluation=scores(metrics={"loss": 1.0}))  # what was measured then is not lost
+    assert scores.asked == [] and [row.score for row in found.rows] == [9.0, 7.5] and not found.failed

@@ -4,7 +4,7 @@ import pytest
 from sweeps import save_lora
 
 from merge_engine.many.merge_many import merge_many
-from merge_engine.sweep import run as sweep_run
+from merge_engine.sweeps import run as sweep_run
 
 
 @pytest.fixture

@@ -5,22 +5,25 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import OutputError
+from merge_engine.errors import MergeError, OutputError
 from merge_engine.files.text import replaced
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE
 from merge_engine.rules.recipe import Recipe
-from merge_engine.sweep.score import Evaluation
-from merge_engine.sweep.trials import Trial, text_of
+from merge_engine.sweeps.goal import BEST
+from merge_engine.sweeps.readings import SCORE, Metrics
+from merge_engine.sweeps.score import Evaluation
+from merge_engine.sweeps.trials import Trial, text_of
 
 TABLE, PLOT, REPORT = "sweep.csv", "sweep.png", "merge_report.json"
-BEST: dict[str, Callable[..., "Row"]] = {"highest": max, "lowest": min}
+SHOWN = 6  # metrics in the printed table; the file has all
 COLUMNS = ("folder", "kept_energy", "seconds", "score", "error", "evaluate", "made_from")
+NOT_METRICS = {*COLUMNS, "adapters", *(each.name for each in fields(Recipe))}
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Row:
     """The result of one trial.
 
     seconds: of merging. The merges of a run share their work; each row has an even share of the time.
+    metrics: all that the evaluation measured. score: what its goal makes of them.
     made_from: digests of the adapters that the folder was merged from, in order.
     """
 
@@ -35,6 +39,7 @@ class Row:
     folder: Path
     kept_energy: float | None = None
     seconds: float | None = None
+    metrics: Metrics = field(default_factory=dict)
     score: float | None = None
     error: str = ""
     evaluate: str = ""
@@ -43,9 +48,13 @@ class Row:
     def cells(self) -> dict[str, str]:
         """The row of the table."""
         varied = {name: text_of(value) for name, value in self.trial.varied.items()}
-        numbers = {name: getattr(self, name) for name in ("kept_energy", "seconds", "score")}
+        results = {name: getattr(self, name) for name in ("kept_energy", "seconds", "score")}
         texts = {"folder": self.trial.name, "error": self.error, "evaluate": self.evaluate, "made_from": self.made_from}
-        return varied | {name: "" if value is None else repr(value) for name, value in numbers.items()} | texts
+        metrics = {metric_column(name): repr(value) for name, value in self.metrics.items() if math.isfinite(value)}
+        if self.metrics.keys() == {SCORE}:
+            metrics = {}  # it is the score
+        numbers = {name: "" if value is None else repr(value) for name, value in results.items()}
+        return varied | metrics | numbers | texts
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,9 @@ class SweepResult:
         """Rows in columns with the best one marked; where there are several methods, the best of each below."""
         best = self.best()
         scored = any(row.score is not None for row in self.rows)
-        names = [*self.axes, "kept energy", "seconds", *(["score"] if scored else [])]
+        metrics = [name for name in dict.fromkeys(name for row in self.rows for name in row.metrics) if name != SCORE]
+        shown = metrics if len(metrics) <= SHOWN else []
+        names = [*self.axes, "kept energy", "seconds", *shown, *(["score"] if scored else [])]
         cells = [[*map(self._cell(row), names), "<- best" if row is best else row.error] for row in self.rows]
         widths = [max(map(len, column)) for column in zip([*names, ""], *cells, strict=True)]
         lines = ["  ".join(f"{text:>{width}}" for text, width in zip([*names, ""], widths, strict=True))]
@@ -91,6 +102,8 @@ class SweepResult:
         }
 
         def cell(name: str) -> str:
+            if name not in results and name in row.metrics:
+                return format(row.metrics[name], ".6g")
             if name not in results:
                 return text_of(row.trial.varied[name]) if name in row.trial.varied else ""
             value, digits = results[name]
@@ -127,6 +140,12 @@ class Table:
         row = Row(trial, folder, made_from=cells.get("made_from", ""), seconds=number_in(cells.get("seconds")))
         if evaluation is None or cells.get("evaluate") == evaluation.text:
             row.score, row.evaluate = number_in(cells.get("score")), cells.get("evaluate", "")
+            found = {metric_of(name): number_in(text) for name, text in cells.items() if metric_of(name) is not None}
+            row.metrics = {name: value for name, value in found.items() if name is not None and value is not None}
+            if row.score is not None and not row.metrics:
+                row.metrics = {SCORE: row.score}
+            if row.metrics and evaluation is not None:  # the goal may be another one
+                row.score = _scored(evaluation, row.metrics)
         return row
 
     def write(self, rows: Sequence[Row]) -> None:
@@ -143,6 +162,26 @@ class Table:
             writer = csv.DictWriter(file, [*varied, *COLUMNS], restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows([*new, *others])
+
+
+def metric_column(name: str) -> str:
+    """The column of a metric: its name, unless another column or a field of a recipe has it."""
+    return f"{name} (metric)" if name in NOT_METRICS or name.endswith(" (metric)") else name
+
+
+def metric_of(column: str) -> str | None:
+    """The metric in a column, or None: a column that is no metric's."""
+    if column in NOT_METRICS:
+        return None
+    return column.removesuffix(" (metric)")
+
+
+def _scored(evaluation: Evaluation, metrics: Metrics) -> float | None:
+    """The score of metrics that the table has; None, to measure again, where the goal needs others."""
+    try:
+        return evaluation.goal.score(metrics)
+    except MergeError:
+        return None
 
 
 def number_in(text: str | None) -> float | None:

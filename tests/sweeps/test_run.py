@@ -6,11 +6,12 @@ import signal
 import pytest
 from sweeps import Scores, assert_same, rows_of
 
+import merge_engine
 from merge_engine.engine.output import Output
 from merge_engine.errors import MergeError, RecipeError
 from merge_engine.files.weights import StoredTensor
-from merge_engine.sweep.run import run
-from merge_engine.sweep.trials import parse_axes, pool_trials, sweep_trials, text_of
+from merge_engine.sweeps.run import run
+from merge_engine.sweeps.trials import parse_axes, pool_trials, sweep_trials, text_of
 
 
 def test_a_sweep_equals_single_merges(three, tmp_path):
@@ -59,11 +60,11 @@ def test_what_fails_is_told_in_its_row_and_the_rest_goes_on(three, tmp_path, mer
 def test_lowest_is_best_where_that_is_asked_for(three, tmp_path):
     trials = sweep_trials({"scale": [1, 2, 3]}, {"method": "linear"}, 3)
     scores = {"scale=1": 0.5, "scale=2": -0.5, "scale=3": 0.7}
-    outcome = run(three, tmp_path / "out", trials, evaluation=Scores(lambda f: scores[f.name])(), choose="lowest")
+    outcome = run(three, tmp_path / "out", trials, evaluation=Scores(lambda f: scores[f.name])(best="lowest"))
     marked = [line for line in outcome.table().splitlines() if line.endswith("<- best")]
     assert len(marked) == 1 and marked[0].split()[0] == "2"
     with pytest.raises(RecipeError, match=r"^best: wanted one of highest, lowest, got 'least'$"):
-        run(three, tmp_path / "out", trials, choose="least")
+        Scores()(best="least")
 
 
 def test_the_same_run_again_does_nothing(three, tmp_path, merged):
@@ -126,7 +127,7 @@ def test_an_interrupted_merge_goes_on(three, tmp_path, monkeypatch):
 
 DIES = """
 import os, signal
-from merge_engine.sweep.table import Table
+from merge_engine.sweeps.table import Table
 right, calls = Table.write, []
 def write(*arguments):
     calls.append(arguments)
@@ -174,3 +175,27 @@ def test_files_are_read_as_often_for_many_merges_as_for_one(three, tmp_path, mon
     ]
     run(three, tmp_path / "four", pool_trials(merges, three, {})[1])
     assert len(reads) == once > 0
+
+
+def test_a_sweep_by_a_function(three, tmp_path):
+    def measure(folder):
+        energy = json.loads((folder / "merge_report.json").read_text())["energy"]
+        return {"energy": energy, "size": float((folder / "adapter_model.safetensors").stat().st_size)}
+
+    grid = {"rank": (1, 3), "method": ["linear"]}
+    for output in (tmp_path / "out", None):
+        outcome = merge_engine.sweep(three, grid, output, evaluate=measure, metric="energy", scale=2.0)
+        assert outcome.best().trial.varied == {"rank": 3, "method": "linear"}
+        assert outcome.best().metrics.keys() == {"energy", "size"}
+        assert outcome.best().folder.is_dir() == (output is not None)
+    assert_same(outcome_folder := tmp_path / "out" / "linear,rank=3", three, method="linear", rank=3, scale=2.0)
+    assert rows_of(outcome_folder.parent)["linear,rank=1"]["size"] != ""
+    least = merge_engine.sweep(three, grid, tmp_path / "out", evaluate=measure, metric="size", best="lowest", scale=2.0)
+    assert least.best().trial.varied["rank"] == 1
+    for options, message in [
+        ({"evaluate": measure, "timeout": 3}, "timeout: only applies to a command"),
+        ({"evaluate": measure, "metric": 3}, "metric: wanted names, got 3"),
+        ({"evaluate": 3}, "evaluate: wanted a function or a command, got 3"),
+    ]:
+        with pytest.raises(RecipeError, match=f"^{message}"):
+            merge_engine.sweep(three, grid, tmp_path / "new", **options)
