@@ -14,6 +14,7 @@ import torch
 from merge_engine.errors import AdapterError, RecipeError, writing
 from merge_engine.files.folder import place_folder
 from merge_engine.formats.adapter import Adapter, common_dtype, short_name
+from merge_engine.formats.biases import BIAS
 from merge_engine.formats.checkpoint import COMPANIONS
 from merge_engine.formats.families import PEFT
 from merge_engine.formats.open import open_adapter
@@ -86,7 +87,8 @@ def _write(adapter: Adapter, folder: Path, dtype: torch.dtype) -> tuple[str, ...
             a, b = (factor.double() for factor in adapter.factors(name))
             scaled = b * module.scaling
             writer.add(name, a, scaled)
-            if not (_holds(dtype, a) and _holds(dtype, scaled) and _short(module.scaling)):
+            exact = _holds(dtype, scaled @ a) if module.kind == BIAS else _holds(dtype, a) and _holds(dtype, scaled)
+            if not (exact and _short(module.scaling)):
                 rounded.append(name)
         writer.complete()
         warn_of_servers(adapter.name, writer.trouble_of_servers())

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from merge_engine.formats.adapter import KEY_PREFIX, Module, is_base_copy
+from merge_engine.formats.biases import BIAS
 from merge_engine.formats.peft_tensors import EMBEDDINGS
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def trouble_of_servers(modules: Iterable[Module], extras: Sequence[str]) -> str 
 
     modules: its modules. extras: keys of the tensors beside the factors.
     """
-    found = []
+    modules, found = list(modules), []
     saved = sorted(key.removeprefix(KEY_PREFIX) for key in extras if not is_base_copy(key))
     if saved:
         found.append(f"layers that are saved whole ({_first(saved)})")
@@ -42,6 +43,9 @@ def trouble_of_servers(modules: Iterable[Module], extras: Sequence[str]) -> str 
     )
     if ends:
         found.append(f"LoRA of embeddings and output heads ({_first(ends)})")
+    biases = sorted(module.name for module in modules if module.kind == BIAS)
+    if biases:
+        found.append(f"lora_bias ({_first(biases)})")
     return " and ".join(found) or None
 
 

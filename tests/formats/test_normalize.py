@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from command_line import run_cli
+from expert_models import save_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import save_factors
@@ -125,6 +126,32 @@ def test_what_is_beside_the_factors_is_kept(tmp_path, caplog):
     assert one.keys() == two.keys()
     assert torch.equal(one["base_model.model.score.weight"], two["base_model.model.score.weight"])
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"] == ["score"]
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape")  # PEFT's, of any bias
+def test_experts_and_biases(tmp_path):
+    """Each expert's pair at one rank, stacked as PEFT has them; a bias times its scaling."""
+    experts = {"r": 3, "lora_alpha": 6, "rank_pattern": {"mlp.experts.down_proj": 2}}
+    before = open_adapter(save_experts(tmp_path / "experts", 0, **experts))
+    assert len({module.rank for module in before.modules.values()}) > 1
+    merge_engine.normalize(before, tmp_path / "one")
+    biased = open_adapter(saved(tmp_path / "biased", toy, target_modules=["fc", "block.fc"], lora_bias=True, r=4))
+    edit(tmp_path / "biased", lora_alpha=12, rank_pattern={})
+    written = merge_engine.normalize(open_adapter(tmp_path / "biased"), tmp_path / "bias")
+    assert {name for name in biased.modules if name.endswith(".bias")} == {"fc.bias", "block.fc.bias"}
+    for old, new in (("experts", "one"), ("biased", "bias")):
+        adapter = open_adapter(tmp_path / new)
+        assert {module.scaling for module in adapter.modules.values()} == {1.0}
+        assert len({module.rank for module in adapter.modules.values() if module.kind != "bias"}) == 1
+        want, got = (deltas(tmp_path / folder, adapter.modules) for folder in (old, new))
+        assert all((got[name] - want[name]).abs().max() <= 2**-23 * want[name].abs().max() for name in want)
+    assert set(written.rounded) == set(biased.modules)  # 12 / 4 is no power of two
+    model, base = (
+        PeftModel.from_pretrained(toy(), tmp_path / "bias"),
+        PeftModel.from_pretrained(toy(), tmp_path / "biased"),
+    )
+    x = torch.randn(3, 6)
+    assert torch.allclose(model.base_model.model.fc(x), base.base_model.model.fc(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.quick
