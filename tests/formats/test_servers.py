@@ -8,8 +8,11 @@ import torch
 from lora_files import save_factors
 from peft_adapters import save_adapter
 from peft_models import classifier, edit, saved
+from toy_models import save_adapter as save_toy_adapter
+from toy_models import save_base
 
 import merge_engine
+from merge_engine.errors import RecipeError
 from merge_engine.formats.open import open_adapter
 from merge_engine.formats.servers import VLLM_RANKS, max_lora_rank, trouble_of_servers, vllm_option
 
@@ -124,3 +127,10 @@ def test_what_servers_leave_out(tmp_path):
     edit(save_factors(tmp_path / "heads", factors, extras=heads), modules_to_save=["a", "b", "c", "d"])
     found = "layers that are saved whole (a.weight, b.weight, c.weight and 1 more)"
     assert trouble(tmp_path / "heads") == f"{found} and {names}"
+
+
+def test_ranks_belong_to_adapters(tmp_path):
+    base = save_base(tmp_path / "base")
+    with pytest.raises(RecipeError, match=r"^ranks: a merge into a base model has no ranks; wanted none, got own$"):
+        merge_engine.merge_into(base, [save_toy_adapter(tmp_path / "sql", 1)], tmp_path / "out", ranks="own")
+    assert not (tmp_path / "out").exists()
