@@ -134,6 +134,10 @@ class Interference:
     modules: dict[str, Figures]
     overall: Figures
 
+    def __repr__(self) -> str:
+        what = f"{some(len(self.adapters), 'adapter')}, {some(len(self.modules), 'module')}, density {self.density}"
+        return f"Interference({what}: {self.summary()})"
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; arrays are in the order of ``adapters``, and None stands for an undefined figure."""
         return {

@@ -2,10 +2,13 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import ENOUGH, ENOUGH_RANK, LOW, NUMERICAL_RANK, SMALLEST_ROW, Finished
@@ -48,6 +51,7 @@ class Merged:
     modules: dict[str, LowRank] = field(default_factory=dict, repr=False)
     ranks: dict[str, int] = field(default_factory=dict, repr=False)
     figures: dict[str, dict[str, float]] = field(default_factory=dict, repr=False)
+    backend: str = field(default="", repr=False)
 
     @property
     def rank(self) -> int:
@@ -72,13 +76,51 @@ class Merged:
         """
         return push_output(self.path, repo, private=private, token=token)
 
+    def save(self, path: str | Path, *, overwrite: bool = False) -> "Merged":
+        """Write a merge that was kept in memory: the same bytes as ``merge(..., path)``. Returns the written one.
+
+        Raises OutputError as `merge` does.
+        """
+        from merge_engine.engine.in_hand import save
+
+        save(self, Path(path), overwrite)
+        return replace(self, path=Path(path), modules={})
+
+    def as_tensors(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(adapter_config.json as a table, {key: tensor}) as they are written, for engines that load from memory.
+
+        SGLang: ``engine.load_lora_adapter_from_tensors(name, tensors, config)``. The tensors are copies.
+        Raises OutputError for adapters of image models and of MLX.
+        """
+        from merge_engine.engine.in_hand import as_tensors
+
+        return as_tensors(self)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{key: tensor} by PEFT's names, for ``set_peft_model_state_dict``; see `as_tensors`."""
+        return self.as_tensors()[1]
+
+    def apply_to(self, model: Any, name: str = "merged") -> None:
+        """Add the merge to a PeftModel as an adapter of this name, and make it the active one; nothing is written.
+
+        Raises RecipeError for a model without PEFT, a name that it has, or modules that it lacks.
+        """
+        from merge_engine.engine.in_hand import apply_to
+
+        apply_to(self, model, name)
+
+    def _repr_html_(self) -> str:
+        from merge_engine.engine.in_hand import html
+
+        return html(self)
+
 
 class Output:
     """What a merge makes, module by module: kept, or written into a folder."""
 
     def __init__(self, plan: Plan, backend: Backend, path: Path | None, folder: Path | None) -> None:
         self.plan, self.backend, self.path = plan, backend, path
-        self.writer = None if folder is None or path is None else _writer(plan, folder, path)
+        self.writer = None if folder is None or path is None else writer_of(plan, folder, path)
         self.energy: dict[str, float] = {}
         self.ranks: dict[str, int] = {}
         self.figures: dict[str, dict[str, float]] = {}
@@ -99,7 +141,7 @@ class Output:
     def finish(self) -> None:
         """Complete the folder: every module is there. What the user ought to know is logged."""
         if self.writer is not None:
-            _finish(self.writer, self.plan, self.backend, self)
+            finish_writer(self.writer, self.merged)
             warn_of_servers(self.path, self.writer.trouble_of_servers())
         subject = f"merge by {self.plan.recipe.method}" if self.path is None else str(self.path)
         _warn_of_a_cut(self, subject)
@@ -114,21 +156,16 @@ class Output:
         energy, modules = dict(sorted(self.energy.items())), dict(sorted(self.kept.items()))
         ranks = dict(sorted(self.ranks.items()))
         figures = dict(sorted(self.figures.items()))
-        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules, ranks, figures)
+        return Merged(self.plan, self.path, energy, self.norms.kept_energy, modules, ranks, figures, self.backend.name)
 
 
 @contextmanager
 def output_of(plan: Plan, backend: Backend, path: Path | None, overwrite: bool = False) -> Iterator[Output]:
     """The output of a plan: the folder appears when the block ends, and does not where it raises."""
-    place: AbstractContextManager[Path | None]
+    place: AbstractContextManager[Path | None] = nullcontext()
     if path is not None:
         check_output(plan, path)
-    if path is None:
-        place = nullcontext()
-    elif path.suffix == SINGLE:
-        place = place_file(path, overwrite, output_bytes(plan), inputs=plan.inputs)
-    else:
-        place = place_folder(path, overwrite, output_bytes(plan), inputs=plan.inputs)
+        place = place_of(path, overwrite, output_bytes(plan), plan.inputs)
     with place as folder:
         output = Output(plan, backend, path, folder)
         try:
@@ -137,6 +174,12 @@ def output_of(plan: Plan, backend: Backend, path: Path | None, overwrite: bool =
         except BaseException:
             output.abandon()
             raise
+
+
+def place_of(path: Path, overwrite: bool, nbytes: int, inputs: Sequence[Path]) -> AbstractContextManager[Path]:
+    """The working folder of an output, which is a folder or, with the suffix of safetensors, a file."""
+    place = place_file if path.suffix == SINGLE else place_folder
+    return place(path, overwrite, nbytes, inputs=inputs)
 
 
 class _Norms:
@@ -214,7 +257,7 @@ def family_of(plan: Plan) -> Family:
     return next((source.family for source in plan.adapters if isinstance(source, Adapter)), PEFT)
 
 
-def _writer(plan: Plan, folder: Path, path: Path) -> AdapterWriter:
+def writer_of(plan: Plan, folder: Path, path: Path) -> AdapterWriter:
     described = {module.name: plan.adapters[module.adapters[0]].modules[module.name] for module in plan.modules}
     adapters = [adapter for adapter in plan.adapters if not isinstance(adapter, Finetuned)]
     if family_of(plan).single:
@@ -225,17 +268,19 @@ def _writer(plan: Plan, folder: Path, path: Path) -> AdapterWriter:
     return AdapterWriter(folder, adapters, described, plan.dtype, plan.recipe.ranks, plan.recipe.saved)
 
 
-def _finish(writer: AdapterWriter, plan: Plan, backend: Backend, output: Output) -> None:
+def finish_writer(writer: AdapterWriter, merged: Merged) -> None:
+    """Complete the folder of a merge, with card, recipe and report."""
+    plan = merged.plan
     recipe = plan.recipe.as_dict()
     recipe["weights"] = list(plan.weights)
     modules = {
         module.name: {
-            "energy": output.energy[module.name],
+            "energy": merged.energy[module.name],
             "adapters": [plan.adapters[number].name for number in module.adapters],
-            **output.figures[module.name],
+            **merged.figures[module.name],
         }
         for module in plan.modules
     }
     adapters = [adapter.source for adapter in plan.adapters]
-    report = {"energy": output.norms.kept_energy, "backend": backend.name, "adapters": adapters}
+    report = {"energy": merged.total_energy, "backend": merged.backend, "adapters": adapters}
     writer.finish(recipe, {**report, "modules": modules})

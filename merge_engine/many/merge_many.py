@@ -52,14 +52,18 @@ def merge_many(
     overwrite: bool = False,
     progress: bool | None = None,
     backend: str | None = None,
-) -> Iterator[Merged | Failed]:
+) -> Iterator[Merged | Failed] | list[Merged | Failed]:
     """The results of all recipes, in their order, each with the bits of a single `engine.merge`.
+
+    With an output folder everything is merged and written when the call returns, and the results are a list. Without
+    one they are an iterator, and each pass is merged when its first result is asked for.
 
     adapters: folders, hub ids, or opened adapters. Each is read once.
     recipes: `Recipe` objects, or mappings of its fields and optionally adapters: numbers or names of those to merge, in
         order. They may differ in every field.
-    output_dir: each result gets a folder of its own in it, which appears complete or not at all. None keeps results in
-        memory. names: of the folders; default: "000", "001" and so on.
+    output_dir: each result gets a folder of its own in it, which appears complete or not at all; it is written whether
+        anybody looks at the result or not. None keeps results in memory. names: of the folders; default: "000", "001"
+        and so on.
     memory: what this process may hold, as "4GB" or in bytes. Results that the caller has taken do not count.
     overwrite, progress, backend: as in `engine.merge`.
 
@@ -67,6 +71,29 @@ def merge_many(
     when the pass ends. A recipe that fails on the way yields `Failed`, and the others go on. Raises MergeError, which
     names the recipe, before anything is written.
     """
+    results = merge_each(
+        *(adapters, recipes, output_dir),
+        names=names,
+        memory=memory,
+        overwrite=overwrite,
+        progress=progress,
+        backend=backend,
+    )
+    return results if output_dir is None else list(results)
+
+
+def merge_each(
+    adapters: Sequence[str | Path | Adapter],
+    recipes: Sequence[RecipeLike],
+    output_dir: str | Path | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    memory: int | str = "4GB",
+    overwrite: bool = False,
+    progress: bool | None = None,
+    backend: str | None = None,
+) -> Iterator[Merged | Failed]:
+    """`merge_many`, with results as the passes end; what is wrong with a recipe is raised by the call."""
     pool = Pool(adapters, memory)
     paths = _paths(len(recipes), output_dir, names, overwrite)
     merges = [

@@ -17,6 +17,8 @@ from merge_engine.formats.adapter import Adapter
 from merge_engine.many.one_pass import merged_modules
 from merge_engine.many.pool import Pool
 
+_SHOWN = 4  # adapters that a repr names
+
 
 class Session:
     """Adapters that stay open, and a cache, within a memory budget, of what their merges have in common.
@@ -61,6 +63,16 @@ class Session:
         """Forget the adapters, and free the cache."""
         with self._turn:
             self._pool = None
+
+    def __repr__(self) -> str:
+        pool = self._pool
+        if pool is None:
+            return "Session(closed)"
+        names = [adapter.name for adapter in pool.adapters]
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        modules = len({module for adapter in pool.adapters for module in adapter.modules})
+        cache = f"cache {pool.cache.held / 1e9:.2f} of {pool.cache.limit / 1e9:.2f}GB"
+        return f"Session({len(names)} adapters: {shown}; {modules} modules; {cache})"
 
     def __enter__(self) -> "Session":
         return self

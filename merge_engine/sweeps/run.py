@@ -18,7 +18,7 @@ from merge_engine.engine.output import Merged
 from merge_engine.errors import MergeError, OutputError
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
-from merge_engine.many.merge_many import Failed, merge_many
+from merge_engine.many.merge_many import Failed, merge_each
 from merge_engine.sweeps.score import Evaluation, evaluation_of
 from merge_engine.sweeps.table import PLOT, TABLE, Row, SweepResult, Table, difference_from, digest_of
 from merge_engine.sweeps.trials import Trial, sweep_trials
@@ -54,7 +54,7 @@ def run(
     ]
     results: Iterator[Merged | Failed] = iter(())
     if missing:
-        results = merge_many(
+        results = merge_each(
             opened,
             [{**rows[number].trial.recipe, "adapters": list(rows[number].trial.adapters)} for number in missing],
             output,

@@ -113,6 +113,6 @@ def test_an_interrupt_is_one_line(three, tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep_run, "merge_many", interrupted)
+    monkeypatch.setattr(sweep_run, "merge_each", interrupted)
     code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", "--sweep", "scale=1,2")
     assert (code, out) == (130, "") and err.startswith("merge-engine: interrupted; ") and err.count("\n") == 1

@@ -12,7 +12,7 @@ from merge_engine.formats.open import open_adapter
 from merge_engine.many import merge_many as many_merge_many
 from merge_engine.many import pool as many_pool
 from merge_engine.many.budget import Room
-from merge_engine.many.merge_many import Failed, _Making, merge_many
+from merge_engine.many.merge_many import Failed, _Making, merge_each, merge_many
 from merge_engine.many.session import Session
 from merge_engine.rules.recipe import Recipe
 
@@ -103,7 +103,7 @@ def test_an_adapter_that_vanishes_fails_its_own_merges_only(alike, tmp_path, bac
         pytest.importorskip("triton")
     own = [alike[0], alike[1], save_adapter(tmp_path / "gone", 9, {"q": (23, 37), "up": (41, 19)})]
     grid = [{"method": "ties", "adapters": [0, 1]}, {"method": "ties"}, {"method": "linear", "adapters": [2]}]
-    results = merge_many(own, grid, tmp_path / "out", backend=backend)
+    results = merge_each(own, grid, tmp_path / "out", backend=backend)
     os.remove(own[2] / "adapter_model.safetensors")
     first, second, third = results
     assert first.path.is_dir()
@@ -156,3 +156,9 @@ def test_a_name_that_two_adapters_have_is_refused(alike, tmp_path):
     with pytest.raises(RecipeError, match=r"got 'a', the name of 2$"):
         merge_many([*alike, twin], [{"adapters": ["a", "b"]}])
     assert not isinstance(next(merge_many([*alike, twin], [{"adapters": [3, 1]}])), Failed)
+
+
+def test_with_a_folder_all_is_written_when_the_call_returns(alike, tmp_path):
+    results = merge_many(alike, [{"method": "ties"}, {"method": "linear"}], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000", "001"]
+    assert [result.path.name for result in results] == ["000", "001"] and results[1] is not results[0]

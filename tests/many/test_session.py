@@ -151,3 +151,11 @@ def test_a_cheap_result_is_kept_when_it_is_made_for_the_second_time(alike):
         sums = [key for key in kept if key[0] == "result"]
         session.merge(method="ties", density=0.3)  # costs more: kept at once
         assert len([key for key in kept if key[0] == "result"]) == 2 * len(sums)
+
+
+def test_a_short_text_of_a_session(alike):
+    with Session(alike) as session:
+        assert repr(session).startswith(f"Session({len(alike)} adapters: a, b, ") and "; cache 0.00 of " in repr(
+            session
+        )
+    assert repr(session) == "Session(closed)"

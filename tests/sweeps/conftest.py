@@ -3,7 +3,7 @@
 import pytest
 from sweeps import save_lora
 
-from merge_engine.many.merge_many import merge_many
+from merge_engine.many.merge_many import merge_each
 from merge_engine.sweeps import run as sweep_run
 
 
@@ -19,7 +19,7 @@ def merged(monkeypatch):
 
     def recording(*arguments, **options):
         names.extend(options["names"])
-        return merge_many(*arguments, **options)
+        return merge_each(*arguments, **options)
 
-    monkeypatch.setattr(sweep_run, "merge_many", recording)
+    monkeypatch.setattr(sweep_run, "merge_each", recording)
     return names
