@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from merge_engine.errors import writing
-from merge_engine.files.locate import is_hub_id
+from merge_engine.files.locate import hub_ids
 from merge_engine.files.shards import INDEX_FILE
 from merge_engine.formats.checkpoint import MODEL_CONFIG, Checkpoint
+from merge_engine.formats.licence import CARD, agreed_licence
+from merge_engine.formats.use import use_of_model
 from merge_engine.into.companions import WITH_TOKENS
 from merge_engine.into.full_inputs import FullInput
 from merge_engine.into.whole_job import WholeJob
 from merge_engine.models.token_rows import TokenRows
+from merge_engine.report.card import front_matter
 from merge_engine.report.merge_card import merge_card
 from merge_engine.version import versions
 
@@ -30,6 +33,7 @@ _TOKENIZER = (  # how the names of a tokenizer's files begin
     "chat_template",
     "additional_chat_templates",
 )
+MERGEKIT_FILE = "mergekit_config.yml"  # the recipe as it was written, by mergekit's own name of it
 TEMPLATE_FILE = "chat_template.jinja"
 
 
@@ -73,9 +77,13 @@ def write_files(job: WholeJob, folder: Path) -> None:
     index = job.layout.index()
     if index is not None:
         files[INDEX_FILE] = index
-    report = json.loads(str(files["merge_report.json"]))
-    hub = [source for each in job.sources for source in each.source.split("+") if is_hub_id(source)]
-    files["README.md"] = merge_card([each.source for each in job.sources], hub, report)
+    recipe = json.loads(str(files["merge_report.json"]))["recipe"]
+    hub = hub_ids(source for each in job.sources for source in each.source.split("+"))
+    front = front_matter(hub, "merge", "transformers", ["merge", "merge-engine"], agreed_licence(job.inputs))
+    use = use_of_model(json.loads(str(files[MODEL_CONFIG])), files)
+    seed = f" --seed {job.seed}" if job.seed else ""
+    repeats = f"{MERGEKIT_FILE}{seed}" if MERGEKIT_FILE in files and not job.published else ""
+    files[CARD] = merge_card([each.source for each in job.sources], front, recipe, use, repeats)
     for name, content in files.items():
         with writing(folder / name):
             (folder / name).parent.mkdir(exist_ok=True)

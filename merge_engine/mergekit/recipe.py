@@ -19,7 +19,7 @@ from merge_engine.formats.checkpoint import FLOATS, Checkpoint, open_checkpoint
 from merge_engine.formats.open import open_adapter
 from merge_engine.into.full_inputs import FullInput, full_input
 from merge_engine.into.merge import MergedModel, merge_models
-from merge_engine.into.whole_companions import companions_of, output_config
+from merge_engine.into.whole_companions import MERGEKIT_FILE, companions_of, output_config
 from merge_engine.into.whole_job import WholeJob, make_whole_job
 from merge_engine.into.whole_write import run_whole
 from merge_engine.mergekit.chat import chat_template
@@ -114,7 +114,7 @@ def whole_job(recipe: MergekitRecipe, shard_size: int, seed: int, published: boo
         "recipe": dict(recipe.written),
         "added_tokens": {} if rows is None else {token: entry["id"] for token, entry in rows.added.items()},
     }
-    files = companions_of(donor, rows, template, config, {"mergekit_config.yml": text}, report)
+    files = companions_of(donor, rows, template, config, {MERGEKIT_FILE: text}, report)
     return job.with_companions(files)
 
 

@@ -39,8 +39,12 @@ class Card:
         table = [self.lead, "", f"| {self.what} | weight |", "| --- | --- |", *rows, ""]
         recipe = ["## Recipe", "", "```yaml", recipe_text(self.recipe), "```", ""]
         repeat = [f"`merge-engine merge {RECIPE_FILE} -o OUT` repeats the merge, where the inputs are.", ""]
-        use = [_USE.strip("\n"), "", _IN_HERE, "", *self.use]
-        return "\n".join([*header, *table, *recipe, *repeat, *self.more, *use])
+        return "\n".join([*header, *table, *recipe, *repeat, *self.more, *use_section(self.use)])
+
+
+def use_section(use: Sequence[str]) -> list[str]:
+    """The lines of the section on use, which `moved` knows."""
+    return [_USE.strip("\n"), "", _IN_HERE, "", *use]
 
 
 def front_matter(

@@ -3,15 +3,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from merge_engine.report.card import use_section
 
-def merge_card(sources: Sequence[str], hub: Sequence[str], report: Mapping[str, Any]) -> str:
-    """The README.md: front matter (the inputs that are on the hub are base models, of a merge), inputs and recipe."""
+
+def merge_card(sources: Sequence[str], front: Mapping[str, Any], recipe: Any, use: Sequence[str], repeats: str) -> str:
+    """The README.md of such a merge.
+
+    front: the front matter, see `card.front_matter`. use: lines that load the model. repeats: the file beside it, if
+    there is one, that repeats the merge.
+    """
     import yaml
 
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "merge-engine"]}
-    if hub:
-        front = {"base_model": list(dict.fromkeys(hub)), "base_model_relation": "merge", **front}
-    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", "# Merged model", ""]
+    lines = ["---", yaml.safe_dump(dict(front), sort_keys=False).strip(), "---", "", "# Merged model", ""]
     lines += ["Made by merge-engine from:", "", *(f"- {source}" for source in sources), ""]
-    recipe = yaml.safe_dump(report["recipe"], sort_keys=False).strip()
-    return "\n".join([*lines, "## Recipe", "", "```yaml", recipe, "```", ""])
+    lines += ["## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", ""]
+    if repeats:
+        lines += [f"`merge-engine merge {repeats} -o OUT` repeats the merge, where the inputs are.", ""]
+    return "\n".join([*lines, *use_section(use), ""])

@@ -25,6 +25,7 @@ from mergekit_oracle import (
     weights_of,
 )
 from safetensors.torch import save_file
+from toy_models import bytes_of
 
 import merge_engine
 from merge_engine.errors import MergeError, RecipeError
@@ -264,3 +265,15 @@ def test_mergekit_itself_gives_the_same(here, tmp_path, monkeypatch, name):
     ours, theirs = weights_of(tmp_path / "ours"), weights_of(tmp_path / "theirs")
     for key, (_, bound) in oracle(asked).items():
         assert ((ours[key] - theirs[key]).abs() <= 2 * bound).all(), key
+
+
+def test_the_card_of_a_merge_of_whole_models(here, tmp_path):
+    """What the hub reads, a recipe that repeats the merge by its file, and lines that load the model."""
+    asked = {"merge_method": "slerp", "base_model": "base", "models": [{"model": "base"}, {"model": "ft1"}]}
+    merge_recipe({**asked, "parameters": {"t": 0.25}}, tmp_path / "out", seed=3)
+    _, front, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "merge-engine"]}
+    assert "`merge-engine merge mergekit_config.yml --seed 3 -o OUT` repeats the merge" in card
+    assert '.from_pretrained(".")' in card.split("## Use\n")[1]
+    merge_recipe(tmp_path / "out" / "mergekit_config.yml", tmp_path / "again", seed=3)
+    assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
