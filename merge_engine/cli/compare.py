@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.cli.options import add_command, given_options
+from merge_engine.cli.parser import split_list
 from merge_engine.errors import OutputError, RecipeError
 
 COMPARE_EXAMPLES = """\
@@ -24,8 +25,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument("adapters", nargs="+", help="adapter folders, .safetensors files or hub ids, two or more")
     parser.add_argument(
         "--density",
-        nargs="+",
-        metavar="D",
+        type=split_list,
+        metavar="D...",
         help="share of elements that the trim keeps: one number, one for each adapter, or PATTERN=NUMBER by module; "
         "default: 0.2",
     )

@@ -1,6 +1,7 @@
 """merge-engine info: ranks, scalings, size and norms of adapters, or which backend is used on this machine."""
 
 import argparse
+import json
 from typing import Any
 
 from merge_engine.cli.options import add_command
@@ -9,6 +10,7 @@ from merge_engine.errors import RecipeError
 INFO_EXAMPLES = """\
 examples:
   merge-engine info sql
+  merge-engine info sql --json
   merge-engine info --system
 """
 
@@ -18,34 +20,69 @@ def add_to(commands: Any) -> None:
     parser = add_command(commands, "info", run, INFO_EXAMPLES, "show ranks, scalings, size and norms of adapters")
     parser.add_argument("adapters", nargs="*", metavar="adapter", help="adapter folder, .safetensors file or hub id")
     parser.add_argument("--system", action="store_true", help="show which backend is used on this machine, and why")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(options: argparse.Namespace) -> None:
     from merge_engine.engine.choose_backend import system
+
+    if not (options.system or options.adapters):
+        raise RecipeError("info: wanted an adapter or --system, got neither")
+    facts = system() if options.system else None
+    adapters = [_figures(source) for source in options.adapters]
+    if options.json:
+        print(json.dumps(({"system": facts} if facts else {}) | ({"adapters": adapters} if adapters else {})))
+        return
+    if facts:
+        width = max(map(len, facts))
+        print("\n".join(f"{name:{width}}  {fact}" for name, fact in facts.items()))
+    for each in adapters:
+        _show(each)
+
+
+def _figures(source: str) -> dict[str, Any]:
+    """What there is to say of an adapter; raises AdapterError where it cannot be read or a number is not finite."""
     from merge_engine.formats.open import open_adapter
     from merge_engine.lowrank.small_svd import product_norm
 
-    if options.system:
-        print(system())
-    elif not options.adapters:
-        raise RecipeError("info: wanted an adapter or --system, got neither")
-    for source in options.adapters:
-        adapter = open_adapter(source)
-        adapter.check_finite()
-        ranks = sorted({module.rank for module in adapter.modules.values()})
-        print(f"{adapter.name}: {adapter.path}")
-        print(f"  base model  {adapter.base_model}")
-        print(f"  modules     {len(adapter.modules)}, rank {', '.join(map(str, ranks))}")
-        print(f"  size        {adapter.size_bytes / 1e6:.2f} MB")
-        if adapter.extras:
-            print(f"  others      {', '.join(adapter.extras)}")
-        width = max(map(len, adapter.modules))
-        print(f"  {'module':{width}}  {'kind':9}  {'delta':>15}  rank  scaling  norm of delta")
-        for module in adapter.modules.values():
-            A, B = adapter.factors(module.name)
-            shape = f"{module.rows} x {module.columns}"
-            norm = abs(module.scaling) * product_norm(A, B)
-            print(
-                f"  {module.name:{width}}  {module.kind:9}  {shape:>15}  {module.rank:4}  "
-                f"{module.scaling:7.4g}  {norm:.4g}"
-            )
+    adapter = open_adapter(source)
+    adapter.check_finite()
+    modules = [
+        {
+            "module": module.name,
+            "kind": module.kind,
+            "rows": module.rows,
+            "columns": module.columns,
+            "rank": module.rank,
+            "scaling": module.scaling,
+            "norm": abs(module.scaling) * product_norm(*adapter.factors(module.name)),
+        }
+        for module in adapter.modules.values()
+    ]
+    return {
+        "name": adapter.name,
+        "path": str(adapter.path),
+        "base_model": adapter.base_model,
+        "bytes": adapter.size_bytes,
+        "others": sorted(adapter.extras),
+        "modules": modules,
+    }
+
+
+def _show(adapter: dict[str, Any]) -> None:
+    modules = adapter["modules"]
+    ranks = sorted({module["rank"] for module in modules})
+    print(f"{adapter['name']}: {adapter['path']}")
+    print(f"  base model  {adapter['base_model']}")
+    print(f"  modules     {len(modules)}, rank {', '.join(map(str, ranks))}")
+    print(f"  size        {adapter['bytes'] / 1e6:.2f} MB")
+    if adapter["others"]:
+        print(f"  others      {', '.join(adapter['others'])}")
+    width = max((len(module["module"]) for module in modules), default=6)
+    print(f"  {'module':{width}}  {'kind':9}  {'delta':>15}  rank  scaling  norm of delta")
+    for module in modules:
+        shape = f"{module['rows']} x {module['columns']}"
+        print(
+            f"  {module['module']:{width}}  {module['kind']:9}  {shape:>15}  {module['rank']:4}  "
+            f"{module['scaling']:7.4g}  {module['norm']:.4g}"
+        )

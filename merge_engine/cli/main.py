@@ -4,7 +4,6 @@ Exit codes: 0 success; 1 an unexpected failure, or a sweep in which some merges 
 reported in one line; 130 interrupted; 141 the reader of the output has gone, as with ``| head``.
 """
 
-import argparse
 import gc
 import io
 import os
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from merge_engine.cli import compare, demo, info, merge, merge_models, normalize
+from merge_engine.cli.options import as_flag
+from merge_engine.cli.parser import Parser
 from merge_engine.errors import MergeError
 from merge_engine.version import __version__
 
@@ -55,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except MergeError as error:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"merge-engine: error: {rank}{error}", file=sys.stderr)
+        print(f"merge-engine: error: {rank}{as_flag(str(error), options)}", file=sys.stderr)
         return 2
     return code or 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="merge-engine", description="Merge many LoRA adapters into one, fast, exactly and in little memory."
     )
     parser.add_argument("--version", action="version", version=f"merge-engine {__version__}")

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from merge_engine.cli.parser import split_list
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import CHOICES
 from merge_engine.rules.methods import METHODS
@@ -14,6 +15,8 @@ _KINDS = {
     **dict.fromkeys(["output", "push", "into", "evaluate", "pattern", "results", "backend", "vocab"], str),
     **dict.fromkeys(["overwrite", "dry_run"], bool),
 }
+
+_OURS = ("run", "parser")  # what a command adds to its options
 
 
 def methods_text(kinds: Collection[str]) -> str:
@@ -31,14 +34,14 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=CHOICES["method"], metavar="METHOD", help="one of those listed below; default: ties")
     add(
         "--weights",
-        nargs="+",
-        metavar="W",
+        type=split_list,
+        metavar="W...",
         help="one number for each input, and NAME:PATTERN=NUMBER for modules of one of them; default: 1 each",
     )
     add(
         "--density",
-        nargs="+",
-        metavar="D",
+        type=split_list,
+        metavar="D...",
         help="share of elements that a trim or a drop keeps: one number, one for each input, or PATTERN=NUMBER by "
         "module; default: 0.2",
     )
@@ -92,8 +95,8 @@ def sweep_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("several merges, each in its own folder below the output").add_argument
     add(
         "--sweep",
-        nargs="+",
-        metavar="FIELD=V,V",
+        type=split_list,
+        metavar="FIELD=V,V...",
         help="merge every combination of values, as density=0.1,0.2 scale=0.5,1; lists as weights=2:1:1,1:1:1",
     )
     evaluation_options(add)
@@ -147,13 +150,13 @@ def add_command(commands: Any, name: str, run: Any, examples: str, summary: str)
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def given_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options that were given on the command line, by the names of a recipe."""
-    given = {key: value for key, value in vars(options).items() if value is not None and key != "run"}
+    given = {key: value for key, value in vars(options).items() if value is not None and key not in _OURS}
     if "weights" in given:
         given |= weights(given.pop("weights"))
     if "density" in given:
@@ -175,6 +178,13 @@ def take_push(given: dict[str, Any]) -> str | None:
 
         check_push(repo)
     return repo
+
+
+def as_flag(message: str, options: argparse.Namespace) -> str:
+    """A message that begins with the name of an option which was given: with the option as it is typed."""
+    name, colon, rest = message.partition(":")
+    given = vars(options).get(name) is not None and name not in (*_OURS, "adapters", "models", "recipe")
+    return f"--{name.replace('_', '-')}:{rest}" if colon and given else message
 
 
 def take_output(given: dict[str, Any]) -> Any:

@@ -1,13 +1,17 @@
 """The one door to the two backends: which of them computes, and why."""
 
 import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cpu_backend import TorchBackend
 from merge_engine.errors import RecipeError
+from merge_engine.loops import door
 from merge_engine.runtime.processes import gpu
+from merge_engine.version import __version__
 
 BACKENDS = ("auto", "triton", "torch")
 VARIABLE = "MERGE_ENGINE_BACKEND"
@@ -48,14 +52,30 @@ def triton_device() -> tuple[torch.device | None, str]:
     return None, f"triton {triton.__version__} sees no CUDA or ROCm device"
 
 
-def system() -> str:
-    """Which backend "auto" takes here, and why: a few lines for `merge-engine info --system`."""
+def system() -> dict[str, str]:
+    """What `merge-engine info --system` shows: versions, threads, and which backend "auto" takes here, and why."""
     device, reason = triton_device()
     chosen = choose()
     asked = os.environ.get(VARIABLE)
-    lines = [
-        f"torch    {torch.__version__}, {torch.get_num_threads()} threads",
-        f"triton   {reason}" if device is not None else f"triton   not used: {reason}",
-        f"backend  {chosen.name} on {chosen.device}" + (f" ({VARIABLE}={asked})" if asked else ""),
-    ]
-    return "\n".join(lines)
+    return {
+        "merge-engine": __version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "numba": _numba(),
+        "triton": reason if device is not None else f"not used: {reason}",
+        "backend": f"{chosen.name} on {chosen.device}" + (f" ({VARIABLE}={asked})" if asked else ""),
+        **{name: _version(name) for name in ("safetensors", "transformers", "peft")},
+    }
+
+
+def _numba() -> str:
+    if door.loops():
+        return f"{_version('numba')}, compiled loops"
+    return "not used: it cannot be imported, so that merges on the CPU take about twice as long"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

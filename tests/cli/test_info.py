@@ -1,5 +1,7 @@
 """merge-engine info."""
 
+import json
+
 import pytest
 import torch
 from command_line import run_cli
@@ -26,7 +28,20 @@ def test_info_system_says_which_and_why(capsys, monkeypatch):
     monkeypatch.setenv(VARIABLE, "torch")
     assert main(["info", "--system"]) == 0
     out = capsys.readouterr().out
-    assert f"torch    {torch.__version__}, {torch.get_num_threads()} threads" in out
-    assert "backend  torch on cpu (MERGE_ENGINE_BACKEND=torch)" in out
+    assert f"torch         {torch.__version__}, {torch.get_num_threads()} threads" in out
+    assert "backend       torch on cpu (MERGE_ENGINE_BACKEND=torch)" in out
     assert "triton " in out
     assert main(["info"]) == 2
+
+
+@pytest.mark.quick
+def test_info_as_json(three, capsys):
+    code, out, err = run_cli(capsys, "info", three[0], three[1], "--system", "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "") and found["system"]["torch"].startswith(torch.__version__)
+    assert [each["name"] for each in found["adapters"]] == ["sql", "chat"]
+    adapter = open_adapter(three[0])
+    for module in found["adapters"][0]["modules"]:
+        A, B = adapter.factors(module["module"])
+        assert (module["rows"], module["columns"], module["rank"]) == (len(B), A.shape[1], len(A))
+        assert module["norm"] == pytest.approx(2 * (B.double() @ A.double()).norm().item(), rel=1e-6)

@@ -105,7 +105,7 @@ def test_a_recipe_file_with_merges(three, tmp_path, capsys):
 )
 def test_mistakes_on_the_command_line(three, tmp_path, capsys, options, message):
     code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", *options)
-    assert (code, out) == (2, "") and err.startswith(f"merge-engine: error: {message}") and err.count("\n") == 1
+    assert (code, out) == (2, "") and err.startswith(f"merge-engine: error: --{message}") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
