@@ -45,9 +45,14 @@ def workers(threads: int) -> ThreadPoolExecutor:
         ready.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="merge_engine")
-    for _ in range(threads):
-        pool.submit(start)
-    ready.wait()
+    try:
+        for _ in range(threads):
+            pool.submit(start)
+        ready.wait()
+    except BaseException:  # interrupted: a thread that waits for ever would keep the process from ending
+        ready.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     torch.set_num_threads(threads)  # each thread has a count of its own, but new threads copy the one set last
     return pool
 

@@ -388,3 +388,28 @@ assert got[-1] == torch.get_num_threads() == 3, got
 def test_a_thread_that_has_not_asked_keeps_all_threads():
     """Stages in the background run on one thread each; what a later thread gets is the count from before."""
     subprocess.run([sys.executable, "-c", LATER], cwd=ROOT, check=True)
+
+
+@pytest.mark.quick
+def test_an_interrupt_while_threads_start_leaves_none_waiting(monkeypatch):
+    """Else the process would wait for them at its end, for ever."""
+    here, started = threading.current_thread(), []
+
+    class Interrupted(threading.Barrier):
+        def wait(self, timeout=None):
+            if threading.current_thread() is here:
+                while len(started) < 3:
+                    time.sleep(0.001)
+                raise KeyboardInterrupt
+            started.append(threading.current_thread())
+            return super().wait(timeout)
+
+    monkeypatch.setattr(runtime_threads.threading, "Barrier", Interrupted)
+    runtime_threads.workers.cache_clear()
+    with pytest.raises(KeyboardInterrupt):
+        runtime_threads.workers(3)
+    for thread in started:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in started)
+    monkeypatch.undo()
+    assert runtime_threads.for_each([1, 2, 3], lambda each: 2 * each) == [2, 4, 6]
