@@ -53,8 +53,8 @@ def warn_of_servers(subject: object, trouble: str | None) -> None:
     """Log in one line what servers will not load, if there is something."""
     if trouble is not None:
         logger.warning(
-            "%s: has %s, which servers such as vLLM and SGLang refuse or leave out; a full model, merged --into BASE, "
-            "is served as it is",
+            "%s: has %s, which servers such as vLLM and SGLang may refuse or leave out; "
+            "a full model, merged --into BASE, is served as it is",
             *(subject, trouble),
         )
 

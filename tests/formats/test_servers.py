@@ -28,6 +28,7 @@ def vllm_refuses(folder, option):
         "bias": config.get("bias", "none") != "none",
         "modules_to_save": bool(config.get("modules_to_save")),
         "use_dora": bool(config.get("use_dora")),
+        "lora_bias": bool(config.get("lora_bias")),
     }
     return [name for name, refused in checks.items() if refused]
 
