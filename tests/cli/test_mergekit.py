@@ -22,7 +22,9 @@ def test_the_command_equals_the_api(tmp_path, monkeypatch, capsys):
     assert "would be 3 inputs" in capsys.readouterr().out and not (tmp_path / "three").exists()
     for option in (["--method", "ties"], ["--into", "base"], ["--dtype", "float16"], ["--density", "0.5"]):
         assert main([*run, str(tmp_path / "three"), *option]) == 2
-        message = f"merge-engine: error: {option[0]}: wanted it in {file}, a recipe of mergekit's; got it as an option\n"
+        message = (
+            f"merge-engine: error: {option[0]}: wanted it in {file}, a recipe of mergekit's; got it as an option\n"
+        )
         assert capsys.readouterr().err == message
     file.write_text("merge_method: ties\nadapters: [a]")
     assert main([*run, str(tmp_path / "three")]) == 2
