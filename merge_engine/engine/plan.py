@@ -194,6 +194,8 @@ def make_plan(
         raise RecipeError(f"min_tasks: wanted at most {len(adapters)}, one for each input, got {rule.min_tasks}")
     only_adapters = [adapter for adapter in adapters if not isinstance(adapter, Finetuned)]
     check_one_family(only_adapters)
+    for adapter in only_adapters:
+        adapter.refuse_dora()
     _warn_of_different_bases(only_adapters)
     shared_extras(only_adapters, recipe.saved)
     check_experts(_owned(only_adapters))

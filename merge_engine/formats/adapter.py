@@ -77,6 +77,7 @@ class Adapter:
     modules: dict[str, Module]  # sorted by name
     extras: dict[str, StoredTensor]  # by key: modules_to_save, trained tokens, saved embeddings
     _pairs: Mapping[str, tuple[Factor, Factor]] = field(repr=False)
+    magnitudes: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False, kw_only=True)  # DoRA's, by module
     family: Family = field(default=PEFT, kw_only=True)
     metadata: dict[str, str] = field(default_factory=dict, repr=False, kw_only=True)  # of a single file's header
 
@@ -88,7 +89,7 @@ class Adapter:
     def size_bytes(self) -> int:
         """Bytes of all its tensors."""
         factors = sum(a.nbytes + b.nbytes for a, b in self._pairs.values())
-        return factors + sum(extra.nbytes for extra in self.extras.values())
+        return factors + sum(each.nbytes for each in (*self.extras.values(), *self.magnitudes.values()))
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """``A [r, N]`` and ``B [M, r]`` of one module, read now, contiguous, in the stored dtype.
@@ -96,10 +97,21 @@ class Adapter:
         Both are float32 where a factor is stored in another dtype than the other, or as a product of two tensors.
 
         Raises:
-            AdapterError: a file is gone or became shorter since it was opened.
+            AdapterError: a file is gone or became shorter since it was opened; or the module has DoRA's magnitudes, and
+                is not its factors' product.
         """
+        if name in self.magnitudes:
+            self.refuse_dora()
         a, b = (factor.read().flatten(1) for factor in self._pairs[name])
         return (a, b) if a.dtype == b.dtype else (a.float(), b.float())
+
+    def refuse_dora(self) -> None:
+        """Raise AdapterError where the adapter has DoRA's magnitudes."""
+        if self.magnitudes:
+            raise AdapterError(
+                f"{self.name}: use_dora is set in adapter_config.json; DoRA rescales the base weight, and what it "
+                "changes is not known without that; wanted a merge --into BASE"
+            )
 
     def pair(self, name: str) -> tuple[Factor, Factor]:
         """A and B of one module, to be read later."""
@@ -117,7 +129,7 @@ class Adapter:
             AdapterError: one holds NaN or Inf, the message names adapter, tensor and file; or a delta, which is at most
                 ``|scaling| r max|A| max|B|``, may overflow float32.
         """
-        for stored in self.extras.values():
+        for stored in (*self.extras.values(), *self.magnitudes.values()):
             self._largest(stored)
         for name, (a, b) in self._pairs.items():
             module = self.modules[name]

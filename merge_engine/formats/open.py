@@ -9,6 +9,7 @@ from merge_engine.files.locate import find, find_file, only_file
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Factor, Module
 from merge_engine.formats.biases import describe_bias
+from merge_engine.formats.dora import magnitudes_of
 from merge_engine.formats.experts import LastTensor, describe_experts, pair_of, split_experts
 from merge_engine.formats.licence import CARD
 from merge_engine.formats.mlx import ADAPTERS_FILE, is_mlx, open_mlx
@@ -43,9 +44,10 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     config = read_config(path, name)
     found, extras = sort_tensors(open_weights(path, name), config, name)
     modules, pairs = _modules(name, found, config)
+    magnitudes = magnitudes_of(name, found, modules, config)
     if not modules:
         raise AdapterError(f"{name}: {path} holds no LoRA tensors, wanted keys {KEY_PREFIX}<module>.lora_A.weight")
-    return Adapter(name, str(source), path, config, modules, extras, pairs)
+    return Adapter(name, str(source), path, config, modules, extras, pairs, magnitudes=magnitudes)
 
 
 def _modules(

@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Every field of PEFT's LoraConfig is in one of the four tables below. These decide what the factors mean:
 READ = frozenset(
     {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
-    | {"target_parameters", "lora_bias"}
+    | {"target_parameters", "lora_bias", "use_dora"}
 )
 # These name the base model, or the tensors that are saved beside the factors, and are kept:
 KEPT = frozenset(
@@ -32,7 +32,6 @@ RESET = frozenset(
 )
 # These change the arithmetic or the base model, so that s * B @ A is not what the adapter does:
 REFUSED = {
-    "use_dora": "DoRA rescales the base weight",
     "bias": "biases of the base model were trained",
     "layer_replication": "it applies to a model with repeated layers",
     "alora_invocation_tokens": "activated LoRA (aLoRA) acts after its invocation tokens only, a merged delta always",
@@ -44,6 +43,12 @@ REFUSED = {
     "megatron_config": "Megatron's parallel layers are not supported",
 }
 CHANGES_BASE = tuple(STARTS)  # initialisations that subtract the start of the adapter from the base weights
+# These are merged where PEFT's folders have them; other formats have no place for them:
+OF_FOLDERS = {
+    "use_dora": "DoRA rescales the base weight",
+    "lora_bias": "its bias is not part of the delta",
+    "target_parameters": "LoRA on bare parameters is not supported",
+}
 _TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}
 _TYPES |= {"target_parameters": list}
 _LARGEST = 2**63  # JSON may hold Infinity, NaN and integers of any size
@@ -92,11 +97,11 @@ def rank_and_scaling(config: dict[str, Any], name: str) -> Callable[[str], tuple
     return resolve
 
 
-def check_config(config: dict[str, Any], name: str) -> None:
+def check_config(config: dict[str, Any], name: str, refused: Mapping[str, str] = REFUSED) -> None:
     if config.get("peft_type") != "LORA":
         method = config.get("peft_type")
         raise AdapterError(f"{name}: peft_type is {method}, wanted LORA{way_out(OTHER_METHODS, method)}")
-    for key, reason in REFUSED.items():
+    for key, reason in refused.items():
         if config.get(key) not in (None, False, "none", [], {}):
             raise AdapterError(f"{name}: {key} is set in {ADAPTER_CONFIG}; {reason}")
     for key, kind in _TYPES.items():

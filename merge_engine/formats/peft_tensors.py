@@ -14,7 +14,7 @@ import torch
 from merge_engine.errors import AdapterError
 from merge_engine.files.weights import StoredTensor, open_bin, open_safetensors, open_sharded
 from merge_engine.formats.adapter import KEY_PREFIX, TOKENS, Module, is_base_copy, saves, short_name
-from merge_engine.formats.peft_config import ADAPTER_CONFIG, REFUSED
+from merge_engine.formats.peft_config import ADAPTER_CONFIG
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 # Embeddings that PEFT saves whole when the vocabulary was resized, by their usual names.
@@ -24,7 +24,7 @@ EMBEDDINGS = frozenset(
 )
 _TRAINING_STATE = (".lora_velora_embed",)  # used by the backward pass only
 _SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
-_SIDES |= {".lora_B.bias": "bias"}
+_SIDES |= {".lora_B.bias": "bias", ".lora_magnitude_vector": "magnitude"}
 FLOATS = frozenset(
     {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 )
@@ -49,8 +49,6 @@ def sort_tensors(
     factors: dict[str, dict[str, StoredTensor]] = {}
     extras = {}
     for key, tensor in tensors.items():
-        if "lora_magnitude_vector" in key:
-            raise AdapterError(f"{name}: tensor {key} is DoRA's; {REFUSED['use_dora']}")
         ending = next((ending for ending in _SIDES if key.endswith(ending)), None)
         if ending and key.startswith(KEY_PREFIX):
             side = _SIDES[ending]

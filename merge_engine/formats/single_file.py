@@ -20,7 +20,8 @@ from merge_engine.errors import AdapterError
 from merge_engine.files.weights import StoredTensor, open_safetensors, safetensors_metadata
 from merge_engine.formats.adapter import Adapter, Module, short_name
 from merge_engine.formats.families import ALPHA, ENDINGS, REFUSED, SPELLINGS, Family, Spelling, names_of
-from merge_engine.formats.peft_config import ADAPTER_CONFIG, check_config, rank_and_scaling
+from merge_engine.formats.peft_config import ADAPTER_CONFIG, OF_FOLDERS, check_config, rank_and_scaling
+from merge_engine.formats.peft_config import REFUSED as REFUSED_FIELDS
 from merge_engine.formats.peft_tensors import FLOATS
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # diffusers': PEFT's configuration, its fields after "<component>."
@@ -171,7 +172,7 @@ class _Scalings:
         for component, config in _components(text, adapter).items():
             subject = f"{adapter}: {ADAPTER_METADATA}" + (f" of {component}" if component else "")
             try:
-                check_config({"peft_type": "LORA", **config}, subject)
+                check_config({"peft_type": "LORA", **config}, subject, REFUSED_FIELDS | OF_FOLDERS)
                 self._of_component[component] = rank_and_scaling(config, subject)
             except AdapterError as error:  # it speaks of the file that PEFT's folders have
                 raise AdapterError(str(error).replace(f" in {ADAPTER_CONFIG}", "")) from error

@@ -1,7 +1,7 @@
 """A merge into a base model, checked before anything is written: inputs, targets, and the layout of the output."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from merge_engine.models.experts import Pieces, as_the_base_has_them, divided, p
 from merge_engine.models.finetuned import Finetuned, added_rows, open_finetuned
 from merge_engine.models.saved import check_tokens, saved_tensors, saved_vocabulary
 from merge_engine.models.targets import Target, targets_of_adapters, targets_of_models
+from merge_engine.models.tuned import Places, TokenModules, needs_its_base, token_modules, tuned
 from merge_engine.models.vocabulary import Union, unite
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES, Recipe
@@ -37,13 +38,14 @@ class IntoJob:
     layout: Layout
     shard_size: int
     union: Union | None = None  # of the vocabularies
+    places: Places = field(default_factory=dict)  # of rows of trained tokens, by key
 
     @cached_property
     def module_of(self) -> dict[str, str]:
         """{key: the module that is merged into it}; twins of a key are written with it."""
         names = {target.stored.key: name for name, target in self.targets.items()}
         twins = {key: names[first] for key, first in self.base.twins.items() if first in names}
-        return names | twins
+        return names | twins | {key: module for key, (module, _) in self.places.items()}
 
     def source(self, key: str) -> StoredTensor:
         """The tensor that is copied to a key into which no module is merged."""
@@ -56,6 +58,9 @@ class IntoJob:
         """
         if merged is None:
             return self.source(key).pieces()
+        if key in self.places:
+            _, place = self.places[key]
+            return [merged[place : place + 1]]
         if self.union is None or not self.union.added or key not in self.union.keys:
             return [merged]
         models = [source for source in self.plan.adapters if isinstance(source, Finetuned)]
@@ -65,7 +70,10 @@ class IntoJob:
         return [merged, added[inside:]]
 
     def keys_of(self, module: str) -> list[str]:
-        """The key that a module is merged into, and its twins."""
+        """The key that a module is merged into, and its twins; of trained tokens the keys of all rows."""
+        rows = [key for key, (name, _) in self.places.items() if name == module]
+        if rows:
+            return rows
         key = self.targets[module].stored.key
         return [key, *(twin for twin, first in self.base.twins.items() if first == key)]
 
@@ -94,6 +102,8 @@ def make_job(
         raise RecipeError(f"vocab: wanted base or union, got {vocab!r}")
     whole = base
     base, inputs, pieces = _with_experts(base, inputs)
+    tokens = _tokens(base, inputs, vocab)
+    base, pieces = divided(base, tokens.pieces), {**pieces, **tokens.pieces}
     adapters = [each for each in inputs if isinstance(each, Adapter)]
     held = {}  # of adapters, as models of their own
     if vocab == "union":
@@ -107,15 +117,22 @@ def make_job(
     if models:
         what = "is a full model" if models[0] in inputs else "holds its vocabulary whole"
         _check_dense(recipe, f"{models[0].name} {what}")
+    beside = [each for each in adapters if needs_its_base(each)]
+    if beside:
+        what = "DoRA" if beside[0].magnitudes else "trained tokens"
+        _check_dense(recipe, f"{beside[0].name} is known beside its base only ({what})")
     if METHODS[recipe.method].kind == "stacked":  # stacked factors multiply out to the sum of the deltas
         recipe = replace(recipe, space="delta")
     targets = targets_of_models(base, models, targets_of_adapters(base, adapters))
+    targets |= {module.name: module.target for module in tokens.modules}
     described = {name: module for adapter in adapters for name, module in adapter.modules.items()}
     union = unite(base, models) if vocab == "union" else None
 
     def bind(each: Input) -> Adapter | Finetuned:
         if isinstance(each, Checkpoint):
             return open_finetuned(each, base, targets, described, union)
+        if each in beside and each not in held:
+            return tuned(each, targets, tokens.modules)
         return open_finetuned(held[each], base, targets, described, union, each) if each in held else each
 
     bound = [bind(each) for each in inputs]
@@ -135,7 +152,7 @@ def make_job(
         for key, stored in whole.tensors.items()
     }
     layout = lay_out(shapes, shard_size).divided(pieces)
-    return IntoJob(base, plan, targets, saved, layout, shard_size, union)
+    return IntoJob(base, plan, targets, saved, layout, shard_size, union, tokens.places)
 
 
 def _with_experts(base: Checkpoint, inputs: Sequence[Input]) -> tuple[Checkpoint, list[Input], Pieces]:
@@ -149,6 +166,17 @@ def _with_experts(base: Checkpoint, inputs: Sequence[Input]) -> tuple[Checkpoint
         [divided(each, pieces) if isinstance(each, Checkpoint) else each for each in own],
         pieces,
     )
+
+
+def _tokens(base: Checkpoint, inputs: Sequence[Input], vocab: str) -> TokenModules:
+    """The trained tokens of the adapters: rows of the base, by index."""
+    found = token_modules(base, [each for each in inputs if isinstance(each, Adapter)])
+    models = [each for each in inputs if isinstance(each, Checkpoint)]
+    if found.modules and (models or vocab == "union"):
+        owner = next(iter(found.modules[0].dtypes)).name
+        got = models[0].name if models else "vocab union"
+        raise ModelError(f"{owner} has trained tokens; wanted adapters only beside it, and vocab base, got {got}")
+    return found
 
 
 def _check_dense(recipe: Recipe, who: str) -> None:

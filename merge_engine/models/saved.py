@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from merge_engine.errors import ModelError
 from merge_engine.files.weights import StoredTensor
-from merge_engine.formats.adapter import KEY_PREFIX, Adapter, is_base_copy
+from merge_engine.formats.adapter import KEY_PREFIX, TOKENS, Adapter, is_base_copy
 from merge_engine.formats.checkpoint import Checkpoint, is_head
 from merge_engine.formats.extras import carried_over
 from merge_engine.models.targets import Target, in_vocabulary
@@ -22,11 +22,13 @@ def saved_tensors(base: Checkpoint, adapters: Sequence[Adapter], saved: str | No
     """
     owners = []
     for adapter in adapters:
-        held = {key: stored for key, stored in held_whole(adapter).items() if not is_base_copy(key)}
+        held = {
+            key: stored
+            for key, stored in held_whole(adapter).items()
+            if not is_base_copy(key) and not stored.key.endswith(TOKENS)
+        }
         owners.append((adapter.name, held))
         for key, stored in held.items():
-            if key.endswith("trainable_tokens_delta"):
-                raise ModelError(f"{adapter.name}: {stored.key}: trained tokens cannot be merged into a base model")
             if key not in base.tensors:
                 raise ModelError(f"{adapter.name}: {stored.key} would replace {key}, which {base.name} does not have")
             want = base.tensors[key].shape
