@@ -181,7 +181,7 @@ class AdapterWriter:
     def _use(self) -> list[str]:
         """The lines of the card on how to load the result."""
         served = [] if self.trouble_of_servers() else use_on_vllm(self._config)
-        return use_of_adapter(self._config) + served
+        return use_of_adapter(self._config, {key: extra.shape for key, extra in self._extras.items()}) + served
 
     def _keys(self, module: Module) -> tuple[str, ...]:
         """The keys of A and of B, or of a bias."""

@@ -17,16 +17,21 @@ _BY_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+_HEADS = (".score.weight", ".classifier.weight", ".classifier.out_proj.weight")  # [labels, width]
 
 
-def use_of_adapter(config: Mapping[str, Any]) -> list[str]:
-    """Lines that load an adapter with PEFT. config: its adapter_config.json."""
+def use_of_adapter(config: Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Lines that load an adapter with PEFT. config: its adapter_config.json. saved: {key: shape} of saved layers."""
     base, loader = config.get("base_model_name_or_path"), _loader(config)
     load = f'model = PeftModel.from_pretrained(%s, "{HERE}")'
     if base is None or loader is None:
         return code("python", "from peft import PeftModel", "", f"{load % 'base_model'}  # base_model: loaded as usual")
     revision = config.get("revision")
     at = f", revision={_text(revision)}" if isinstance(revision, str) else ""
+    labels = next((shape[0] for key, shape in saved.items() if key.endswith(_HEADS)), None)
+    if labels is not None and loader.endswith(_CLASSIFIERS):
+        at += f", num_labels={labels}"
     return code(
         "python",
         "from peft import PeftModel",

@@ -1,15 +1,18 @@
 """What a merge tells of itself: its recipe.yaml repeats it, its card's code runs, and both go to the hub."""
 
+import copy
 import json
 
 import pytest
 import torch
 import yaml
 from command_line import run_cli
+from peft import LoraConfig, get_peft_model
 from peft_adapters import in_peft, peft_deltas, save_adapter, tiny_llama
 from safetensors.torch import load_file
 from toy_models import bytes_of, save_base
 from toy_models import save_adapter as save_toy_adapter
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import merge_engine
 from merge_engine.errors import OutputError
@@ -106,6 +109,27 @@ def test_the_adapters_card_runs(llamas, tmp_path, monkeypatch):
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
     serve = f"vllm serve {base} --enable-lora --max-lora-rank 16 --lora-modules merged=.\n"
     assert blocks["bash"] == serve
+
+
+def test_a_classifiers_card_runs(tmp_path, monkeypatch):
+    """The head has as many rows as there are labels, and the base is loaded with that many."""
+    config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "pad_token_id": 0}
+    shape = LlamaConfig(**config, num_attention_heads=4, num_labels=5)
+    base = LlamaForSequenceClassification(shape)
+    base.model.save_pretrained(tmp_path / "base")
+    for name in ("sql", "chat"):
+        lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+        model = get_peft_model(copy.deepcopy(base), lora)
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        model.save_pretrained(tmp_path / name)
+    merge_engine.merge([tmp_path / "sql", tmp_path / "chat"], tmp_path / "out", method="linear")
+    names: dict = {}
+    monkeypatch.chdir(tmp_path / "out")
+    code = card_of(tmp_path / "out")[1]
+    assert "num_labels=5" in code["python"] and "bash" not in code
+    exec(code["python"], names)
+    head = names["model"].base_model.model.score.modules_to_save["default"].weight
+    assert torch.equal(head, base.score.weight)
 
 
 def test_the_models_card_runs(llamas, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from merge_engine.formats.use import use_of_adapter, use_of_model, use_on_vllm
 
 
 def lines(**config):
-    return "\n".join(use_of_adapter({"r": 8, "base_model_name_or_path": "org/base", **config}))
+    return "\n".join(use_of_adapter({"r": 8, "base_model_name_or_path": "org/base", **config}, {}))
 
 
 def test_the_class_is_that_of_the_task_or_of_the_model_that_was_trained():

@@ -1,7 +1,10 @@
 """A hub in memory, in place of huggingface_hub's HfApi: what is committed to it, and what it refuses."""
 
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from huggingface_hub import HfApi as Real
 
 
 @dataclass
@@ -31,11 +34,13 @@ class PretendedHub:
             def create_repo(self, repo_id, *, private=None, exist_ok=False):
                 self.whoami()
                 assert exist_ok
+                inspect.signature(Real.create_repo).bind(self, repo_id, private=private, exist_ok=exist_ok)
                 made[repo_id] = private
                 return f"https://huggingface.co/{repo_id}"
 
             def create_commit(self, repo_id, operations, *, commit_message):
                 assert commit_message
+                inspect.signature(Real.create_commit).bind(self, repo_id, operations, commit_message=commit_message)
                 files = {}
                 for each in operations:
                     content = each.path_or_fileobj
