@@ -31,6 +31,9 @@ if not HAS_GPU:
 
 import bench  # noqa: E402
 import merge_engine  # noqa: E402, F401
+from merge_engine.loops import door  # noqa: E402
+
+door.loops()  # compiled once, before a test starts processes or looks at what they print
 
 # Tests import the modules of tests/helpers by their bare names.
 sys.path.append(str(Path(__file__).parent / "helpers"))

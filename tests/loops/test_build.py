@@ -1,7 +1,12 @@
 """What the compiler makes of a loop."""
 
+import builtins
+import time
+
 import numpy as np
 import pytest
+
+from merge_engine.loops import door
 
 build = pytest.importorskip("merge_engine.loops.build", exc_type=ImportError)
 
@@ -25,3 +30,21 @@ def test_vectors_are_as_wide_as_the_cpu_has_them():
     a, out = np.arange(37, dtype=np.float32), np.empty(37, np.float32)
     product(a, a, out)
     assert np.array_equal(out, a * a)
+
+
+@pytest.mark.quick
+def test_a_compilation_says_so_and_a_cache_does_not(monkeypatch, caplog):
+    monkeypatch.setattr(door, "LATE", 0.05)
+    real = builtins.__import__
+
+    def slow(name, *rest):
+        if name == "merge_engine.loops":
+            time.sleep(0.5)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", slow)
+    assert door.loops.__wrapped__() is not None
+    assert caplog.messages == ["compiling the loops for this CPU, once: some 10 s"]
+    monkeypatch.undo()
+    assert door.loops.__wrapped__() is not None
+    assert len(caplog.messages) == 1
