@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.harness.inputs import MODELS, RANK, SCALING, Shapes, factors
+from merge_engine.files.safetensors_writer import SafetensorsWriter
 
 VOCABULARY, HEAD = 32000, 64  # tokens; columns of one attention head
 
@@ -35,6 +36,37 @@ def adapters_on_disk(count: int, layers: int, model: str) -> list[Path]:
         if not folder.exists():
             make_adapter(folder, seed, layers, MODELS[model])
     return folders
+
+
+def image_loras_on_disk(count: int, layers: int, model: str, rank: int) -> list[Path]:
+    """So many LoRAs of an image model, as kohya's scripts write them: bfloat16, alpha = rank / 2."""
+    files = [scratch_folder() / f"{model}-{layers}-{rank}-{number}.safetensors" for number in range(count)]
+    for seed, file in enumerate(files):
+        if not file.exists():
+            make_image_lora(file, seed, image_modules(layers, MODELS[model]), rank)
+    return files
+
+
+def image_modules(layers: int, shapes: Shapes) -> dict[str, tuple[int, int]]:
+    """The modules of an image model with so many layers, by kohya's names."""
+    made = {}
+    for layer in range(layers):
+        numbers = (layer, 2 * layer, 2 * layer + 1)
+        made |= {f"lora_unet_{name.format(*numbers)}": shape for name, shape in shapes.items()}
+    return made
+
+
+def make_image_lora(file: Path, seed: int, modules: Shapes, rank: int) -> None:
+    """One file, written module by module."""
+    generator = torch.Generator().manual_seed(seed)
+    ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
+    header = {"ss_base_model_version": "flux1", "ss_network_dim": str(rank), "ss_network_alpha": str(rank / 2)}
+    with SafetensorsWriter(file, [name + end for name in modules for end in ends], header) as writer:
+        for name, (rows, columns) in modules.items():
+            A, B = factors(rows, columns, rank, generator)
+            tensors = (A.bfloat16(), B.bfloat16(), torch.tensor(rank / 2))
+            for end, tensor in zip(ends, tensors, strict=True):
+                writer.add(name + end, tensor)
 
 
 @lru_cache

@@ -31,7 +31,22 @@ def llama(hidden: int, keys: int, mlp: int) -> dict[str, tuple[int, int]]:
 
 TINY_LLAMA = llama(2048, 256, 5632)
 LLAMA_134M = "Llama-134M"  # with 12 layers and 32000 tokens
-MODELS = {"TinyLlama": TINY_LLAMA, LLAMA_134M: llama(768, 768, 2048)}
+FLUX = "Flux"  # with 19 double and 38 single blocks: as 19 layers of one double and two single blocks
+
+
+def flux(hidden: int) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of the linear modules of a double block and of two single ones, as kohya's scripts adapt them.
+
+    The names are those of kohya's files; {0}, {1} and {2} are the numbers of the three blocks.
+    """
+    double = {"attn_qkv": (3, 1), "attn_proj": (1, 1), "mlp_0": (4, 1), "mlp_2": (1, 4), "mod_lin": (6, 1)}
+    single = {"linear1": (7, 1), "linear2": (1, 5), "modulation_lin": (3, 1)}
+    names = {f"double_blocks_{{0}}_{side}_{name}": shape for side in ("img", "txt") for name, shape in double.items()}
+    names |= {f"single_blocks_{{{number}}}_{name}": shape for number in (1, 2) for name, shape in single.items()}
+    return {name: (rows * hidden, columns * hidden) for name, (rows, columns) in names.items()}
+
+
+MODELS = {"TinyLlama": TINY_LLAMA, LLAMA_134M: llama(768, 768, 2048), FLUX: flux(3072)}
 
 
 def factors(rows: int, columns: int, rank: int, generator: torch.Generator) -> Pair:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bench.harness.inputs import LAYERS, LLAMA_134M, MODELS, TINY_LLAMA, Pair, factors
+from bench.harness.inputs import FLUX, LAYERS, LLAMA_134M, MODELS, TINY_LLAMA, Pair, factors
 from merge_engine.cpu.mask import keep_mask
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import Rule, make_rule
@@ -158,6 +158,8 @@ WORKLOADS = [
     Workload("elements", "ties", 1024, 2048, only=OURS, vary=("rows", (1024, 2048, 4096, 8192))),
     Workload("adapters", "ties", 2048, 2048, only=OURS, vary=("adapters", (4, 8, 16, 32))),
     Workload("factors", "ties", layers=LAYERS),
+    Workload("svd_merge", "linear", 3072, 3072, rank=32),
+    Workload("image", "linear", layers=19, model=FLUX, rank=32, dtype="bfloat16"),
     Workload("base", "ties", layers=12, model=LLAMA_134M),
     Workload("base", "dare_ties", layers=12, model=LLAMA_134M),
     Workload("ranks", "ties", layers=LAYERS),
@@ -166,6 +168,7 @@ WORKLOADS = [
         Workload("session", f"{what}, other weights", adapters=8, layers=1)
         for what in ("ties", "linear", "ties of factors")
     ),
+    Workload("image", "ties", layers=19, model=FLUX, rank=32, dtype="bfloat16"),
     *(Workload("factors", method, layers=LAYERS) for method in FACTORS),
     Workload("many", "ties, density x weights", adapters=8, layers=1),
     Workload("many", "linear, weights x scale", adapters=8, layers=4),

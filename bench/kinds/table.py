@@ -5,7 +5,22 @@ A new kind is a file beside this one, a line here, and its lines in `harness.wor
 """
 
 from bench.harness.kind import Kind
-from bench.kinds import base, deltas, factors, layer, many, parts, ranks, recompress, select, session, threads, whole
+from bench.kinds import (
+    base,
+    deltas,
+    factors,
+    image,
+    layer,
+    many,
+    parts,
+    ranks,
+    recompress,
+    select,
+    session,
+    svd_merge,
+    threads,
+    whole,
+)
 
 KINDS: dict[str, Kind] = {
     "select": select.KIND,
@@ -18,6 +33,8 @@ KINDS: dict[str, Kind] = {
     "recompress": recompress.KIND,
     "layer": layer.KIND,
     "whole": whole.KIND,
+    "image": image.KIND,
+    "svd_merge": svd_merge.KIND,
     "base": base.KIND,
     "ranks": ranks.KIND,
     "many": many.KIND,

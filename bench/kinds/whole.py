@@ -40,11 +40,11 @@ print(json.dumps([seconds, 1024 * process_status("VmHWM"), processor, result.tot
 def _merge(work: Workload, device: str) -> Contestant:
     adapters, output = adapters_on_disk(work.adapters, work.layers, work.model), scratch_folder() / "merged"
     recipe = {"method": work.method, "density": work.density, "rank": work.rank, "overwrite": True}
-    return Contestant(lambda: _in_a_process(adapters, output, recipe), own_clock=True)
+    return Contestant(lambda: in_a_process(adapters, output, recipe), own_clock=True)
 
 
-def _in_a_process(adapters: list[Path], output: Path, recipe: Mapping[str, Any]) -> Sample:
-    """One merge, timed by the process that does it; the result is the folder of the output."""
+def in_a_process(adapters: list[Path], output: Path, recipe: Mapping[str, Any]) -> Sample:
+    """One merge, timed by the process that does it; the result is the path of the output."""
     arguments = [json.dumps([str(folder) for folder in adapters]), str(output), json.dumps(recipe)]
     done = subprocess.run([sys.executable, "-c", WORKER, *arguments], check=True, stdout=subprocess.PIPE, text=True)
     seconds, peak, processor, kept = json.loads(done.stdout)
