@@ -9,8 +9,9 @@ from torch import Tensor
 
 from merge_engine.errors import ModelError
 from merge_engine.files.weights import StoredTensor
-from merge_engine.formats.adapter import Adapter
+from merge_engine.formats.adapter import TOKENS, Adapter
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint, is_head
+from merge_engine.models.experts import as_the_base_has_them
 from merge_engine.models.finetuned import read_finite
 from merge_engine.models.saved import saved_tensors
 from merge_engine.models.targets import Target, targets_of_adapters
@@ -84,6 +85,8 @@ def full_input(model: Checkpoint, adapter: Adapter | None = None) -> FullInput:
     """Check that an adapter fits its model. Raises MergeError where it does not, or holds NaN or Inf."""
     if adapter is None:
         return FullInput(model)
+    adapter = as_the_base_has_them(adapter, model)
+    _check_factors_alone(adapter)
     targets = targets_of_adapters(model, [adapter])
     saved = saved_tensors(model, [adapter])
     adapter.check_finite()
@@ -91,6 +94,15 @@ def full_input(model: Checkpoint, adapter: Adapter | None = None) -> FullInput:
     for key in adapted.keys() & saved.keys():
         raise ModelError(f"{adapter.name}: {key} is both adapted and saved whole; wanted one of the two")
     return FullInput(model, adapter, adapted, saved)
+
+
+def _check_factors_alone(adapter: Adapter) -> None:
+    """Refuse what is more than factors of whole tensors."""
+    tokens = any(key.endswith(TOKENS) for key in adapter.extras)
+    fused = any(module.expert is not None for module in adapter.modules.values())
+    for what, there in (("DoRA", adapter.magnitudes), ("trained tokens", tokens), ("experts in one parameter", fused)):
+        if there:
+            raise ModelError(f"{adapter.name} has {what}; wanted LoRA alone here, or a merge --into BASE by its own")
 
 
 def is_float(stored: StoredTensor) -> bool:
