@@ -55,7 +55,9 @@ def _figures(source: str) -> dict[str, Any]:
             "columns": module.columns,
             "rank": module.rank,
             "scaling": module.scaling,
-            "norm": abs(module.scaling) * product_norm(*adapter.factors(module.name)),
+            "norm": None  # of DoRA the base decides
+            if module.name in adapter.magnitudes
+            else abs(module.scaling) * product_norm(*adapter.factors(module.name)),
         }
         for module in adapter.modules.values()
     ]
@@ -82,7 +84,8 @@ def _show(adapter: dict[str, Any]) -> None:
     print(f"  {'module':{width}}  {'kind':9}  {'delta':>15}  rank  scaling  norm of delta")
     for module in modules:
         shape = f"{module['rows']} x {module['columns']}"
+        norm = "DoRA" if module["norm"] is None else f"{module['norm']:.4g}"
         print(
             f"  {module['module']:{width}}  {module['kind']:9}  {shape:>15}  {module['rank']:4}  "
-            f"{module['scaling']:7.4g}  {module['norm']:.4g}"
+            f"{module['scaling']:7.4g}  {norm}"
         )

@@ -45,3 +45,16 @@ def test_info_as_json(three, capsys):
         A, B = adapter.factors(module["module"])
         assert (module["rows"], module["columns"], module["rank"]) == (len(B), A.shape[1], len(A))
         assert module["norm"] == pytest.approx(2 * (B.double() @ A.double()).norm().item(), rel=1e-6)
+
+
+def test_info_of_dora_and_experts(tmp_path, capsys):
+    from expert_models import save_experts
+    from peft_models import llama, saved
+
+    dora = saved(tmp_path / "dora", llama, r=2, target_modules=["q_proj"], use_dora=True)
+    experts = save_experts(tmp_path / "experts", 1)
+    assert main(["info", str(dora), str(experts)]) in (None, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if "q_proj" in line][:2] == ["DoRA", "DoRA"]
+    (row,) = [line.split() for line in lines if "layers.1.mlp.experts.down_proj.2 " in line]
+    assert row[1:6] == ["linear", "16", "x", "12", "4"] and float(row[-1]) > 0
