@@ -7,6 +7,8 @@ import pytest
 import torch
 import yaml
 from command_line import run_cli
+from image_files import save_image
+from mlx_files import save_mlx
 from peft import LoraConfig, get_peft_model
 from peft_adapters import in_peft, peft_deltas, save_adapter, tiny_llama
 from safetensors.torch import load_file
@@ -196,3 +198,21 @@ def test_a_push_that_cannot_be_is_refused_before_the_merge(llamas, tmp_path, cap
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError, match="wanted a merge that was written to a folder"):
         merge_engine.merge(llamas[1], method="linear").push_to_hub("user/merged")
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers", "mlx"])
+def test_other_families_repeat_and_say_how_they_are_loaded(tmp_path, capsys, kind):
+    inputs = [tmp_path / name if kind == "mlx" else tmp_path / f"{name}.safetensors" for name in ("sql", "chat")]
+    for seed, path in enumerate(inputs):
+        save_mlx(path, 3 + seed, 2.0, seed=seed) if kind == "mlx" else save_image(path, kind, 3 + seed, seed=seed)
+    merge_engine.merge(inputs, tmp_path / "out", weights=[1, 0.5])
+    code, _, err = run_cli(capsys, "merge", tmp_path / "out" / "recipe.yaml", "-o", tmp_path / "again")
+    assert code == 0, err
+    one, two = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("out", "again"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    front, blocks = card_of(tmp_path / "out")
+    image = ("diffusers", 'load_lora_weights(".", weight_name="out.safetensors")')
+    library, line = ("mlx", 'adapter_path="."') if kind == "mlx" else image
+    assert front["library_name"] == library and line in blocks["python"]
+    code, _, err = run_cli(capsys, "normalize", inputs[0], "-o", tmp_path / "normal")
+    assert code == 2 and "wanted PEFT's folder: servers load no other" in err and not (tmp_path / "normal").exists()
