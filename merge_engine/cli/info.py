@@ -64,6 +64,7 @@ def _figures(source: str) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "path": str(adapter.path),
+        "family": str(adapter.family),
         "base_model": adapter.base_model,
         "bytes": adapter.size_bytes,
         "others": sorted(adapter.extras),
@@ -75,6 +76,7 @@ def _show(adapter: dict[str, Any]) -> None:
     modules = adapter["modules"]
     ranks = sorted({module["rank"] for module in modules})
     print(f"{adapter['name']}: {adapter['path']}")
+    print(f"  family      {adapter['family']}")
     print(f"  base model  {adapter['base_model']}")
     print(f"  modules     {len(modules)}, rank {', '.join(map(str, ranks))}")
     print(f"  size        {adapter['bytes'] / 1e6:.2f} MB")

@@ -41,6 +41,10 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*", ADAPTERS_FILE), AdapterError)
     if is_mlx(path):
         return open_mlx(path, str(source), name)
+    if not Path(source).expanduser().is_dir() and not any((path / file).exists() for file in _FILES[:2]):
+        raise AdapterError(
+            f"{source} has no {ADAPTER_CONFIG}; a LoRA in one file is given as {source}:file.safetensors"
+        )
     config = read_config(path, name)
     found, extras = sort_tensors(open_weights(path, name), config, name)
     modules, pairs = _modules(name, found, config)

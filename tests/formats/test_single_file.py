@@ -122,6 +122,8 @@ def test_a_folder_with_one_file_and_a_file_of_the_hub(tmp_path, repositories):
     adapter = open_adapter("user/style:pytorch_lora_weights.safetensors")
     assert adapter.name == "pytorch_lora_weights" and adapter.modules.keys() == COMPONENTS.keys()
     assert adapter.source == "user/style:pytorch_lora_weights.safetensors"
+    with pytest.raises(AdapterError, match=r"user/style has no adapter_config.json; .* as user/style:file.safetensors"):
+        open_adapter("user/style")
     with pytest.raises(AdapterError, match=r"the repository user/style has no file other\.safetensors"):
         open_adapter("user/style:other.safetensors")
     save_image(folder / "second.safetensors", "diffusers", 4)
