@@ -195,3 +195,28 @@ def test_several_processes_and_the_command_write_the_same_union(toys, capsys, fo
     assert bytes_of(base.parent / "two") == bytes_of(want)
     assert main(["merge", str(models[0]), "-o", str(base.parent / "no"), "--vocab", "union"]) == 2
     assert "vocab: only applies to full models; wanted --into BASE with it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_ranks_share_experts_and_rows_of_tokens(tmp_path, world):
+    """Every byte is written by one of them: each expert by itself, all rows of trained tokens together."""
+    from expert_models import save_experts, tiny
+
+    tiny("gpt_oss").save_pretrained(tmp_path / "base")
+    adapter = open_adapter(save_experts(tmp_path / "a", 1, trainable_token_indices=[3, 30, 4]))
+    job = make_job(open_checkpoint(tmp_path / "base"), [adapter], Recipe.from_mapping({"method": "linear"}), 10**9)
+    written, _ = written_by(job, world)
+    assert len(written) == world and sum(written) == job.layout.nbytes - len(next(iter(job.layout.headers.values())))
+
+
+def test_several_processes_write_the_same_experts_and_tokens(tmp_path, forks):
+    from expert_models import save_experts, tiny
+
+    tiny("gpt_oss").save_pretrained(tmp_path / "base")
+    adapters = [save_experts(tmp_path / str(i), i, trainable_token_indices=[3, 30 + i]) for i in range(2)]
+    recipe = {"method": "ties", "density": 0.4, "shard_size": "9KB"}
+    merge_engine.merge_into(tmp_path / "base", adapters, tmp_path / "one", **recipe)
+    words = ["merge", *map(str, adapters), "--into", str(tmp_path / "base"), "--method", "ties", "--density", "0.4"]
+    done = forks.ranks(2, [*words, "--shard-size", "9KB", "-o", str(tmp_path / "two")])
+    assert done.codes == [0, 0], done.err
+    assert bytes_of(tmp_path / "two") == bytes_of(tmp_path / "one")
