@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from expert_models import EXPERTS, FUSED, expert_deltas, in_peft, save_experts
+from expert_models import EXPERTS, FUSED, expert_deltas, in_peft, save_experts, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import STEM, save_factors
@@ -131,19 +131,31 @@ def test_experts_are_compared(tmp_path):
     assert abs(float(figures.modules[name].cosine[0, 1]) - want) < 1e-5
 
 
+def one_by_one(folder, seed):
+    """An adapter of tiny("mixtral") as PEFT saved it before transformers fused the experts: a layer for each matrix."""
+    generator, factors = torch.Generator().manual_seed(seed), {}
+    shapes = {f"block_sparse_moe.experts.{e}.{n}": (12, 16) for e in range(EXPERTS) for n in ("w1", "w3")}
+    shapes |= {f"block_sparse_moe.experts.{e}.w2": (16, 12) for e in range(EXPERTS)} | {"self_attn.q_proj": (16, 16)}
+    for layer in range(2):
+        for name, (rows, columns) in shapes.items():
+            A, B = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator)
+            factors[f"model.layers.{layer}.{name}"] = A, B
+    targets = ["w1", "w2", "w3", "q_proj"]
+    return save_factors(folder, factors, target_modules=targets, base_model_name_or_path="tiny")
+
+
 def test_experts_as_layers_of_their_own(tmp_path):
-    """What PEFT saved before transformers fused the experts."""
-    names = [f"model.layers.0.mlp.experts.{e}.{part}_proj" for e in range(2) for part in ("gate", "down")]
-    generator = torch.Generator().manual_seed(0)
-    folders = []
-    for number in range(2):
-        pairs = {
-            name: (torch.randn(2, 5, generator=generator), torch.randn(4, 2, generator=generator)) for name in names
-        }
-        folders.append(save_factors(tmp_path / str(number), pairs))
-    merge_engine.merge(folders, tmp_path / "out", method="linear")
-    one, two, got = map(deltas_of, (*folders, tmp_path / "out"))
-    assert_same(got, {name: one[name] + two[name] for name in names})
+    """Merged, PEFT still turns them into pairs of the fused parameters; and into a base they go as PEFT merges them."""
+    folders = [one_by_one(tmp_path / str(seed), seed) for seed in range(2)]
+    merge_engine.merge(folders, tmp_path / "out", method="linear", weights=[1.0, 0.5])
+    one, two, got = (expert_deltas(in_peft(folder, "mixtral")) for folder in (*folders, tmp_path / "out"))
+    assert got.keys() == one.keys() and (LAYER, "gate_up_proj") in got
+    assert_same(got, {key: one[key].double() + 0.5 * two[key].double() for key in one})
+    tiny("mixtral").save_pretrained(tmp_path / "base")
+    merge_engine.merge_into(tmp_path / "base", folders[:1], tmp_path / "full", method="linear")
+    in_peft(folders[0], "mixtral").merge_and_unload().save_pretrained(tmp_path / "want")
+    got, want = (load_file(tmp_path / name / "model.safetensors") for name in ("full", "want"))
+    assert_same(got, {key: tensor.double() for key, tensor in want.items()})
 
 
 @settings(max_examples=60, deadline=None)
