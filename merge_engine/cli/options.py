@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from merge_engine.cli.parser import split_list
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import CHOICES
+from merge_engine.rules.guesses import word
 from merge_engine.rules.methods import METHODS
 
 # Types of the keys of a recipe file that are not fields of `Recipe`.
@@ -31,7 +33,13 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, help="folder to write, or .safetensors file where the inputs are such files")
     add("--push", metavar="REPO", help="send the result to the hub, as user/repo; the repository is made if missing")
     add("--overwrite", action="store_true", default=None, help="replace an existing output")
-    add("--method", choices=CHOICES["method"], metavar="METHOD", help="one of those listed below; default: ties")
+    add(
+        "--method",
+        type=partial(word, "method"),
+        choices=CHOICES["method"],
+        metavar="METHOD",
+        help="one of those listed below; default: ties",
+    )
     add(
         "--weights",
         type=split_list,
@@ -76,7 +84,12 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     add("--convention", choices=CHOICES["convention"], help="whose arithmetic to follow; default: peft")
     add("--seed", type=int, help="seed of the random drops; default: 0")
     add("--backend", choices=CHOICES["backend"], help="triton (GPU), torch (CPU) or auto; default: auto")
-    add("--dtype", choices=CHOICES["dtype"], help="dtype of the output; default: that of the inputs, or of the base")
+    add(
+        "--dtype",
+        type=partial(word, "dtype"),
+        choices=CHOICES["dtype"],
+        help="dtype of the output; default: that of the inputs, or of the base",
+    )
     add(
         "--saved",
         choices=CHOICES["saved"],
@@ -210,9 +223,10 @@ def recipe_file(given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(recipe, dict) and "merge_method" in recipe:
         return recipe
     adapters = recipe.get("adapters") if isinstance(recipe, dict) else None
-    if not adapters or not isinstance(adapters, (list, dict) if "merges" in recipe else list):
+    if not adapters or not isinstance(adapters, list | dict):
         raise RecipeError(f"{first}: wanted a table of keys with a list of adapters")
-    for each in adapters.values() if isinstance(adapters, dict) else adapters:
+    named = adapters.values() if isinstance(adapters, dict) and "merges" in recipe else None
+    for each in adapters if named is None else named:  # a mapping without merges is of adapters to weights
         if not isinstance(each, str):
             raise RecipeError(f"{first}: adapters: wanted folders or hub ids, got {each!r}")
     for key, kind in _KINDS.items():

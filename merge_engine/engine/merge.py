@@ -4,7 +4,7 @@ The four stages overlap. At most a constant number of merged deltas is in memory
 whole or not at all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from merge_engine.engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.engine.prepare import prepare, work_of
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
+from merge_engine.rules.guesses import split_weights
 from merge_engine.rules.recipe import Recipe
 
 
 def merge(
-    adapters: Sequence[str | Path | Adapter],
+    adapters: Sequence[str | Path | Adapter] | Mapping[str, float],
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
@@ -33,7 +34,7 @@ def merge(
 ) -> Merged:
     """scale * method(w_1 t_1, ..., w_n t_n) for every module of the adapters, cut to a rank: one merged adapter.
 
-    adapters: folders or hub ids (``user/repo``) of LoRA adapters as PEFT writes them.
+    adapters: folders or hub ids (``user/repo``) of LoRA adapters as PEFT writes them; or a mapping of them to weights.
     output: the folder to write, loadable by PEFT; it appears complete or not at all, and an existing one is refused
         unless overwrite. None keeps the result in memory.
     progress: a bar on standard error; None shows it on a terminal only.
@@ -43,6 +44,7 @@ def merge(
 
     No base model is loaded, and no delta of an adapter is stored. Raises MergeError before anything is written.
     """
+    adapters, recipe = split_weights(adapters, recipe)
     asked = Recipe.from_mapping(recipe)
     opened = open_adapters(adapters)
     chosen = choose(backend)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from merge_engine.errors import MergeError
+from merge_engine.rules.guesses import describe
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 SINGLE = ".safetensors"  # the end of the name of a file that is an adapter by itself
@@ -38,7 +39,7 @@ def find(
     Raises `error`, which says that a folder with `config_file` was wanted, if there is none and the hub gives none.
     """
     if not isinstance(source, str | Path):
-        raise error(f"wanted a folder with {config_file} or a hub id user/repo, got {source!r}")
+        raise error(f"wanted a folder with {config_file} or a hub id user/repo, got {describe(source)}")
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve().name, path

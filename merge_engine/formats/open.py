@@ -16,6 +16,7 @@ from merge_engine.formats.mlx import ADAPTERS_FILE, is_mlx, open_mlx
 from merge_engine.formats.peft_config import ADAPTER_CONFIG, rank_and_scaling, read_config
 from merge_engine.formats.peft_tensors import WEIGHTS_FILE, describe, open_weights, sort_tensors
 from merge_engine.formats.single_file import open_file
+from merge_engine.rules.guesses import listed
 
 # Fetched from the hub beside the weights: a config.json shows that it is a full model, before that is downloaded, the
 # tokenizer's files say which tokens were added, and the card says the licence.
@@ -92,6 +93,7 @@ def open_adapters(sources: Iterable[str | Path | Adapter]) -> list[Adapter]:
     Raises:
         AdapterError: as `open_adapter` does, for the first source that cannot be opened.
     """
-    if isinstance(sources, str | Path):
-        raise AdapterError(f"adapters: wanted a list of folders or hub ids, got {str(sources)!r}")
-    return [source if isinstance(source, Adapter) else open_adapter(source) for source in sources]
+    order, weights = listed(sources)
+    if weights is not None:
+        raise AdapterError("adapters: wanted a list of folders or hub ids, got a mapping; weights have no meaning here")
+    return [source if isinstance(source, Adapter) else open_adapter(source) for source in order]

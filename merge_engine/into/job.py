@@ -21,6 +21,7 @@ from merge_engine.models.saved import check_tokens, saved_tensors, saved_vocabul
 from merge_engine.models.targets import Target, targets_of_adapters, targets_of_models
 from merge_engine.models.tuned import Places, TokenModules, needs_its_base, token_modules, tuned
 from merge_engine.models.vocabulary import Union, unite
+from merge_engine.rules.guesses import describe
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES, Recipe
 
@@ -80,6 +81,8 @@ class IntoJob:
 
 def open_input(source: str | Path) -> Input:
     """The adapter, if the folder has an adapter_config.json, else the full model."""
+    if not isinstance(source, str | Path):
+        raise ModelError(f"wanted a folder or a hub id user/repo, got {describe(source)}")
     folder = Path(source).expanduser()
     if str(source).endswith(SINGLE):
         return open_adapter(source)

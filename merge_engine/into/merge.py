@@ -28,6 +28,7 @@ from merge_engine.into.place import place
 from merge_engine.into.resume import identity
 from merge_engine.into.write import estimate, write_tensors
 from merge_engine.models.targets import check_goes_into_a_base
+from merge_engine.rules.guesses import split_weights
 from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.memory import parse_size
 from merge_engine.runtime.processes import Ranks
@@ -82,6 +83,7 @@ def merge_into(
     Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError, before anything is
     written unless the disk is full or a file cannot be read.
     """
+    adapters, recipe = split_weights(adapters, recipe)
     return merge_models(
         base,
         open_adapters(adapters),
@@ -120,6 +122,7 @@ def merge_models(
         tokens, counts as a full model in these two tensors.
     Other arguments, result and errors as in `merge_into`.
     """
+    models, recipe = split_weights(models, recipe)
     fields = Recipe.from_mapping(recipe)
     size = parse_size(shard_size, "shard_size")
     for model in models:

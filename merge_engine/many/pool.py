@@ -4,7 +4,7 @@ A pool binds recipes to plans, each over all of its adapters or some of them, an
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.stack import Stack
 from merge_engine.many.budget import Room, room
 from merge_engine.many.cache import Cache
+from merge_engine.rules.guesses import listed
 from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.memory import parse_size
 
@@ -33,7 +34,8 @@ RecipeLike = Recipe | Mapping[str, Any]
 class Pool:
     """Adapters, a memory budget, and a cache.
 
-    adapters: folders, hub ids, or opened adapters. memory: what this process may hold, as "4GB" or in bytes.
+    adapters: folders, hub ids, or opened adapters, or a mapping of them to the weights of recipes that give none.
+    memory: what this process may hold, as "4GB" or in bytes.
     keeps_results: whether to keep the factors of results, for merges that differ in scale only.
     Raises AdapterError for adapters that cannot be merged or hold NaN or Inf, RecipeError for an invalid size.
     """
@@ -44,7 +46,8 @@ class Pool:
         self.keeps_results = keeps_results
         self.memory = parse_size(memory, "memory")
         self.cache = Cache(0)
-        opened = open_adapters(adapters)
+        sources, self.weights = listed(adapters)
+        opened = open_adapters(sources)
         for adapter in opened:
             adapter.check_finite()
         extras = _same_extras(opened)
@@ -53,6 +56,8 @@ class Pool:
     def bind(self, request: RecipeLike) -> Plan:
         """The plan of a recipe: its fields, and optionally adapters: numbers or names of those to merge, in order."""
         if isinstance(request, Recipe):
+            if self.weights is not None and request.weights is None:
+                request = replace(request, weights=tuple(self.weights))
             return make_plan(self.adapters, request, self._joint)
         values = dict(request)
         chosen = values.pop("adapters", None)
@@ -60,7 +65,11 @@ class Pool:
             chosen = range(len(self.adapters))
         elif isinstance(chosen, str) or not isinstance(chosen, Sequence):
             raise RecipeError(f"adapters: wanted a list of numbers or names, got {chosen!r}")
-        return make_plan([self._find(adapter) for adapter in chosen], Recipe.from_mapping(values), self._joint)
+        adapters = [self._find(adapter) for adapter in chosen]
+        if self.weights is not None and values.get("weights") is None:
+            of = dict(zip(map(id, self.adapters), self.weights, strict=True))
+            values["weights"] = [of[id(adapter)] for adapter in adapters]
+        return make_plan(adapters, Recipe.from_mapping(values), self._joint)
 
     def _joint(self, plan: Plan) -> Joint | None:
         """The plan's joined modules, kept in the cache by what they depend on."""

@@ -4,27 +4,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from merge_engine.errors import AdapterError, RecipeError
 from merge_engine.formats.peft_config import CHANGES_BASE
 from merge_engine.peft_backend.layers import SHARED
+from merge_engine.rules.guesses import COMBINATION_TYPES
 from merge_engine.rules.recipe import Recipe
 
-# {combination_type: (method, space)}
-TYPES: dict[str, tuple[str, Literal["factors", "delta"]]] = {
-    "linear": ("linear", "factors"),
-    "cat": ("cat", "factors"),
-    "ties": ("ties", "factors"),
-    "dare_linear": ("dare_linear", "factors"),
-    "dare_ties": ("dare_ties", "factors"),
-    "magnitude_prune": ("magnitude_prune", "factors"),
-    "svd": ("linear", "delta"),
-    "ties_svd": ("ties", "delta"),
-    "dare_linear_svd": ("dare_linear", "delta"),
-    "dare_ties_svd": ("dare_ties", "delta"),
-    "magnitude_prune_svd": ("magnitude_prune", "delta"),
-}
 RNGS, SVDS = ("philox", "torch"), ("subspace", "exact")
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")  # of torch.linalg.svd on a GPU
 # Fields of a configuration that change an adapter's effect, or that would be lost when factors are merged.
@@ -101,7 +88,7 @@ def check_request(
     if svd_rank is not None and svd_rank < 0:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {svd_rank}")
     chosen, rank, _ = tuner._check_add_weighted_adapter(adapters, combination_type, svd_rank)
-    if combination_type not in TYPES:
+    if combination_type not in COMBINATION_TYPES:
         raise ValueError(f"Invalid combination_type: {combination_type}")
     for adapter in adapters:
         _check_config(adapter, tuner.peft_config[adapter])
@@ -111,7 +98,7 @@ def check_request(
     _one_of("svd_driver", svd_driver, DRIVERS)
     if svd_clamp is not None and not 0 <= _number("svd_clamp", svd_clamp) <= 1:
         raise RecipeError(f"svd_clamp: wanted a quantile from 0 to 1, got {svd_clamp!r}")
-    method, space = TYPES[chosen]
+    method, space = COMBINATION_TYPES[chosen]
     recipe = Recipe(
         method=method,
         weights=tuple(_number("weights", weight) for weight in weights),

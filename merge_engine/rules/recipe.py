@@ -10,6 +10,7 @@ import torch
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import BALANCES, RANKS, SAVED, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
+from merge_engine.rules.guesses import by_name, density_hint, did_you_mean, fields_of, word
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, looks_at, methods_with, refuses
 from merge_engine.rules.patterns import BlockWeights, block_tables, compiled, in_blocks
 from merge_engine.rules.rule import Rule, make_rule
@@ -24,7 +25,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WRITTEN
 class Recipe:
     """How adapters are merged: ``scale * method(w_1 t_1, ..., w_n t_n)`` in a space, then cut to a rank.
 
-    method: a row of `rule.METHODS`. weights: one an adapter, 1.0 each if None.
+    method: a row of `rule.METHODS`. weights: one an adapter, in order or as a table by their names; 1.0 each if None.
     density: the share that a trim or a drop keeps: one number, one an adapter, or a table {module pattern: either},
         where a pattern matches as in PEFT's rank_pattern (see `patterns`), and the first match counts.
         0.2 if None; methods that keep everything do not look at it.
@@ -63,7 +64,7 @@ class Recipe:
     """
 
     method: str = "ties"
-    weights: tuple[float, ...] | None = None
+    weights: tuple[float, ...] | Mapping[str, float] | None = None
     density: Density | None = None
     space: Literal["delta", "factors", "core", "knots"] = "delta"
     scale: float | Literal["auto"] = 1.0
@@ -104,13 +105,12 @@ class Recipe:
             "energy",
         ):
             object.__setattr__(self, name, _plain(getattr(self, name)))
+        for name in ("method", "dtype"):
+            object.__setattr__(self, name, word(name, getattr(self, name)))
         rule = self.rule()
         if self.space not in SPACES:
             raise RecipeError(f"space: wanted one of {', '.join(SPACES)}, got {self.space!r}")
-        if self.weights is not None:
-            object.__setattr__(
-                self, "weights", tuple(_finite("weights", w) for w in _sequence("weights", self.weights))
-            )
+        object.__setattr__(self, "weights", _checked_weights(self.weights))
         self._check_scale()
         self._check_known()
         self._check_combine()
@@ -184,12 +184,16 @@ class Recipe:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "Recipe":
-        """A recipe from keys as in a YAML file. Raises RecipeError for an unknown key, listing the known ones."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
+        """A recipe from keys as in a YAML file; those of PEFT are understood too: see `rules.guesses`.
+
+        Raises RecipeError for an unknown key, listing the known ones.
+        """
+        known, given = [field.name for field in fields(cls)], fields_of(values)
+        for key in given:
             if key not in known:
-                raise RecipeError(f"recipe: wanted one of {', '.join(known)}, got {key!r}")
-        return cls(**values)
+                hint = did_you_mean(key, [*known, "combination_type"])
+                raise RecipeError(f"recipe: wanted one of {', '.join(known)}, got {key!r}{hint}")
+        return cls(**given)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain data, for a model card or a report."""
@@ -226,6 +230,8 @@ class Recipe:
     def weights_for(self, adapters: Sequence[str], module: str | None = None) -> tuple[float, ...]:
         """One weight an adapter, of the whole model or in one module. Raises RecipeError where their number differs."""
         weights = (1.0,) * len(adapters) if self.weights is None else self.weights
+        if isinstance(weights, Mapping):
+            weights = by_name(weights, adapters)
         if len(weights) != len(adapters):
             raise RecipeError(
                 f"weights: wanted {len(adapters)}, one for each of {', '.join(adapters)}, got {len(weights)}"
@@ -259,6 +265,12 @@ class Recipe:
         return (density,) * len(adapters)
 
 
+def _checked_weights(weights: Any) -> Any:
+    if isinstance(weights, Mapping):
+        return {name: _finite(f"weights: {name}", weight) for name, weight in weights.items()}
+    return weights if weights is None else tuple(_finite("weights", w) for w in _sequence("weights", weights))
+
+
 def _of_module(
     what: str, table: Mapping[str, Sequence[float]], module: str, adapters: Sequence[str]
 ) -> tuple[float, ...]:
@@ -271,7 +283,7 @@ def _of_module(
 
 def _check_density(density: Any, method: str, rule: Rule) -> None:
     if not _is_number(density) or not 0 <= density <= 1:
-        raise RecipeError(f"density: wanted a number from 0 to 1, got {density!r}")
+        raise RecipeError(f"density: wanted a number from 0 to 1, got {density!r}{density_hint(density)}")
     if rule.keep == "bernoulli" and round(density * 2**32) == 0:
         raise RecipeError(f"density: {method} divides by it, wanted a number above 0, got {density!r}")
 

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 from merge_engine.errors import RecipeError
 from merge_engine.rules.conventions import CONVENTIONS
+from merge_engine.rules.guesses import did_you_mean
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, Divisor, Keep, Scope, TrimTies, looks_at
 
 T = TypeVar("T")
@@ -109,5 +110,5 @@ def require(rule: Rule, who: str, **known: Sequence[object]) -> None:
 
 def _look_up(what: str, name: str, table: Mapping[str, T]) -> T:
     if not isinstance(name, str) or name not in table:
-        raise RecipeError(f"{what}: wanted one of {', '.join(table)}, got {name!r}")
+        raise RecipeError(f"{what}: wanted one of {', '.join(table)}, got {name!r}{did_you_mean(name, table)}")
     return table[name]

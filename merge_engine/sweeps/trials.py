@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import RecipeError
+from merge_engine.rules.guesses import WORDS, did_you_mean, fields_of, word
 from merge_engine.rules.methods import looks_at, refuses
 from merge_engine.rules.recipe import Recipe
 from merge_engine.rules.rule import make_rule
@@ -63,13 +64,17 @@ def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Tri
     known = [field.name for field in fields(Recipe)]
     if not isinstance(axes, Mapping) or not axes:
         raise RecipeError(f"sweep: wanted a table of fields and their values, got {axes!r}")
+    fixed = fields_of(fixed)
     for field, values in axes.items():
         if field not in known:
-            raise RecipeError(f"sweep: wanted one of {', '.join(known)}, got {field!r}")
+            raise RecipeError(f"sweep: wanted one of {', '.join(known)}, got {field!r}{did_you_mean(field, known)}")
         if field in fixed:
             raise RecipeError(f"{field}: wanted one value of it, or several in the sweep, got both")
         if not isinstance(values, list) or not values:
             raise RecipeError(f"sweep: {field}: wanted a list of values, got {values!r}")
+    axes = {
+        field: [word(field, value) for value in values] if field in WORDS else values for field, values in axes.items()
+    }
     trials: dict[str, Trial] = {}
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))

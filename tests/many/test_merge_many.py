@@ -130,7 +130,7 @@ WRONG = [
     ({"recipes": [{"adapters": [True]}]}, r"got True$"),
     ({"recipes": [{"adapters": "ab"}]}, r"adapters: wanted a list of numbers or names, got 'ab'$"),
     ({"recipes": [{"adapters": []}]}, r"^recipe 000: adapters: wanted at least one, got none$"),
-    ({"recipes": [{"weight": [1]}], "names": ["x"]}, r"^recipe x: recipe: wanted one of .*, got 'weight'$"),
+    ({"recipes": [{"weight": [1]}], "names": ["x"]}, r"^recipe x: recipe: wanted one of .*, got 'weight'; did you"),
     ({"names": ["x", "y"]}, r"^names: wanted 1, one for each recipe, got 2$"),
     ({"recipes": [{}, {}], "names": ["x", "x"]}, r"^names: wanted each one once, got 'x' 2 times$"),
     ({"names": ["../x"]}, r"^names: wanted the name of a folder, got '\.\./x'$"),

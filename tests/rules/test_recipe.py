@@ -54,7 +54,7 @@ def bad(**kwargs):
         bad(weights=[1, 2, -1e300], message=r"weights: wanted a number that float32 holds, got -1e\+300"),
         bad(seed=True, message="seed: wanted a whole number from 0 to"),
         bad(method=["ties"], message=r"method: wanted one of .*, got \['ties'\]"),
-        bad(dtype=torch.float16, message="dtype: wanted one of float32, float16, bfloat16, got torch.float16"),
+        bad(dtype=torch.float64, message="dtype: wanted one of float32, float16, bfloat16, got 'float64'"),
         bad(seed=-1, message=r"seed: wanted a whole number from 0 to 2\*\*64 - 1, got -1"),
         bad(rank=0, message="rank: wanted auto or a whole number of at least 1, got 0"),
         bad(rank="8", message="rank: wanted auto or a whole number of at least 1, got '8'"),
