@@ -5,12 +5,17 @@ import os
 from typing import Any
 
 from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output, take_push
+from merge_engine.cli.whole_models import is_whole, merge_whole, whole_options, whole_text
+from merge_engine.errors import RecipeError
+from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS
 
 MODELS_EXAMPLES = """\
 examples:
   merge-engine merge-models --base llama llama-chat llama-code -o merged --method ties --density 0.2
   merge-engine merge-models --base llama llama-chat sql-adapter -o merged --method linear --dry-run
   merge-engine merge-models --base llama llama-chat llama-code -o merged --vocab union
+  merge-engine merge-models --method slerp --t 0.5 llama-chat llama-code -o merged
+  merge-engine merge-models --method model_stock --base llama llama-chat llama-code -o merged
   torchrun --nproc-per-node 2 -m merge_engine merge-models --base llama llama-chat llama-code -o merged
 """
 
@@ -18,15 +23,32 @@ examples:
 def add_to(commands: Any) -> None:
     """Add the command to the parser."""
     parser = add_command(
-        commands, "merge-models", run, MODELS_EXAMPLES + methods_text(["elementwise"]), "merge full models of one base"
+        commands,
+        "merge-models",
+        run,
+        MODELS_EXAMPLES + methods_text(["elementwise"]) + whole_text(),
+        "merge full models of one base",
     )
     parser.add_argument("models", nargs="+", help="folders or hub ids of full models, and of adapters on the base")
-    parser.add_argument("--base", required=True, help="the full model from which they were trained")
+    parser.add_argument("--base", help="the full model from which they were trained; some methods do without")
     merge_options(parser)
+    whole_options(parser)
+    for action in parser._actions:
+        if action.dest in ("method", "convention"):
+            more = WHOLE_METHODS if action.dest == "method" else WHOLE_CONVENTIONS
+            action.choices = tuple(dict.fromkeys([*(action.choices or ()), *more]))
 
 
 def run(options: argparse.Namespace) -> None:
     given = given_options(options)
+    if is_whole(given):
+        output, repo = take_output(given), take_push(given)
+        merged = merge_whole(given, output)
+        print_result(merged, output)
+        print_pushed(merged, repo)
+        return
+    if "base" not in given:
+        raise RecipeError(f"base: {given.get('method', 'ties')} merges changes of one; wanted --base, got none")
     write_model(given, given.pop("base"), given.pop("models"))
 
 

@@ -217,11 +217,15 @@ def recipe_file(given: dict[str, Any]) -> dict[str, Any]:
         return {}
     if len(given["adapters"]) > 1:
         raise RecipeError(f"adapters: wanted one recipe file or adapters, got {first} and more")
-    from merge_engine.files.text import read_yaml
+    from merge_engine.files.text import read_documents
 
-    recipe = read_yaml(first)
-    if isinstance(recipe, dict) and "merge_method" in recipe:
-        return recipe
+    documents = read_documents(first)
+    for document in documents:
+        if isinstance(document, dict) and "merge_method" in document:
+            return document
+    if len(documents) > 1:
+        raise RecipeError(f"{first}: wanted one document, got {len(documents)}")
+    recipe: Any = documents[0] if documents else None
     adapters = recipe.get("adapters") if isinstance(recipe, dict) else None
     if not adapters or not isinstance(adapters, list | dict):
         raise RecipeError(f"{first}: wanted a table of keys with a list of adapters")

@@ -11,7 +11,18 @@ from merge_engine.files.folder import flush
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds, as plain data. Raises RecipeError where it cannot be read, or gives a key twice."""
+    """What a YAML file of one document holds, as plain data. Errors as of `read_documents`."""
+    documents = read_documents(file)
+    if len(documents) > 1:
+        raise RecipeError(f"{file}: wanted one document, got {len(documents)}")
+    return documents[0] if documents else None
+
+
+def read_documents(file: Path) -> list[Any]:
+    """What a YAML file holds, as plain data, one value a document; empty documents are left out.
+
+    Raises RecipeError where it cannot be read, or gives a key twice.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -23,7 +34,8 @@ def read_yaml(file: Path) -> Any:
             return dict(super().construct_mapping(node, deep))
 
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), Loader)
+        found = list(yaml.load_all(file.read_text(encoding="utf-8"), Loader))
+        return [each for each in found if each is not None]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
 

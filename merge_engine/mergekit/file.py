@@ -10,11 +10,9 @@ Source: mergekit 0.1.5 (https://github.com/arcee-ai/mergekit), its documentation
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import RecipeError
-from merge_engine.files.text import read_yaml
 from merge_engine.into.whole_job import check_count
 from merge_engine.mergekit.reader import Parameters, Reader, Reference
 from merge_engine.mergekit.tokens import TokenizerSpec, tokenizer_spec
@@ -103,11 +101,9 @@ class MergekitRecipe:
         return list(dict.fromkeys(found))
 
 
-def read_recipe(recipe: str | Path | Mapping[str, Any], file: str | None = None) -> MergekitRecipe:
-    """A recipe of mergekit's, from its file or its parsed YAML. Raises RecipeError, which names file and key."""
-    if isinstance(recipe, Mapping):
-        return _Recipe(file or "recipe").read(recipe)
-    return _Recipe(str(recipe)).read(read_yaml(Path(recipe)))
+def read_recipe(recipe: Any, file: str = "recipe") -> MergekitRecipe:
+    """A recipe of mergekit's, from its parsed YAML. Raises RecipeError, which names file and key."""
+    return _Recipe(file).read(recipe)
 
 
 class _Recipe(Reader):

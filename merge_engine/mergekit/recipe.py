@@ -23,6 +23,7 @@ from merge_engine.into.whole_companions import MERGEKIT_FILE, companions_of, out
 from merge_engine.into.whole_job import WholeJob, make_whole_job
 from merge_engine.into.whole_write import run_whole
 from merge_engine.mergekit.chat import chat_template
+from merge_engine.mergekit.documents import documents_of, in_order, is_made, mark_made
 from merge_engine.mergekit.factors import base_of, bind
 from merge_engine.mergekit.file import MergekitRecipe, read_recipe
 from merge_engine.mergekit.layers import layers_of
@@ -34,7 +35,7 @@ from merge_engine.runtime.memory import parse_size
 
 
 def merge_recipe(
-    recipe: str | Path | Mapping[str, Any],
+    recipe: str | Path | Mapping[str, Any] | Sequence[Mapping[str, Any]],
     output: str | Path,
     *,
     seed: int = 0,
@@ -48,7 +49,9 @@ def merge_recipe(
     """The model that mergekit makes from its YAML file; `merge_models` documents the other arguments.
 
     recipe: the file, or its parsed YAML; its methods are the rows of `rules.whole_methods.WHOLE_METHODS`. Paths in it
-        are relative to the current folder, as in mergekit. seed: of the random drops.
+        are relative to the current folder, as in mergekit. Of several documents those with a name may be inputs of
+        others: they are written to ``<output>.steps/<name>``, and the one without a name, or else the last, to output.
+        A step that is there already, of the same recipe, is not made again. seed: of the random drops.
     convention: "mergekit" has the floors and shortcuts of its code, "published" the methods as they were published.
 
     All arithmetic is in float32; ``dtype`` and ``out_dtype`` only set the dtype of the output. Random drops are our
@@ -58,7 +61,20 @@ def merge_recipe(
     if convention not in WHOLE_CONVENTIONS:
         raise RecipeError(f"convention: wanted one of {', '.join(WHOLE_CONVENTIONS)}, got {convention!r}")
     options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "progress": progress}
-    parsed = read_recipe(recipe)
+    documents, file = documents_of(recipe)
+    if len(documents) > 1:
+        if dry_run:
+            raise RecipeError(f"{file}: dry_run: later merges need the results of earlier ones; wanted one document")
+        again: dict[str, Any] = {"seed": seed, "shard_size": shard_size, "progress": progress}
+        again |= {"convention": convention, "backend": backend, "overwrite": overwrite}
+        for document, place, is_step in in_order(documents, file, Path(output)):
+            if is_step and is_made(place, document):
+                continue
+            result = merge_recipe(document, place, **again)
+            if is_step:
+                mark_made(place, document)
+        return result
+    parsed = read_recipe(documents[0] if documents else None, file)
     name = base_of(parsed) if convention == "mergekit" else None
     if name is not None:
         base = open_checkpoint(name.path, revision=name.revision)

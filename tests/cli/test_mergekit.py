@@ -26,6 +26,29 @@ def test_the_command_equals_the_api(tmp_path, monkeypatch, capsys):
             f"merge-engine: error: {option[0]}: wanted it in {file}, a recipe of mergekit's; got it as an option\n"
         )
         assert capsys.readouterr().err == message
-    file.write_text("merge_method: ties\nadapters: [a]")
+    file.write_text("merge_method: ties\nbase_modle: a")
     assert main([*run, str(tmp_path / "three")]) == 2
-    assert capsys.readouterr().err.startswith(f"merge-engine: error: {file}: adapters is not supported; wanted one of ")
+    message = f"merge-engine: error: {file}: base_modle is no key of mergekit's; did you mean base_model?\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_file_of_several_recipes(tmp_path, monkeypatch, capsys):
+    """Named results are inputs of others, whatever the order, and are not made again."""
+    monkeypatch.chdir(save_home(tmp_path))
+    last = {"merge_method": "slerp", "base_model": "mean", "models": [{"model": "ft3"}], "parameters": {"t": 0.5}}
+    mean = {"merge_method": "linear", "models": [{"model": "ft1"}, {"model": "ft2"}], "parameters": {"weight": 1}}
+    (tmp_path / "two.yml").write_text(yaml.safe_dump_all([last, {**mean, "name": "mean"}]))
+    assert main(["merge", "two.yml", "-o", "out"]) == 0
+    merge_recipe(mean, "by-hand")
+    merge_recipe({**last, "base_model": "by-hand"}, "want")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "want/model.safetensors").read_bytes()
+    before = (tmp_path / "out.steps/mean/model.safetensors").stat().st_mtime_ns
+    assert main(["merge", "two.yml", "-o", "out", "--overwrite"]) == 0
+    assert (tmp_path / "out.steps/mean/model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "two.yml").write_text(yaml.safe_dump_all([last, {**mean, "name": "mean", "dtype": "float16"}]))
+    assert main(["merge", "two.yml", "-o", "out", "--overwrite"]) == 2
+    assert "out.steps/mean holds the result of another recipe; remove it" in capsys.readouterr().err
+    circle = [{**last, "name": "a", "base_model": "b"}, {**last, "name": "b", "base_model": "a"}]
+    (tmp_path / "two.yml").write_text(yaml.safe_dump_all(circle))
+    assert main(["merge", "two.yml", "-o", "other"]) == 2
+    assert "a, b need each other's results" in capsys.readouterr().err

@@ -234,9 +234,11 @@ def our_randomness():
 def by_mergekit(recipe, out, cache):
     """The tensors that mergekit makes, or the error with which it refuses."""
     from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
+    LoaderCache().loaders.clear()  # it knows models by name, and folders of one name may be others now
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, lora_merge_cache=str(cache), quiet=True)
     try:
         with our_randomness(), contextlib.redirect_stderr(io.StringIO()):

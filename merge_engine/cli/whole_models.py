@@ -1,0 +1,127 @@
+"""merge-models by the methods of whole tensors: the options, as a recipe of mergekit's."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from merge_engine.errors import RecipeError
+from merge_engine.rules.methods import METHODS
+from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS, models_wanted
+
+# Options that merge-models has for all methods, by their names in mergekit's recipes.
+_SHARED = {"weight": "weights", "density": "density", "lambda": "scale", "gamma": "gamma"}
+_RUN = ("seed", "shard_size", "overwrite", "dry_run", "backend")
+
+
+def own_options() -> dict[str, list[str]]:
+    """{option of a method that no other command has: the methods that know it}."""
+    found: dict[str, list[str]] = {}
+    for name, row in WHOLE_METHODS.items():
+        for option in row.options:
+            if option not in _SHARED and option not in ("int8_mask", "scale"):
+                found.setdefault(option, []).append(name)
+    return found
+
+
+def whole_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each parameter of the methods of whole tensors."""
+    for name, methods in own_options().items():
+        option = WHOLE_METHODS[methods[0]].options[name]
+        what = f"{', '.join(methods)}: as in mergekit's recipes; default: "
+        default = "none" if option.default is None else str(option.default).lower()
+        flag = f"--{name.replace('_', '-')}"
+        if option.kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=what + default)
+        else:
+            parser.add_argument(flag, type=option.kind, metavar="X", help=what + default)
+
+
+def whole_text() -> str:
+    """The methods that only whole tensors have, a line each, for the end of a help text."""
+    rows = {name: row for name, row in WHOLE_METHODS.items() if not is_elementwise(name)}
+    width = max(map(len, rows))
+    lines = [f"  {name:{width}}  {row.summary} ({models_wanted(name)})" for name, row in rows.items()]
+    return "\n".join(["", "methods of whole tensors, for full models (--base where it says so):", *lines, ""])
+
+
+def is_elementwise(method: str) -> bool:
+    """Whether the engine for adapters and full models merges by this method."""
+    return method in METHODS and METHODS[method].kind == "elementwise"
+
+
+def is_whole(given: dict[str, Any]) -> bool:
+    """Whether the options ask for a merge of whole tensors: by their method, or since there is no base."""
+    method = given.get("method", "ties")
+    return method in WHOLE_METHODS and (not is_elementwise(method) or "base" not in given)
+
+
+def merge_whole(given: dict[str, Any], output: Any) -> Any:
+    """Carry out the options as a recipe; the method as published, unless another convention is asked for."""
+    from merge_engine.mergekit.recipe import merge_recipe
+
+    run = {key: given.pop(key) for key in _RUN if key in given}
+    given.setdefault("method", "ties")
+    convention = given.pop("convention", "published")
+    if convention not in WHOLE_CONVENTIONS:
+        raise RecipeError(f"convention: {given['method']} has {' and '.join(WHOLE_CONVENTIONS)}, got {convention!r}")
+    return merge_recipe(recipe_of(given), output, convention=convention, **run)
+
+
+def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that the options say. Raises RecipeError where there is no base, or a method lacks an option."""
+    method, models = given.pop("method"), [str(model) for model in given.pop("models")]
+    row, base = WHOLE_METHODS[method], given.pop("base", None)
+    if base is None and row.base == "needed" and row.most == 2:
+        base = models[0]  # one end of what is between two models
+    if base is None and row.base == "needed":
+        least = max(row.least - 1, 1)
+        raise RecipeError(
+            f"base: {method} takes changes of a base, and at least {least} of them; wanted --base, got none"
+        )
+    recipe: dict[str, Any] = {"merge_method": method} | ({"base_model": base} if base is not None else {})
+    weights, densities = given.pop("weights", None), given.pop("density", None)
+    entries: list[dict[str, Any]] = []
+    others = [model for model in models if model != base or row.base == "none"]
+    if not others:
+        raise RecipeError(f"models: {method} takes {models_wanted(method)}, got none besides {base}")
+    for number, model in enumerate(others):
+        own: dict[str, Any] = {}
+        for name, values, default in (("weight", weights, 1.0), ("density", densities, None)):
+            if name in row.options and (values is not None or default is not None):
+                own[name] = _of(name, values, number, len(others), default)
+        entries.append({"model": _named(model, base)} | ({"parameters": own} if own else {}))
+    recipe["models"] = entries
+    for name, key in (("dtype", "out_dtype"), ("vocab", "tokenizer_source")):
+        if name in given:
+            recipe[key] = given.pop(name)
+    if recipe.get("tokenizer_source") == "base":
+        del recipe["tokenizer_source"]  # the rows as they are
+    parameters = {name: given.pop(key) for name, key in _SHARED.items() if key in given and name in row.options}
+    parameters |= {name: given.pop(name) for name in list(given) if name in row.options}
+    for name in given:
+        known = [other for other, each in WHOLE_METHODS.items() if name in each.options]
+        hint = f"; it belongs to {', '.join(known)}" if known else ""
+        raise RecipeError(f"{name}: {method} does not know it{hint}")
+    return recipe | ({"parameters": parameters} if parameters else {})
+
+
+def _of(name: str, values: Any, number: int, count: int, default: float | None) -> Any:
+    """The value of one model: of a list, or the one for all."""
+    if values is None:
+        return default
+    if not isinstance(values, list):
+        return values
+    if len(values) == 1:
+        return values[0]
+    if len(values) != count:
+        raise RecipeError(f"{name}: wanted 1 or {count} numbers, one for each model but the base, got {len(values)}")
+    return values[number]
+
+
+def _named(model: str, base: str | None) -> str:
+    """The model, or the base with an adapter on it."""
+    if not (Path(model).expanduser() / "adapter_config.json").is_file():
+        return model
+    if base is None:
+        raise RecipeError(f"base: {model} is an adapter; wanted the model that it is on (--base), got none")
+    return f"{base}+{model}"
