@@ -17,10 +17,12 @@ may spill. Philox needs registers of its own, and so does a rank above 64: on sm
 ptxas stops at 128 registers and spills 8 bytes on sm_90 unless it is told that it may use 255. On sm_100 a band
 of float32 factors does so too, while a consensus at rank 128 spills 8 if it is told, and else uses 146. A CDNA lane
 has 512, and its warps are twice as wide: two of them load 128 bits per lane, and no tile uses scratch memory on gfx942.
+On sm_100 four warps would take tcgen05, whose results are not the same each time (triton-lang/triton #9871, #10590;
+pytorch/pytorch #181248), and on which Triton 3.7.1 fails to compile `collect`; two warps take mma.sync, at no cost.
 Pipelined loads (num_stages = 2) added 1.3 per element to a draft: they move the terms through shared memory, too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -72,7 +74,23 @@ def launch_for(
         return Launch(32, 32, block_r, 2, max_registers=None if twice else 255)
     if arch.startswith("sm_") and random:
         return Launch(32, 32, block_r, 2)
-    return Launch(64, 64, block_r, 4, max_registers=255 if band and arch.startswith("sm_") else None)
+    if arch.startswith("sm_10") and rank and dtype != torch.float32:
+        return Launch(32, 64, block_r, 2, max_registers=255)
+    all_registers = arch.startswith("sm_12") or (band and arch.startswith("sm_"))
+    return Launch(64, 64, block_r, 4, max_registers=255 if all_registers else None)
+
+
+def search_launch(launch: Launch, arch: str) -> Launch:
+    """That of the sweeps before a merge: the same tiles, but all registers; ptxas stops at 128 for float32 factors."""
+    return replace(launch, max_registers=255) if arch.startswith("sm_") else launch
+
+
+def finish_launch(launch: Launch, dtype: torch.dtype) -> Launch:
+    """That of a search's last kernel: float32 factors take twice the warps, or scalars spill.
+
+    They see the same bits: a float32 product adds its terms one after the other, wherever it is computed.
+    """
+    return replace(launch, num_warps=2 * launch.num_warps) if dtype == torch.float32 else launch
 
 
 def arch_of(device: torch.device) -> str:

@@ -9,8 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .source import Keep, Source, check_tensor, keep_name, launch_of, task_arguments, terms_of, tiles_of
+from .source import Keep, Source, check_tensor, launch_of, on_device, task_arguments, tiles_of
 from .task_tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
+from .terms import keep_name, terms_of
 
 # What the loop over adapters costs, and what was tried: SASS instructions per adapter and element for ties, bfloat16,
 # rank 16, on sm_90 (`python -m bench.report --only static`; nothing was run).
@@ -27,6 +28,13 @@ from .task_tile import TERMS, WEIGHT, float_term, kept, task_tile, tile_place
 # it. Where the vote is the weighted sum S up to a positive factor, the elected side is (|S| + sum |w t|) / 2: two sums
 # and no cancellation. Elsewhere the sums of the two sides and the vote are three sums.
 
+
+# What a recipe has beside its terms: float32 words.
+NUMBERS: tl.constexpr = tl.constexpr(4)
+SCALE: tl.constexpr = tl.constexpr(0)
+TIED: tl.constexpr = tl.constexpr(1)  # the side (+1, -1) that a vote of 0 elects
+MASK: tl.constexpr = tl.constexpr(2)  # of a consensus, and how many have to pass it
+LEAST: tl.constexpr = tl.constexpr(3)
 
 LARGEST_NEGATIVE: tl.constexpr = tl.constexpr(-(2**31) + 1)  # the bits of -2**-149
 
@@ -160,7 +168,7 @@ def _tally(
 def _passing(
     task,
     terms_ptr,
-    consensus_ptr,
+    numbers_ptr,
     first,
     place,
     ledgers,
@@ -192,7 +200,7 @@ def _passing(
             t, keep = kept(product, terms, place, KEEP, BLOCK_M, BLOCK_N)
             if WEIGH == "before":
                 t *= float_term(terms, WEIGHT)
-            rest = tl.abs(ledgers[recipe][0] - t) * tl.load(consensus_ptr + 2 * (first + recipe))
+            rest = tl.abs(ledgers[recipe][0] - t) * tl.load(numbers_ptr + (first + recipe) * NUMBERS + MASK)
             passes = keep & (tl.abs(t) > rest)
             counted = counted + (tl.where(passes, counts[recipe] + 1.0, counts[recipe]),)  # noqa: RUF005
         counts = counted
@@ -206,7 +214,7 @@ def _merge_place(modules, M, N, RECIPES: tl.constexpr, BLOCK_M: tl.constexpr, BL
     return slab // modules * RECIPES, (slab % modules, row, column)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "adapters"])
 def _merge_deltas_kernel(
     out_ptr,  # [recipes, modules, M, N], contiguous: float32, float16 or bfloat16
     base_ptr,  # [modules, M, N], contiguous, of any of these dtypes: added if ADD
@@ -217,9 +225,7 @@ def _merge_deltas_kernel(
     a_ptr,  # A [modules, adapters, RANK, N], contiguous
     minus_ptr,  # [modules, M, N], contiguous: taken off dense task tensors if SUBTRACT
     terms_ptr,  # int32 [recipes, modules, adapters, TERMS], see tile.py
-    scale_ptr,  # float32 [recipes]
-    tied_ptr,  # int32 [recipes]: the side (+1, -1) that a vote of 0 elects
-    consensus_ptr,  # float32 [recipes, 2]: mask and min_tasks; None but for a consensus
+    numbers_ptr,  # float32 [recipes, NUMBERS]
     modules,
     adapters,
     M,
@@ -264,7 +270,7 @@ def _merge_deltas_kernel(
         passing = _passing(
             task,
             terms_ptr,
-            consensus_ptr,
+            numbers_ptr,
             first,
             place,
             ledgers,
@@ -284,11 +290,11 @@ def _merge_deltas_kernel(
     mask = (row + offs_m < M)[:, None] & (column + offs_n < N)[None, :]
     offs = offs_m[:, None] * N + offs_n[None, :]
     for recipe in tl.static_range(RECIPES):
-        tied = tl.load(tied_ptr + first + recipe)
-        scale = tl.load(scale_ptr + first + recipe)
+        numbers = numbers_ptr + (first + recipe) * NUMBERS
+        tied, scale = tl.load(numbers + TIED), tl.load(numbers + SCALE)
         merged = _combined(ledgers[recipe], tied, scale, ELECT, COMBINE, WEIGH, DIVISOR)
         if COMBINE == "consensus":
-            merged = tl.where(passing[recipe] >= tl.load(consensus_ptr + 2 * (first + recipe) + 1), merged, 0.0)
+            merged = tl.where(passing[recipe] >= tl.load(numbers + LEAST), merged, 0.0)
         if ADD:
             merged += tl.load(base_ptr + (module * M + row) * N + column + offs, mask=mask, other=0.0).to(tl.float32)
         out_ptrs = out_ptr + (((first + recipe) * modules + module) * M + row) * N + column + offs
@@ -297,7 +303,7 @@ def _merge_deltas_kernel(
         tl.store(out_ptrs, tl.join(left, right).reshape(BLOCK_M, BLOCK_N), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "adapters"])
 def _vote_balance_kernel(
     balance_ptr,  # int64 [recipes]: added to
     x_ptr,  # this and the following as in _merge_deltas_kernel
@@ -409,22 +415,21 @@ def merge_deltas(
         out = torch.empty(recipes, modules, rows, columns, dtype=dtype, device=device)
     check_tensor("out", out, (recipes, modules, rows, columns), device)
     launch = launch or launch_of(source, recipes=recipes, keep=keep, twice=combine == "consensus")
-    arguments = _arguments(source, weights, keep, elect, vote_weighted, precision, launch)
-    if arguments["WEIGH"] == "never":
+    weigh = _weigh(source, weights, elect, vote_weighted)
+    if weigh == "never":
         # Equal weights are one factor at the end, which a divisor by weight cancels.
         if divisor == "weight":
             divisor = "count"
         else:
             scales = [each * row[0] for each, row in zip(scales, weights, strict=True)]
+    numbers = [word for row in zip(scales, sides, limits, strict=True) for word in (*row[:2], *row[2])]
+    arguments = _arguments(source, weights, keep, elect, weigh, precision, launch, numbers)
     programs = _programs(source, recipes, launch)
     if programs:
         with torch.cuda.device_of(out):
             _merge_deltas_kernel[(programs,)](
                 out_ptr=out,
                 base_ptr=out if base is None else base,
-                scale_ptr=torch.tensor(scales, dtype=torch.float32).to(device),
-                tied_ptr=torch.tensor(sides, dtype=torch.int32).to(device),
-                consensus_ptr=torch.tensor(limits).float().to(device) if combine == "consensus" else None,
                 ADD=base is not None,
                 COMBINE=combine,
                 DIVISOR=divisor,
@@ -454,7 +459,9 @@ def vote_balance(
         out = torch.zeros(recipes, dtype=torch.int64, device=source.x.device)
     check_tensor("out", out, (recipes,), source.x.device, (torch.int64,))
     launch = launch or launch_of(source, recipes=recipes, keep=keep)
-    arguments = _arguments(source, weights, keep, elect, vote_weighted, precision, launch)
+    weigh = _weigh(source, weights, elect, vote_weighted)
+    arguments = _arguments(source, weights, keep, elect, weigh, precision, launch, [])
+    del arguments["numbers_ptr"]
     programs = _programs(source, recipes, launch)
     if programs:
         with torch.cuda.device_of(out):
@@ -462,16 +469,8 @@ def vote_balance(
     return out
 
 
-def _arguments(
-    source: Source,
-    weights: Sequence[Sequence[float]],
-    keep: Keep,
-    elect: str,
-    vote_weighted: bool,
-    precision: str,
-    launch: Launch,
-) -> dict[str, Any]:
-    """The arguments of both kernels."""
+def _weigh(source: Source, weights: Sequence[Sequence[float]], elect: str, vote_weighted: bool) -> str:
+    """When weights are applied, see WEIGH above."""
     adapters = source.shape[1]
     _one_of("elect", elect, "none", "total", "frequency")
     if not weights or any(len(row) != adapters for row in weights):
@@ -479,10 +478,25 @@ def _arguments(
     if adapters >= 1 << 15:
         raise ValueError(f"got {adapters} adapters, wanted fewer than {1 << 15}: counts are 16 bits wide")
     equal = all(len(set(row)) == 1 and (row[0] > 0 or elect == "none") for row in weights)
-    weigh = "never" if equal else "before" if vote_weighted or elect == "none" else "after"
-    table = torch.tensor(weights, dtype=torch.float32).to(source.x.device)
+    return "never" if equal else "before" if vote_weighted or elect == "none" else "after"
+
+
+def _arguments(
+    source: Source,
+    weights: Sequence[Sequence[float]],
+    keep: Keep,
+    elect: str,
+    weigh: str,
+    precision: str,
+    launch: Launch,
+    numbers: list[float],
+) -> dict[str, Any]:
+    """The arguments of both kernels. All that the host knows goes to the device as one tensor."""
+    words = [*numbers, *(weight for row in weights for weight in row)]
+    table = on_device(torch.tensor(words, dtype=torch.float32), source.x.device)
     return {
-        "terms_ptr": terms_of(source, keep, table),
+        "numbers_ptr": table,
+        "terms_ptr": terms_of(source, keep, table[len(numbers) :]),
         "KEEP": keep_name(keep),
         "ELECT": elect,
         "WEIGH": weigh,

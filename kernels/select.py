@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
-from .source import Band, Drop, Source, Trim, check_tensor, launch_of, task_arguments, terms_of, tiles_of
+from .source import Drop, Source, Trim, check_tensor, launch_of, task_arguments, tiles_of
 from .task_tile import TERMS, kept, task_tile, tile_place
+from .terms import terms_of
 
 COARSE_BINS: tl.constexpr = tl.constexpr(128)
 COARSE_SHIFT: tl.constexpr = tl.constexpr(21)  # the exponent and two bits of the fraction
@@ -72,7 +73,7 @@ def _share(program, adapters, M, N, TILES: tl.constexpr, BLOCK_M: tl.constexpr, 
     return tl.cast(program // runs, tl.int64), first, tl.minimum(first + TILES, tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "adapters"])
 def _coarse_histogram_kernel(
     counts_ptr,  # int32 [modules, adapters, COARSE_BINS], added to
     scaling_ptr,  # float32 [modules, adapters]
@@ -113,7 +114,7 @@ def _coarse_histogram_kernel(
     tl.atomic_add(counts_ptr + tensor * COARSE_BINS + offs_bin, counts, mask=counts != 0, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "adapters", "recipes"])
 def _fine_histogram_kernel(
     counts_ptr,  # int32 [recipes, modules, adapters, FINE_BINS], added to
     interval_ptr,  # int32 [recipes, modules, adapters, INTERVAL]
@@ -163,7 +164,7 @@ def _fine_histogram_kernel(
             tl.atomic_add(counts_ptr + slot * FINE_BINS + (above >> shift), 1, mask=inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "adapters", "recipes"])
 def _tied_rows_kernel(
     counts_ptr,  # int32 [recipes, modules, adapters, M], added to
     value_ptr,  # int32 [recipes, modules, adapters]: bits of the threshold, -1 where ties need no count
@@ -211,7 +212,7 @@ def _tied_rows_kernel(
             tl.atomic_add(counts_ptr + slot * M + row + offs_m, counts, mask=mask, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "adapters"])
 def _tied_columns_kernel(
     flags_ptr,  # int8 [recipes, modules, adapters, N], zeroed
     row_ptr,  # int32 [recipes, modules, adapters]: the row to look at, -1 for none
@@ -254,7 +255,7 @@ def _tied_columns_kernel(
         tl.store(flags_ptr + slot * N + tl.broadcast_to(columns[None, :], BLOCK_M, BLOCK_N), 1, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["modules", "adapters", "recipes"])
 def _l1_norms_kernel(
     norms_ptr,  # float32 [recipes, modules, tiles, adapters, 2]
     terms_ptr,  # int32 [recipes, modules, adapters, TERMS], see tile.py
@@ -290,46 +291,6 @@ def _l1_norms_kernel(
         norms = norms_ptr + 2 * (recipe * tl.cast(tl.num_programs(0), tl.int64) + program)
         tl.store(norms, tl.sum(tl.sum(sizes, axis=1), axis=0))
         tl.store(norms + 1, tl.sum(tl.sum(tl.where(keep, sizes, 0.0), axis=1), axis=0))
-
-
-def trims(
-    source: Source,
-    kept: Tensor,
-    *,
-    ties: str = "exact",
-    precision: str = "ieee",
-    launch: Launch | None = None,
-) -> Trim:
-    """What keeps the `kept` largest magnitudes of each task tensor: `Trim`, [recipes, modules, adapters].
-
-    kept: int64 [recipes, modules, adapters], 0 <= kept <= M * N, on any device. The tiles are computed once for all
-    recipes. ties: "exact" keeps exactly that many, equal magnitudes by lowest flat index; "keep" all that equal the
-    last. precision and launch must be those of the merge, which has to see the same bits.
-    """
-    recipes, (modules, adapters, _, _) = len(kept), source.shape
-    check_tensor("kept", kept, (recipes, modules, adapters), kept.device, (torch.int64,), contiguous=False)
-    slots = torch.arange(modules * adapters, device=source.x.device).view(modules, adapters)
-    selection = _Selection(source, recipes, precision, launch, slots, torch.zeros_like(slots))
-    return _select([selection], kept.flatten(1).to(source.x.device), ties, places=1, total=_alone)[0]
-
-
-def bands(
-    source: Source,
-    kept: Tensor,
-    topped: Tensor,
-    *,
-    ties: str = "exact",
-    precision: str = "ieee",
-    launch: Launch | None = None,
-) -> Band:
-    """What drops the `topped` largest magnitudes of each task tensor and keeps the `kept` next: `trims` of both.
-
-    kept, topped: int64 [recipes, modules, adapters], together at most M * N. Both thresholds come from one sweep.
-    """
-    launch = launch or launch_of(source, recipes=len(kept))
-    both = trims(source, torch.cat([kept + topped, topped]), ties=ties, precision=precision, launch=launch)
-    fields = (both.value, both.row, both.column)
-    return Band(Trim(*(field[: len(kept)] for field in fields)), Trim(*(field[len(kept) :] for field in fields)))
 
 
 def model_trims(

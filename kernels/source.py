@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, arch_of, launch_for
-from .task_tile import TERMS, THRESHOLD, TOP
 
-SMALLEST = 2.0**-149  # the smallest positive float32
 RANK_STEP = 16  # tl.dot needs K >= 16
 
 Pair = tuple[Tensor, Tensor]
@@ -185,7 +183,7 @@ def pack(
         for j, (A, B) in enumerate(row):
             slab_a[i, j, : A.shape[0]].copy_(A, non_blocking=True)
             slab_b[i, j, :, : B.shape[1]].copy_(B, non_blocking=True)
-    return Lora(slab_a, slab_b, torch.tensor(scaling, dtype=torch.float32).to(device))
+    return Lora(slab_a, slab_b, on_device(torch.tensor(scaling, dtype=torch.float32), device))
 
 
 def launch_of(source: Source, *, recipes: int = 1, keep: Keep = None, twice: bool = False) -> Launch:
@@ -228,73 +226,13 @@ def tiles_of(source: Source, launch: Launch) -> int:
     return -(-rows // launch.block_m) * -(-columns // launch.block_n)
 
 
-def keep_name(keep: Keep) -> str:
-    """The constexpr of a keep: "all", "magnitude", "band" or "bernoulli"."""
-    return "all" if keep is None else _KEEP_NAMES[type(keep)]
-
-
-_KEEP_NAMES: dict[type, str] = {Trim: "magnitude", Band: "band", Drop: "bernoulli"}
-
-
-def terms_of(source: Source, keep: Keep, weights: Tensor) -> Tensor:
-    """What the kernels do with each task tensor: int32 [recipes, modules, adapters, TERMS], see `tile`.
-
-    weights: float32 [recipes, adapters] on the source's device.
-    """
-    modules, adapters, _, _ = source.shape
-    device, shape = source.x.device, (len(weights), modules, adapters)
-    terms = torch.zeros(*shape, TERMS.value, dtype=torch.int32, device=device)
-    gain = source.scaling.expand(shape)
-    if isinstance(keep, Trim):
-        _put_trim(terms[..., THRESHOLD.value :], keep)
-    elif isinstance(keep, Band):
-        _put_trim(terms[..., THRESHOLD.value :], keep.wide)
-        _put_trim(terms[..., TOP.value :], keep.top)
-    elif isinstance(keep, Drop):
-        if keep.density.shape != shape or len(keep.seeds) != shape[0]:
-            raise ValueError(
-                f"drop has density {list(keep.density.shape)} and {len(keep.seeds)} seeds, wanted {list(shape)} and "
-                f"{shape[0]}"
-            )
-        if keep.streams.shape != (modules,) or keep.adapters.shape != (adapters,):
-            raise ValueError(
-                f"drop has streams {list(keep.streams.shape)} and adapters {list(keep.adapters.shape)}, wanted "
-                f"[{modules}] and [{adapters}]"
-            )
-        density = keep.density.double().cpu()
-        if not bool(((density > 0) & (density <= 1)).all()):
-            raise ValueError(f"drop has densities {density.unique().tolist()}, wanted 0 < density <= 1")
-        threshold = (density * 2.0**32).round().long()  # exact product, half to even: philox.keep_threshold
-        if keep.factor is not None and keep.factor.shape != shape:
-            raise ValueError(f"drop factor is {list(keep.factor.shape)}, wanted {list(shape)}")
-        factor = density.reciprocal() if keep.factor is None else keep.factor.double().cpu()
-        # The kernel keeps words up to a limit, so that a density of 1 fits 32 bits; a threshold of 0 keeps none.
-        gain = (gain.double() * torch.where(threshold == 0, 0.0, factor).to(device)).float()
-        terms[..., 2] = _words((threshold - 1).clamp_min(0)).to(device)
-        terms[..., 3] = _words(keep.streams.long().cpu()).to(device)[:, None]
-        terms[..., 4] = _words(keep.adapters.long().cpu()).to(device)
-        keys = torch.tensor([[seed & 0xFFFFFFFF, seed >> 32] for seed in keep.seeds], dtype=torch.int64)
-        terms[..., 5:7] = _words(keys).to(device)[:, None, None, :]
-    terms[..., 0] = gain.contiguous().view(torch.int32)
-    terms[..., 1] = weights.contiguous().view(torch.int32)[:, None, :]
-    return terms
-
-
-def _put_trim(terms: Tensor, trim: Trim) -> None:
-    """The first three words of terms [recipes, modules, adapters, 3 or more] = threshold, cut row and cut column."""
-    shape, device = tuple(terms.shape[:3]), terms.device
-    check_tensor("trim value", trim.value, shape, device, (torch.float32,), contiguous=False)
-    check_tensor("trim row", trim.row, shape, device, (torch.int32,), contiguous=False)
-    check_tensor("trim column", trim.column, shape, device, (torch.int32,), contiguous=False)
-    # A threshold of 0 keeps every element that is not 0: those that are 0 add nothing and are never counted.
-    terms[..., 0] = trim.value.clamp_min(SMALLEST).view(torch.int32)
-    terms[..., 1] = torch.where(trim.value == 0, torch.iinfo(torch.int32).max, trim.row)
-    terms[..., 2] = trim.column
-
-
-def _words(values: Tensor) -> Tensor:
-    """int64 in [0, 2**32) -> int32 of the same bits."""
-    return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from the host through pinned memory, so that nobody waits for the copy."""
+    if tensor.device == device:
+        return tensor
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -42,8 +42,8 @@ def tiled_merge(task: Task) -> Tensor:
 
 def _triton(work: Workload, device: str) -> Contestant:
     from merge_engine.kernels import merge as kernels
-    from merge_engine.kernels import select
     from merge_engine.kernels.source import Drop, pack
+    from merge_engine.kernels.trims import trims
 
     task = Task(work, device)
     rule, adapters = task.rule, work.adapters
@@ -52,7 +52,7 @@ def _triton(work: Workload, device: str) -> Contestant:
         source = pack([task.pairs], [[SCALING] * adapters])
         keep = None
         if rule.keep == "magnitude":
-            keep = select.trims(source, torch.tensor([[[task.kept] * adapters]]), ties=rule.trim_ties)
+            keep = trims(source, torch.tensor([[[task.kept] * adapters]]), ties=rule.trim_ties)
         elif rule.keep == "bernoulli":
             density = torch.full((1, 1, adapters), work.density, dtype=torch.float64)
             keep = Drop(density, [0], torch.tensor([STREAM]), torch.arange(adapters))

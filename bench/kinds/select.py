@@ -35,12 +35,12 @@ def compute_tiles(source: Product) -> None:
 
 
 def _triton(work: Workload, device: str) -> Contestant:
-    from merge_engine.kernels import select
     from merge_engine.kernels.source import pack
+    from merge_engine.kernels.trims import trims as kernel_trims
 
     task = Task(work, device)
     kept = torch.tensor([[[task.kept]]])
-    return Contestant(lambda: select.trims(pack([task.pairs[:1]], [[SCALING]]), kept).value)
+    return Contestant(lambda: kernel_trims(pack([task.pairs[:1]], [[SCALING]]), kept).value)
 
 
 def _whole_tensor(find: Callable[[Tensor, int], Tensor], work: Workload, device: str) -> Contestant:

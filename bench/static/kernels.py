@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import triton
-from merge_engine.kernels import merge, select
-from merge_engine.kernels.launch import Launch, launch_for
+from merge_engine.kernels import finish, merge, search, select, terms, trims
+from merge_engine.kernels.launch import Launch, finish_launch, launch_for, search_launch
 from triton.compiler import ASTSource
 
 from bench.static.gpus import GPUS
@@ -44,27 +44,37 @@ METHODS: dict[str, dict[str, str]] = {
     },
     "consensus": {"KEEP": "all", "ELECT": "none", "COMBINE": "consensus", "WEIGH": "before", "DIVISOR": "one"},
 }
+# What a search launches, in this order; it counts and collects over all elements.
+SEARCH = ("sample", "bracket", "count", "narrow", "collect", "finish")
+# Thresholds that span a model, and L1 norms.
 SELECTIONS = ("coarse_histogram", "fine_histogram", "tied_rows", "tied_columns", "l1_norms")
+SWEEPS = ("sample", "count", "collect")
+SMALL = ("bracket", "narrow", "terms")  # no tiles: a few programs
+_MODULES = {
+    **dict.fromkeys(SEARCH, search),
+    **dict.fromkeys(SELECTIONS, select),
+    "finish": finish,
+    "terms": terms,
+    "vote_balance": merge,
+}
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _POINTERS = {
-    "terms_ptr": "*i32",
-    "tied_ptr": "*i32",
-    "counts_ptr": "*i32",
-    "interval_ptr": "*i32",
-    "value_ptr": "*i32",
-    "row_ptr": "*i32",
+    **dict.fromkeys(
+        ("terms_ptr", "counts_ptr", "interval_ptr", "value_ptr", "row_ptr", "column_ptr", "words_ptr"), "*i32"
+    ),
+    **dict.fromkeys(("top_row_ptr", "top_column_ptr", "length_ptr", "keys_ptr", "tiles_ptr"), "*i32"),
+    **dict.fromkeys(("state_ptr", "kept_ptr", "reached_ptr", "balance_ptr"), "*i64"),
+    **dict.fromkeys(("numbers_ptr", "scaling_ptr", "norms_ptr", "weights_ptr", "top_value_ptr"), "*fp32"),
+    "sample_ptr": "*i16",
     "flags_ptr": "*i8",
-    "balance_ptr": "*i64",
-    "scale_ptr": "*fp32",
-    "consensus_ptr": "*fp32",
-    "scaling_ptr": "*fp32",
-    "norms_ptr": "*fp32",
+    "factor_ptr": "*fp64",
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation of a kernel: a method of the merge, "vote_balance", or one of SELECTIONS."""
+    """One specialisation of a kernel: a method, "vote_balance", "terms", or one of SEARCH or SELECTIONS."""
 
     name: str
     dtype: str = "bf16"  # of factors and output: "fp32", "fp16", "bf16"
@@ -78,10 +88,18 @@ class Case:
 
 def launch_of(case: Case, target: str) -> Launch:
     """How the kernel is launched for tensors of 4096 x 4096."""
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
+    dtype = _DTYPES[case.dtype]
     random = case.name.startswith("dare") or case.name == "l1_norms"
     how = {"random": random, "band": case.name.startswith("breadcrumbs"), "twice": case.name == "consensus"}
-    return launch_for(4096, 4096, case.rank, dtype, target, recipes=case.recipes, **how)
+    launch = launch_for(4096, 4096, case.rank, dtype, target, recipes=case.recipes, **how)
+    if case.name == "finish":
+        return finish_launch(launch, dtype)
+    return search_launch(launch, target) if case.name in SWEEPS else launch
+
+
+def loops_in(case: Case) -> int:
+    """How many loops over adapters, or over tiles, a kernel has: a consensus makes its products twice."""
+    return 2 if case.name == "consensus" else 1
 
 
 def compiled(case: Case, target: str, launch: Launch) -> Any:
@@ -93,8 +111,14 @@ def compiled(case: Case, target: str, launch: Launch) -> Any:
         "PRECISION": case.precision,
         "RECIPES": launch.recipes,
         "COMBINE": "sum",
-        "consensus_ptr": None,
-        "TILES": select.TILES_A_PROGRAM,
+        "TILES": trims.TILES_A_PROGRAM,
+        "EXACT": True,
+        "EVERY": 4,
+        "CHUNK": trims.CHUNK,
+        "LIST": trims.list_length(4096 * 4096),
+        "AREA": launch.block_m * launch.block_n,
+        "IN_SHARED": trims.in_shared(_DTYPES[case.dtype]),
+        "KEEPS_LAYOUT": trims.KEEPS_LAYOUT,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "BLOCK_R": launch.block_r,
@@ -103,21 +127,25 @@ def compiled(case: Case, target: str, launch: Launch) -> Any:
     if case.name in METHODS:
         kernel = merge._merge_deltas_kernel
         constexprs |= METHODS[case.name]
-        if constexprs["COMBINE"] == "consensus":
-            del constexprs["consensus_ptr"]
-    elif case.name == "vote_balance":
-        kernel = merge._vote_balance_kernel
-        constexprs |= TIES
     else:
-        kernel = getattr(select, f"_{case.name}_kernel")
+        kernel = getattr(_MODULES[case.name], f"_{case.name}_kernel")
+        constexprs |= TIES
+    if case.name == "terms":
+        unused = ("top_value_ptr", "top_row_ptr", "top_column_ptr", "words_ptr", "factor_ptr")
+        constexprs |= dict.fromkeys(unused)
     constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
+    pointers = {**_POINTERS, "value_ptr": "*fp32"} if case.name == "terms" else _POINTERS
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
     for i, name in enumerate(kernel.arg_names):
         is_pointer = name.endswith("_ptr")
-        signature[name] = _POINTERS.get(name, f"*{case.dtype}") if is_pointer else "i32"
+        signature[name] = pointers.get(name, f"*{case.dtype}") if is_pointer else "i32"
         if name in constexprs:
             signature[name] = "constexpr"
-        elif case.aligned and (is_pointer or name.startswith("stride") or name in ("M", "N")):
+        elif case.aligned and (is_pointer or name.startswith("stride") or name in ("M", "N", "length")):
             attributes[i,] = [["tt.divisibility", 16]]
+        if is_pointer and GPUS[target].target.backend == "hip" and name not in constexprs:
+            # As the JIT says of tensors of less than 2 GB: offsets fit 32 bits.
+            attributes.setdefault((i,), []).append(["tt.pointer_range", 32])
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=GPUS[target].target, options=launch.options)
+    return triton.compile(source, target=GPUS[target].target, options={} if case.name in SMALL else launch.options)

@@ -120,8 +120,8 @@ def amd_code(binary: Any) -> Code:
     return Code(instructions, jumps)
 
 
-def loop_of(code: Code) -> tuple[set[int], set[int]]:
-    """(hot, cold) instructions of the longest loop; cold are those that a forward branch within it may skip.
+def loops_of(code: Code, count: int = 1) -> tuple[set[int], set[int]]:
+    """(hot, cold) instructions of the `count` longest loops; cold are those that a forward branch within may skip.
 
     An inner loop (over recipes, or over steps of a rank above 64) is hot, and counted once: as for one recipe or step.
     Code after the last exit is out of line (waits on barriers), and a branch back from there closes no loop.
@@ -129,16 +129,26 @@ def loop_of(code: Code) -> tuple[set[int], set[int]]:
     code_end = len(code.instructions)
     exits = (i for i, (op, rest) in enumerate(code.instructions) if op in ("EXIT", "s_endpgm") and "@" not in rest)
     end = next(exits, code_end)
-    first, last = 0, -1
-    for i, target in code.jumps.items():
-        if target <= i < end and i - target > last - first:
-            first, last = target, i
+    hot: set[int] = set()
     cold: set[int] = set()
+    longest = sorted(((target - i, target, i) for i, target in code.jumps.items() if target <= i < end))
+    for _, first, last in longest:
+        if count and not hot & set(range(first, last + 1)):
+            count -= 1
+            skipped = _skipped(code, first, last)
+            hot |= set(range(first, last + 1)) - skipped
+            cold |= skipped
+    return hot, cold
+
+
+def _skipped(code: Code, first: int, last: int) -> set[int]:
+    """What forward branches in a loop may skip, but for inner loops."""
+    skipped: set[int] = set()
     for i, target in code.jumps.items():
         skips_a_loop = any(i < back <= j < target for j, back in code.jumps.items())
         if first <= i < target <= last + 1 and _is_conditional(*code.instructions[i]) and not skips_a_loop:
-            cold.update(range(i + 1, target))
-    return set(range(first, last + 1)) - cold, cold
+            skipped.update(range(i + 1, target))
+    return skipped
 
 
 def _is_conditional(op: str, rest: str) -> bool:

@@ -1,11 +1,28 @@
-"""The rows of the two tables: kernels, and merges of whole models."""
+"""The rows of the two tables: kernels, and whole merges. Estimates, all of them: nothing was run on a GPU."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.static.cost import costs, occupancy, seconds
+import torch
+from merge_engine.kernels.search import BINS, DEVIATIONS
+from merge_engine.kernels.source import Dense
+from merge_engine.kernels.trims import CHUNK, TILES_A_PROGRAM, sample_of
+
+from bench.static.cost import Cost, costs, occupancy, seconds, sweep_seconds
 from bench.static.gpus import GPUS, MODELS
-from bench.static.kernels import METHODS, SELECTIONS, Case
+from bench.static.kernels import METHODS, SEARCH, SELECTIONS, Case
+from bench.static.pipes import clocks
+
+# Assumed of the host, which no machine code tells.
+OPERATOR_SECONDS = 5e-6  # one of the framework's
+LAUNCH_SECONDS = 20e-6  # one of Triton's
+OPERATORS = 20  # a group, at most: tests/kernels/test_trims.py counts them
+COMPILE_SECONDS = 3.0  # one kernel, cold
+GROUP_BYTES = 1 << 30  # engine.triton_backend: of merged deltas in a group
+BRACKET_PASSES = 35  # over the sample: two searches of 17 steps and a count
+GRAIN = 0.45 / 256  # of the elements, in a step of the 16 bits of a sample, at the threshold
+LIST_PASSES = 50  # over the list: about 20 steps for the bits, 24 for the place
 
 
 @dataclass(frozen=True)
@@ -13,7 +30,8 @@ class KernelRow:
     """One kernel on one target.
 
     Instructions for one output element: per_adapter in the loop, for each adapter; cold in the branch of the loop that
-    is rarely taken; per_element outside of the loop. occupancy: see `cost.occupancy`.
+    is rarely taken; per_element outside of the loop. A consensus has two loops, which per_adapter adds up. clocks: of
+    one processor for an element and adapter in the loop, by the pipe that binds. occupancy: see `cost.occupancy`.
     """
 
     target: str
@@ -30,26 +48,39 @@ class KernelRow:
     per_adapter: float
     cold: float
     per_element: float
+    clocks: float
+    binds: str
 
 
 @dataclass(frozen=True)
 class MergeRow:
-    """The merge pass over all modules of a model: `ties` of three bfloat16 adapters of rank 16.
+    """A whole merge of bfloat16 adapters of rank 16 over all modules of a model: an estimate.
 
-    Least seconds by each limit: issue of instructions, matrix units, HBM. binds: the limit with the most seconds.
+    Least seconds: of the sweeps before the merge, of the small kernels between them, of the merge pass, and of writing
+    the result in bfloat16 once, which the merge pass overlaps with. kernel_seconds: their sum, where the merge pass
+    takes the larger of its two. host_seconds: operators and launches, as assumed in this file; compiles: of distinct
+    kernels, and compile_seconds, once.
     """
 
     target: str
     gpu: str
     model: str
-    issue_seconds: float
-    tensor_seconds: float
-    hbm_seconds: float
+    method: str
+    adapters: int
+    sweep_seconds: float
+    small_seconds: float
+    merge_seconds: float
+    write_seconds: float
+    kernel_seconds: float
     binds: str
+    host_seconds: float
+    compiles: int
+    compile_seconds: float
 
 
 def kernel_rows(
-    targets: Sequence[str] = tuple(GPUS), names: Sequence[str] = (*METHODS, "vote_balance", *SELECTIONS)
+    targets: Sequence[str] = tuple(GPUS),
+    names: Sequence[str] = (*METHODS, "vote_balance", "terms", *SEARCH, *SELECTIONS),
 ) -> list[KernelRow]:
     """Compile each kernel for each target, with factors in bfloat16 and float32."""
     rows = []
@@ -59,19 +90,88 @@ def kernel_rows(
             tile = c.launch.block_m, c.launch.block_n, c.launch.num_warps
             resources = c.registers, c.spill_bytes, c.shared_bytes, occupancy(c, GPUS[target])
             counts = c.per_adapter, c.cold / c.elements, c.per_element
-            rows.append(KernelRow(target, GPUS[target].name, case.name, case.dtype, *tile, *resources, *counts))
+            pipes = clocks(c.loop_opcodes, target)
+            binds = max(pipes, key=lambda pipe: pipes[pipe])
+            rest = *tile, *resources, *counts, pipes[binds] / c.elements, binds
+            rows.append(KernelRow(target, GPUS[target].name, case.name, case.dtype, *rest))
     return rows
 
 
 def merge_rows(targets: Sequence[str] = tuple(GPUS)) -> list[MergeRow]:
-    """Compile `ties` for each target, and add up its least time over the modules of each model."""
+    """Compile what `ties` and `dare_ties` launch for each target, and add it up over the modules of each model."""
     rows = []
     for target in targets:
-        gpu, (cost,) = GPUS[target], costs([Case("ties")], target)
-        for model, (modules, layers) in MODELS.items():
-            total = dict.fromkeys(("issue", "tensor", "HBM"), 0.0)
-            for rows_of, columns, count in modules:
-                for limit, time in seconds(cost, gpu, rows_of, columns, 3, 16, 2).items():
-                    total[limit] += time * count * layers
-            rows.append(MergeRow(target, gpu.name, model, *total.values(), max(total, key=lambda limit: total[limit])))
+        names = ("ties", "dare_ties", *SEARCH)
+        found = dict(zip(names, costs([Case(name) for name in names], target), strict=True))
+        for model in MODELS:
+            rows += [merge_row(found, target, model, method, n) for method in ("ties", "dare_ties") for n in (3, 100)]
     return rows
+
+
+def merge_row(found: dict[str, Cost], target: str, model: str, method: str, adapters: int) -> MergeRow:
+    """The estimate of one whole merge. found: the costs of what it launches."""
+    modules, layers = MODELS[model]
+    total = dict.fromkeys(("sweeps", "small", "code", "tensor", "HBM"), 0.0)
+    groups = 0
+    for rows, columns, count in modules:
+        many = count * layers
+        groups += -(-many // max(1, GROUP_BYTES // (4 * rows * columns)))
+        for limit, time in seconds(found[method], target, rows, columns, adapters, 16, 2).items():
+            total[limit] += many * time
+        if method == "ties":
+            sweeps, small = search_seconds(found, target, rows, columns)
+            total["sweeps"] += many * adapters * sweeps
+            total["small"] += many * adapters * small
+    merge = max(total["code"], total["tensor"])
+    launched = (2 + len(SEARCH)) if method == "ties" else 2
+    limits = {"sweeps": total["sweeps"], "merge": merge, "write": total["HBM"]}
+    return MergeRow(
+        target=target,
+        gpu=GPUS[target].name,
+        model=model,
+        method=method,
+        adapters=adapters,
+        sweep_seconds=total["sweeps"],
+        small_seconds=total["small"],
+        merge_seconds=merge,
+        write_seconds=total["HBM"],
+        kernel_seconds=total["sweeps"] + total["small"] + max(merge, total["HBM"]),
+        binds=max(limits, key=lambda limit: limits[limit]),
+        host_seconds=groups * (launched * LAUNCH_SECONDS + OPERATORS * OPERATOR_SECONDS),
+        compiles=launched,
+        compile_seconds=launched * COMPILE_SECONDS,
+    )
+
+
+def search_seconds(found: dict[str, Cost], target: str, rows: int, columns: int) -> tuple[float, float]:
+    """(sweeps, small kernels) of the search in one task tensor."""
+    gpu, elements = GPUS[target], rows * columns
+    tensor = Dense(torch.empty(1, 1, rows, columns, device="meta"))
+    tiles, every = sample_of(tensor, found["sample"].launch)
+    area = found["sample"].launch.block_m * found["sample"].launch.block_n
+    # Of a bell curve at density 0.2: the bracket, and what a bin of it holds, each element in a tile of its own.
+    share = 2 * DEVIATIONS.value * math.sqrt(0.2 * 0.8 / (tiles * area // every)) + GRAIN
+    listed = min(1.0, share * area / (BINS.value / 2))
+    warp = gpu.target.warp_size
+    sweeps = (
+        sweep_seconds(found["sample"], target, tiles * area)
+        + sweep_seconds(found["count"], target, elements, TILES_A_PROGRAM, cold=1 - (1 - share) ** warp)
+        + sweep_seconds(found["collect"], target, elements, TILES_A_PROGRAM, cold=listed)
+    )
+    threads = 4 * warp
+
+    def alone(cost: Cost, passes: int, length: int, chunk: int) -> float:
+        busiest = max(
+            once + passes * -(-length // chunk) * each
+            for once, each in zip(
+                clocks(cost.outside_opcodes, target).values(), clocks(cost.loop_opcodes, target).values(), strict=True
+            )
+        )
+        return threads * busiest / (gpu.processors * gpu.clock)
+
+    small = (
+        alone(found["bracket"], BRACKET_PASSES, tiles * area // every, CHUNK)
+        + alone(found["narrow"], 0, 0, 1)
+        + alone(found["finish"], LIST_PASSES, max(1024, int(share * elements / (BINS.value / 2))), 1024)
+    )
+    return sweeps, small

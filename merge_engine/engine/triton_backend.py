@@ -16,6 +16,7 @@ from merge_engine.errors import MergeError
 from merge_engine.kernels import merge as kernels
 from merge_engine.kernels import select
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Pair, Source, Trim, pack
+from merge_engine.kernels.trims import bands, trims
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import require
@@ -282,13 +283,13 @@ def _magnitude(group: Group, source: Source) -> Keep:
         found = [group.trims[module.name] for module in group.modules]
         value, row, column = ([getattr(trim, name) for trim in found] for name in ("value", "row", "column"))
         return Trim(torch.cat(value, 1), torch.cat(row, 1), torch.cat(column, 1))
-    return select.trims(source, _numbers(group, source, rule.kept), ties=rule.trim_ties)
+    return trims(source, _numbers(group, source, rule.kept), ties=rule.trim_ties)
 
 
 def _band(group: Group, source: Source) -> Keep:
     rule = group.plan.rule
     kept, topped = _numbers(group, source, rule.kept), _numbers(group, source, rule.topped)
-    return select.bands(source, kept, topped, ties=rule.trim_ties)
+    return bands(source, kept, topped, ties=rule.trim_ties)
 
 
 def _numbers(group: Group, source: Source, number: Callable[[float, int], int]) -> Tensor:

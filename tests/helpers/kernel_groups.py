@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 from merge_engine.kernels.merge import merge_deltas
-from merge_engine.kernels.select import l1_factors, trims
+from merge_engine.kernels.select import l1_factors
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Source, Trim, pack
+from merge_engine.kernels.trims import trims
 from torch import Tensor
 
 from merge_engine.cpu.mask import keep_mask

@@ -7,17 +7,17 @@ import sys
 
 import triton
 
-from bench.static.kernels import SELECTIONS, Case, compiled, launch_of
+from bench.static.kernels import SEARCH, SELECTIONS, Case, compiled, launch_of
 
 CASES = [
-    *(Case(name) for name in SELECTIONS),
+    *(Case(name) for name in ("terms", *SEARCH, *SELECTIONS)),
     Case("vote_balance"),
     Case("ties", "fp32"),
     Case("ties, unequal weights", "fp16", rank=0, base=True),
     Case("breadcrumbs_ties, frequency"),
     Case("elect_max", "fp32", base=True),
     Case("consensus", "fp32", recipes=2),
-    Case("dare_ties, mergekit", rank=48, aligned=False, ones=("modules", "adapters", "recipes")),
+    Case("dare_ties, mergekit", rank=48, aligned=False, ones=("M",)),
 ]
 
 

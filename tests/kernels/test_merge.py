@@ -18,8 +18,8 @@ from kernel_groups import (
     source_of,
 )
 from merge_engine.kernels.merge import merge_deltas, vote_balance
-from merge_engine.kernels.select import trims
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Source, Trim, pack
+from merge_engine.kernels.trims import trims
 from torch import Tensor
 
 from merge_engine.rules import reference

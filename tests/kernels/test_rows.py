@@ -12,8 +12,8 @@ import torch
 from kernel_groups import FLOATS, SMALLEST, U32, U_OUT, WEIGHTS, group, only, seen, source_of
 from merge_engine.kernels.launch import launch_for
 from merge_engine.kernels.merge import merge_deltas
-from merge_engine.kernels.select import bands
 from merge_engine.kernels.source import Band, Dense, Lora, Source
+from merge_engine.kernels.trims import bands
 from torch import Tensor
 
 from merge_engine.rules import reference

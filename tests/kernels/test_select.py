@@ -10,8 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kernel_groups import FLOATS, U32, exact, group, seen, source_of
 from merge_engine.kernels.merge import merge_deltas
-from merge_engine.kernels.select import l1_factors, model_trims, trims
+from merge_engine.kernels.select import l1_factors, model_trims
 from merge_engine.kernels.source import Dense, Drop, Source, Trim
+from merge_engine.kernels.trims import trims
 from torch import Tensor
 
 from merge_engine.cpu import merge as cpu_merge
