@@ -8,7 +8,7 @@ from expert_models import EXPERTS, FUSED, expert_deltas, in_peft, save_experts, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_files import STEM, save_factors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merge_engine
 from merge_engine.errors import AdapterError
@@ -174,6 +174,51 @@ def test_stacked_pairs_are_what_peft_multiplies_out(ranks, sides, seed):
     got = torch.einsum("ore,eri->eoi", B.reshape(rows, rank, count).double(), A.reshape(count, rank, columns).double())
     for number, (a, b) in enumerate(pairs):
         torch.testing.assert_close(got[number], b.double() @ a.double())
+
+
+def peft_delta(tensors, stem, count, scaling):
+    """By PEFT's own formula for a parameter [E, out, in], in float64."""
+    A, B = (tensors[f"{stem}.lora_{side}.weight"].double() for side in "AB")
+    A, B = A.reshape(count, -1, A.shape[1]), B.reshape(len(B), -1, count)
+    return scaling * torch.einsum("ore,eri->eoi", B, A)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 4),
+    ranks=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
+    alphas=st.lists(st.sampled_from([None, 1, 2.5, 16]), min_size=3, max_size=3),
+    rslora=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_whatever_ranks_and_alphas_are(tmp_path_factory, count, ranks, alphas, rslora, seed):
+    """gate_up_proj of one rank, down_proj of another, no lora_alpha where PEFT takes 8: against float64."""
+    root, generator = tmp_path_factory.mktemp("experts"), torch.Generator().manual_seed(seed)
+    sides = {"gate_up_proj": (f"{LAYER}.base_layer", 6, 5), "down_proj": (LAYER, 5, 3)}
+    folders, weights = [], [0.7, -1.2, 0.3][: len(ranks)]
+    want = {name: torch.zeros(count, rows, columns, dtype=torch.float64) for name, (_, rows, columns) in sides.items()}
+    size = dict.fromkeys(sides, 0.0)
+    for number, (own, alpha, weight) in enumerate(zip(ranks, alphas, weights, strict=False)):
+        tensors = {}
+        for rank, (stem, rows, columns) in zip(own, sides.values(), strict=True):
+            tensors[f"{STEM}{stem}.lora_A.weight"] = torch.randn(count * rank, columns, generator=generator)
+            tensors[f"{STEM}{stem}.lora_B.weight"] = torch.randn(rows, rank * count, generator=generator)
+        config = {"r": own[0], "rank_pattern": {"down_proj": own[1]}, "use_rslora": rslora}
+        config |= {"peft_type": "LORA", "target_parameters": FUSED} | ({} if alpha is None else {"lora_alpha": alpha})
+        (root / str(number)).mkdir()
+        save_file(tensors, root / str(number) / "adapter_model.safetensors")
+        (root / str(number) / "adapter_config.json").write_text(json.dumps(config))
+        folders.append(root / str(number))
+        for rank, (name, (stem, *_)) in zip(own, sides.items(), strict=True):
+            scaling = (8 if alpha is None else alpha) / (rank**0.5 if rslora else rank)
+            delta = peft_delta(tensors, STEM + stem, count, scaling)
+            want[name] += weight * delta
+            size[name] += abs(weight) * float(delta.norm())
+    merge_engine.merge(folders, root / "out", method="linear", weights=weights)
+    written = load_file(root / "out" / "adapter_model.safetensors")
+    for name, (stem, *_) in sides.items():
+        got = peft_delta(written, STEM + stem, count, 1.0)
+        torch.testing.assert_close(got, want[name], rtol=0, atol=64 * 2**-24 * size[name])
 
 
 def written(tmp_path, shapes, **config):
