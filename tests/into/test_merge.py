@@ -195,7 +195,7 @@ def test_mistakes_are_one_line_each(base, three, tmp_path, capsys):
         assert str(error.value).startswith(message) and "\n" not in str(error.value)
         assert {path.name for path in tmp_path.iterdir()} == before
     assert main(["merge", str(three[0]), "-o", str(tmp_path / "out"), "--dry-run"]) == 2
-    assert "dry_run: only applies to full models; wanted --into BASE with it" in capsys.readouterr().err
+    assert "--dry-run: only applies to full models; wanted --into BASE with it" in capsys.readouterr().err
     assert main(["merge", "--into", str(broken), str(three[0]), "-o", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
