@@ -24,7 +24,7 @@ def assert_merged(make, components, files, merged, weights=WEIGHTS):
     got = loaded(make, merged, components)
     inputs = [loaded(make, file, components) for file in files]
     for component in components:
-        assert got[component].keys() == {name for each in inputs for name in each[component]}
+        assert got[component] and got[component].keys() == {name for each in inputs for name in each[component]}
         for name, delta in got[component].items():
             zero = torch.zeros_like(delta)
             want = sum(w * each[component].get(name, zero) for w, each in zip(weights, inputs, strict=True))
@@ -141,6 +141,30 @@ def test_stable_diffusion_xl(tmp_path, form):
     out = tmp_path / "out.safetensors"
     merge_engine.merge(files, out, method="linear", weights=WEIGHTS)
     assert_merged(stable_diffusion_xl, components, files, out)
+
+
+def name_of_sdxl(module):
+    """The name that kohya's scripts give a layer of SDXL's UNet: with the blocks of Stability's code."""
+    if (mid := re.fullmatch(r"mid_block\.(attentions|resnets)\.(\d)\.(.*)", module)) is not None:
+        kind, number, rest = mid.groups()
+        block = f"middle_block_{1 if kind == 'attentions' else 2 * int(number)}"
+    else:
+        way, i, kind, j, rest = re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", module).groups()
+        number = 3 * int(i) + int(j) + (way == "down")
+        block = f"{'input' if way == 'down' else 'output'}_blocks_{number}_{int(kind == 'attentions')}"
+    return f"lora_unet_{block}_{rest.replace('conv2', 'out_layers.3').replace('.', '_')}"
+
+
+def test_stable_diffusion_xl_with_the_blocks_of_kohya(tmp_path):
+    files = []
+    for seed, (rank, alpha) in enumerate([(2, 3), (4, 1)]):
+        model = stable_diffusion_xl().unet
+        adapt(model, rank, alpha, [*ATTENTION, "conv2"], seed)
+        files.append(tmp_path / f"{seed}.safetensors")
+        save_file(spelled_by_kohya(get_peft_model_state_dict(model), alpha, name_of_sdxl), files[-1])
+    out = tmp_path / "out.safetensors"
+    merge_engine.merge(files, out, method="linear", weights=WEIGHTS)
+    assert_merged(stable_diffusion_xl, ("unet",), files, out)
 
 
 WAN = {f"attn1.to_{part}": f"self_attn.{part}" for part in "qkv"} | {"attn1.to_out.0": "self_attn.o"}
