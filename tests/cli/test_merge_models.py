@@ -68,18 +68,18 @@ def test_whole_tensors_by_options_and_by_recipe(tmp_path, monkeypatch, options, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("ft1 ft2 --method slerp --t 0.5 --density 0.5", "density: slerp does not know it; it belongs to task_arith"),
+        ("ft1 ft2 --method slerp --t 0.5 --density 0.5", "--density: slerp does not know it; it belongs to task_ar"),
         ("--method slerp ft1 ft2", "recipe: wanted a t for models, got none for "),
         ("--method slerp --t 0.5 ft1", "models: slerp takes 2 models, one of them the base, got none besides ft1"),
         (
             "--method model_stock ft1 ft2",
-            "base: model_stock takes changes of one, and at least 2 of them",
+            "--base: model_stock takes changes of one, and at least 2 of them",
         ),
         ("--method karcher ft1 lo1", "base: lo1 is an adapter; wanted the model that it is on (--base), got none"),
         ("--method linear ft1 ft2 --weights 1 2 3", "weight: wanted 1 or 2 numbers, one for each model but the base"),
         (
             "--method slerp --t 1 ft1 ft2 --convention paper",
-            "convention: slerp has published and mergekit, got",
+            "--convention: slerp has published and mergekit, got",
         ),
     ],
 )
