@@ -17,6 +17,7 @@ from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import writing
 from merge_engine.files.folder import check_target
+from merge_engine.files.locate import SINGLE
 from merge_engine.files.shards import SHARD_SIZE, Layout
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.checkpoint import Checkpoint, open_checkpoint
@@ -126,6 +127,8 @@ def merge_models(
     fields = Recipe.from_mapping(recipe)
     size = parse_size(shard_size, "shard_size")
     for model in models:
+        if isinstance(model, str | Path) and str(model).endswith(SINGLE):
+            model = open_input(model)
         if isinstance(model, Adapter):
             check_goes_into_a_base(model)  # before a base is fetched
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)

@@ -224,8 +224,9 @@ def test_an_adapter_of_peft_is_no_single_file(tmp_path):
 
 def test_image_loras_are_not_merged_into_a_base(tmp_path):
     files, _ = save_three(tmp_path)
-    with pytest.raises(ModelError, match=r"a is kohya's file .* not merged into a base here; fuse_lora of diffusers"):
-        merge_engine.merge_into(tmp_path / "base", files, tmp_path / "out")
+    for merge in (merge_engine.merge_into, merge_engine.merge_models):
+        with pytest.raises(ModelError, match=r"a is kohya's file .* not merged into a base here; fuse_lora"):
+            merge(tmp_path / "base", files, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -96,6 +96,16 @@ def test_the_command_line_and_a_recipe_file(tmp_path):
         assert all(torch.equal(got[name], want[name]) for name in LAYERS)
 
 
+def test_the_recipe_beside_a_result_repeats_it(tmp_path):
+    files, _ = save_two(tmp_path)
+    blocks = {"a": {"double_blocks.*": 0.5}}
+    merge_engine.merge(files, tmp_path / "out", method="ties", weights=[1, 0.8], block_weights=blocks)
+    again = tmp_path / "again.safetensors"
+    assert main(["merge", str(tmp_path / "out" / "recipe.yaml"), "-o", str(again)]) == 0
+    want, got = (read_by_comfy(file, LAYERS) for file in (tmp_path / "out" / "out.safetensors", again))
+    assert all(torch.equal(got[name], want[name]) for name in LAYERS)
+
+
 def test_sessions_and_sweeps_tell_weights_of_blocks_apart(tmp_path):
     files, _ = save_two(tmp_path)
     recipes = [{"method": "ties", "block_weights": {"a": {"double_blocks.*": w}}} for w in (0.5, 2.0)]
@@ -147,7 +157,7 @@ def test_a_name_of_two_adapters_is_not_taken_for_one(tmp_path):
 def test_what_the_command_line_takes_for_weights(tmp_path, capsys, texts):
     files, _ = save_two(tmp_path)
     assert main(["merge", *map(str, files), "-o", str(tmp_path / "out.safetensors"), "--weights", *texts]) == 2
-    assert "error: weights: wanted" in capsys.readouterr().err
+    assert "error: --weights: wanted" in capsys.readouterr().err
     assert not (tmp_path / "out.safetensors").exists()
 
 
