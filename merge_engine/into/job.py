@@ -176,7 +176,7 @@ def _tokens(base: Checkpoint, inputs: Sequence[Input], vocab: str) -> TokenModul
     found = token_modules(base, [each for each in inputs if isinstance(each, Adapter)])
     models = [each for each in inputs if isinstance(each, Checkpoint)]
     if found.modules and (models or vocab == "union"):
-        owner = next(iter(found.modules[0].dtypes)).name
+        owner = found.modules[0].adapters[0].name
         got = models[0].name if models else "vocab union"
         raise ModelError(f"{owner} has trained tokens; wanted adapters only beside it, and vocab base, got {got}")
     return found

@@ -14,13 +14,14 @@ from torch import Tensor
 from merge_engine.errors import ModelError
 from merge_engine.files.shards import Piece
 from merge_engine.files.weights import StoredTensor
-from merge_engine.formats.adapter import KEY_PREFIX, TOKENS, Adapter, Module
+from merge_engine.formats.adapter import TOKENS, Adapter, Module
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint
 from merge_engine.formats.tokens import token_layer, tokens_of
 from merge_engine.models.experts import Pieces
 from merge_engine.models.finetuned import Difference, Finetuned, read_finite
 from merge_engine.models.saved import held_whole
 from merge_engine.models.targets import Target
+from merge_engine.runtime.threads import threads
 
 Places = dict[str, tuple[str, int]]  # {key of a row: (the module that it is merged in, its place there)}
 
@@ -38,12 +39,16 @@ class StackedRows(StoredTensor):
 
 @dataclass(frozen=True)
 class TokenModule:
-    """Tokens of one layer that the same adapters train."""
+    """Tokens of one layer that the same adapters train.
+
+    extra: the key of their rows in the adapters. target: their rows in the base, as one tensor.
+    """
 
     name: str
+    extra: str
     tokens: tuple[int, ...]
     target: Target
-    dtypes: Mapping[Adapter, torch.dtype]  # of the adapters that train them
+    adapters: tuple[Adapter, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ class TunedAdapter(Finetuned):
             base = target.matrix(read_finite(target.stored, "the base"))
         if module in self.tokens:
             return Difference(self.tokens[module].read(), base)
-        return Difference(self._dora(adapter, module, base), base)
+        with threads(1):  # on several, products and sums have other last bits
+            return Difference(self._dora(adapter, module, base), base)
 
     def _dora(self, adapter: Adapter, module: str, base: Tensor) -> Tensor:
         """m (W + s B A) / |W + s B A| [M, N] in float32."""
@@ -99,11 +105,11 @@ def tuned(adapter: Adapter, targets: Mapping[str, Target], tokens: Sequence[Toke
     }
     rows: dict[str, StoredTensor] = {}
     for each in tokens:
-        if adapter not in each.dtypes:
+        if adapter not in each.adapters:
             continue
-        key = f"{KEY_PREFIX}{each.name.partition('.trained_tokens')[0]}{TOKENS}"
-        places, stored = tokens_of(adapter, key), adapter.extras[key]
-        parts = tuple(stored.rows(places.index(token), 1) for token in each.tokens)
+        stored = adapter.extras[each.extra]
+        places = {token: place for place, token in enumerate(tokens_of(adapter, each.extra))}
+        parts = tuple(stored.rows(places[token], 1) for token in each.tokens)
         shape = (len(parts), stored.shape[1])
         rows[each.name] = StackedRows(stored.key, stored.file, shape, stored.dtype, parts=parts)
         modules[each.name] = Module(
@@ -144,8 +150,7 @@ def token_modules(base: Checkpoint, adapters: Sequence[Adapter]) -> TokenModules
             parts = tuple(replace(stored.rows(token, 1), key=_row_key(root, token)) for token in tokens)
             shape = (len(parts), stored.shape[1])
             rows = StackedRows(parts[0].key, stored.file, shape, stored.dtype, parts=parts)
-            dtypes = {adapter: adapter.extras[extra].dtype for adapter in having}
-            modules.append(TokenModule(name, tuple(tokens), Target(rows, transposed=False), dtypes))
+            modules.append(TokenModule(name, extra, tuple(tokens), Target(rows, transposed=False), having))
             for each in family:
                 places |= {_row_key(each, token): (name, place) for place, token in enumerate(tokens)}
     return TokenModules(tuple(modules), places, pieces)
