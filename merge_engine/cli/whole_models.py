@@ -79,7 +79,8 @@ def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
             f"base: {method} takes changes of a base, and at least {least} of them; wanted --base, got none"
         )
     recipe: dict[str, Any] = {"merge_method": method} | ({"base_model": base} if base is not None else {})
-    weights, densities = given.pop("weights", None), given.pop("density", None)
+    weights = given.pop("weights", None)
+    densities = given.pop("density", None) if "density" in row.options else None
     entries: list[dict[str, Any]] = []
     others = [model for model in models if model != base or row.base == "none"]
     if not others:

@@ -73,7 +73,7 @@ def test_whole_tensors_by_options_and_by_recipe(tmp_path, monkeypatch, options, 
         ("--method slerp --t 0.5 ft1", "models: slerp takes 2 models, one of them the base, got none besides ft1"),
         (
             "--method model_stock ft1 ft2",
-            "--base: model_stock takes changes of one, and at least 2 of them",
+            "base: model_stock takes changes of a base, and at least 2 of them",
         ),
         ("--method karcher ft1 lo1", "base: lo1 is an adapter; wanted the model that it is on (--base), got none"),
         ("--method linear ft1 ft2 --weights 1 2 3", "weight: wanted 1 or 2 numbers, one for each model but the base"),
