@@ -35,7 +35,7 @@ def recipe_page() -> str:
     """The keys of a recipe file: the options of `merge`, by the names that they have in YAML."""
     parser = parsers()["merge"]
     rows = [
-        (f"`{action.dest}`", f"`{_flag(action)}`", _choices(action), _cell(action.help or ""))
+        (f"`{action.dest}`", _text(action))
         for action in parser._actions
         if action.option_strings and action.dest not in LISTED_ELSEWHERE
     ]
@@ -59,17 +59,17 @@ Several merges of a pool of adapters: `adapters: {sql: path, chat: user/chat}` a
 
 ## Keys
 """
-    return f"{head}\n{_table(('key', 'option', 'values', 'what it is'), rows)}\n"
+    return f"{head}\n{_table(('key', 'what it is'), rows)}\n"
 
 
 def _rows(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     for action in parser._actions:
         names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest}`"
-        yield names, " ".join(filter(None, (_cell(action.help or ""), _choices(action))))
+        yield names, _text(action)
 
 
-def _flag(action: argparse.Action) -> str:
-    return max(action.option_strings, key=len)
+def _text(action: argparse.Action) -> str:
+    return ": ".join(filter(None, (_cell(action.help or ""), _choices(action))))
 
 
 def _choices(action: argparse.Action) -> str:
