@@ -128,7 +128,7 @@ def test_mergekit_gives_every_token_the_same_row(tmp_path, monkeypatch, source):
         tokens = {"<b>": {"source": "two", "force": True}, "<new>": {"source": {"kind": "zero"}}}
         tokenizer = {"source": "union", "tokens": tokens, "pad_to_multiple_of": 8}
     recipe = asked("one", "two", tokenizer=tokenizer, dtype="float32", parameters={"lambda": 0.75})
-    run_merge(MergeConfiguration.model_validate(recipe), "theirs", MergeOptions(quiet=True))
+    run_merge(MergeConfiguration.model_validate(recipe), "theirs", MergeOptions(quiet=True, write_model_card=False))
     merge_recipe(recipe, "ours")
     ours, theirs = opened("ours"), opened("theirs")
     assert set(ours.embedding) == set(theirs.embedding)
