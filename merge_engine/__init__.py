@@ -23,6 +23,8 @@ if _typing.TYPE_CHECKING:
     from merge_engine.many.session import Session
     from merge_engine.mergekit.recipe import merge_recipe
     from merge_engine.rules.recipe import Recipe
+    from merge_engine.searches.result import SearchResult
+    from merge_engine.searches.run import search
     from merge_engine.sweeps.run import sweep
     from merge_engine.sweeps.table import SweepResult
 
@@ -38,6 +40,7 @@ __all__ = [
     "OutputError",
     "Recipe",
     "RecipeError",
+    "SearchResult",
     "Session",
     "SweepResult",
     "__version__",
@@ -50,6 +53,7 @@ __all__ = [
     "normalize",
     "open_adapter",
     "open_checkpoint",
+    "search",
     "sweep",
 ]
 
@@ -69,6 +73,7 @@ _HOMES = {
     "OutputError": "errors",
     "Recipe": "rules.recipe",
     "RecipeError": "errors",
+    "SearchResult": "searches.result",
     "Session": "many.session",
     "SweepResult": "sweeps.table",
     "interference": "compare.interference",
@@ -80,6 +85,7 @@ _HOMES = {
     "normalize": "formats.normalize",
     "open_adapter": "formats.open",
     "open_checkpoint": "formats.checkpoint",
+    "search": "searches.run",
     "sweep": "sweeps.run",
 }
 

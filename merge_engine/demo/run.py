@@ -140,19 +140,20 @@ def _load(adapter: Path | None = None) -> "PreTrainedModel | PeftModel":
     return base.eval() if adapter is None else PeftModel.from_pretrained(base, str(adapter)).eval()
 
 
-def _marks(model: "PreTrainedModel | PeftModel", seed: int) -> Figures:
-    """Accuracy in each task, in percent."""
+def _marks(model: "PreTrainedModel | PeftModel", seed: int, count: int | None = None) -> Figures:
+    """Accuracy in each task, in percent, over `count` sequences; None: as many as the demo has of this sample."""
     from merge_engine.demo.tasks import TASKS, accuracy
 
-    return {task: 100 * accuracy(model, task, seed=seed, count=COUNT[seed]) for task in TASKS}
+    return {task: 100 * accuracy(model, task, seed=seed, count=count or COUNT[seed]) for task in TASKS}
 
 
-def _own_marks(seed: int) -> Figures:
+def _own_marks(seed: int, count: int | None = None) -> Figures:
     """Accuracy of each adapter in its own task, in percent."""
     from merge_engine.demo.tasks import accuracy
 
     return {
-        task: 100 * accuracy(_load(path), task, seed=seed, count=COUNT[seed]) for task, path in adapter_paths().items()
+        task: 100 * accuracy(_load(path), task, seed=seed, count=count or COUNT[seed])
+        for task, path in adapter_paths().items()
     }
 
 

@@ -1,0 +1,1 @@
+"""Searches for the recipe with the best score, by Optuna."""

@@ -1,0 +1,233 @@
+"""What a search varies: fields of a recipe, one weight for each adapter, and how trials become recipes."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+from merge_engine.errors import RecipeError
+from merge_engine.rules.methods import METHODS, looks_at, refuses
+from merge_engine.rules.recipe import Recipe
+
+Span = tuple[float, float]  # the lowest and the highest value of a number
+Values = dict[str, Any]  # of the parameters of a trial: "method", "gain", "weight of sql" and so on
+
+WIDE = 4.0  # a span is searched by ratio where its end is so many times its start
+DEFAULT: dict[str, Any] = {
+    "method": ["linear", "tsv", "actmat"],
+    "weights": (0.5, 2.0),
+    "gain": (0.7, 2.0),
+    "ridge": (0.1, 10.0),
+    "density": (0.1, 0.9),
+}
+SOBER = ("linear", "tsv", "actmat")  # the first trials: these with scale="auto" and every weight 1
+_PLAIN = {"weights": 1.0, "gain": 1.0, "scale": 1.0, "ridge": 1.0, "density": 0.2}
+_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Space:
+    """The parameters of a search over some adapters.
+
+    varied: {field of a recipe: a list of values, or (lowest, highest)}. fixed: fields that all trials have.
+    adapters: their names. groups: {name of a group of layers: its modules}; with none, weights count everywhere.
+    """
+
+    varied: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    adapters: tuple[str, ...]
+    groups: Mapping[str, Sequence[str]]
+
+    def suggest(self, span: Callable[[str, float, float, bool], float], one_of: Callable[..., Any]) -> Values:
+        """The values of one trial; span(name, low, high, by ratio) and one_of(name, choices) draw them."""
+        values: Values = {}
+
+        def draw(name: str, over: Any) -> None:
+            if isinstance(over, tuple):
+                values[name] = span(name, over[0], over[1], 0 < over[0] and over[1] >= WIDE * over[0])
+            else:
+                values[name] = one_of(name, over)
+
+        if "method" in self.varied:
+            draw("method", self.varied["method"])
+        method = self._method(values)
+        for field, over in self.varied.items():
+            if field == "weights":
+                for name in self._weights():
+                    draw(name, over)
+            elif field != "method" and self._counts(method, field):
+                draw(field, over)
+        return values
+
+    def recipe(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of the recipe that a trial's values stand for."""
+        method = self._method(values)
+        recipe = {name: value for name, value in self.fixed.items() if not refuses(method, name)}
+        recipe["method"] = method
+        if self.automatic:
+            recipe["scale"] = "auto"
+        recipe |= {name: value for name, value in values.items() if name in self.varied}
+        if "weights" not in self.varied:
+            return recipe
+        if not self.groups:
+            return recipe | {"weights": [values[name] for name in self._weights()]}
+        tables: dict[str, list[float]] = {}
+        for group, modules in self.groups.items():
+            weights = [values[_weight(adapter, group)] for adapter in self.adapters]
+            tables |= {module: weights for module in modules}
+        return recipe | {"module_weights": tables}
+
+    def sober(self) -> list[Values]:
+        """The values of the first trials: the defaults that the README names, as far as they are in this space."""
+        methods = self.varied.get("method", [self.fixed.get("method", Recipe.method)])
+        first = [method for method in SOBER if method in methods] or list(methods[:1])
+        return [self.suggest(self._plain, self._first(method)) for method in first]
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the scale is "auto": unless it is varied or given."""
+        return "scale" not in self.varied and "scale" not in self.fixed
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data that tells two spaces apart."""
+        varied = {
+            name: list(over) if isinstance(over, tuple) else {"of": list(over)} for name, over in self.varied.items()
+        }
+        return {
+            "varied": varied,
+            "fixed": dict(self.fixed),
+            "groups": {name: len(m) for name, m in self.groups.items()},
+        }
+
+    def _method(self, values: Mapping[str, Any]) -> str:
+        return str(values.get("method", self.fixed.get("method", Recipe.method)))
+
+    def _counts(self, method: str, field: str) -> bool:
+        """Whether a field has an effect; the gain has one with an automatic scale only."""
+        automatic = self.automatic or self.fixed.get("scale") == "auto"
+        return looks_at(method, field) and (automatic or field != "gain")
+
+    def _weights(self) -> list[str]:
+        groups: list[str | None] = [*self.groups] or [None]
+        return [_weight(adapter, group) for group in groups for adapter in self.adapters]
+
+    def _plain(self, name: str, low: float, high: float, _: bool) -> float:
+        field = "weights" if name.startswith("weight of ") else name
+        return min(max(_PLAIN.get(field, low), low), high)
+
+    @staticmethod
+    def _first(method: str) -> Callable[..., Any]:
+        return lambda name, choices: method if name == "method" else choices[0]
+
+
+def make_space(
+    varied: Mapping[str, Any] | None,
+    fixed: Mapping[str, Any],
+    adapters: Sequence[str],
+    modules: Sequence[str],
+    groups: int = 1,
+) -> Space:
+    """The space of a search. varied: None for `DEFAULT`, without what is fixed and what no method looks at.
+
+    groups: how many groups of successive layers have weights of their own.
+    Raises RecipeError for unknown fields, spans that are none, and values that no recipe takes.
+    """
+    over = dict(varied) if varied is not None else {name: each for name, each in DEFAULT.items() if name not in fixed}
+    if varied is None and "scale" in fixed and fixed["scale"] != "auto":
+        over.pop("gain", None)
+    known = [field.name for field in fields(Recipe) if field.name not in ("module_weights", "module_densities")]
+    for name in over:
+        if name not in known:
+            raise RecipeError(f"space: wanted one of {', '.join(known)}, got {name!r}")
+        if name in fixed:
+            raise RecipeError(f"{name}: wanted one value of it, or several in the space, got both")
+        over[name] = _checked(name, over[name])
+    if not over:
+        raise RecipeError("space: wanted a field to vary, got none")
+    methods = over.get("method", [fixed.get("method", Recipe.method)])
+    for method in methods:
+        if method not in METHODS:
+            raise RecipeError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
+    over = {name: each for name, each in over.items() if any(looks_at(method, name) for method in methods)}
+    space = Space(over, dict(fixed), _unique(adapters), _groups(modules, groups) if "weights" in over else {})
+    for values in space.sober():
+        Recipe.from_mapping(space.recipe(values))
+    for end in (0, -1):  # a span's ends, too, must be values that a recipe takes
+        Recipe.from_mapping(space.recipe(space.suggest(partial(_end_of_span, end), partial(_end_of_choices, end))))
+    return space
+
+
+def parse_space(texts: Sequence[str]) -> dict[str, Any]:
+    """["method=tsv,linear", "gain=0.5..2"] -> {"method": ["tsv", "linear"], "gain": (0.5, 2.0)}."""
+    from merge_engine.sweeps.trials import parse_axes
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        low, dots, high = values.partition("..")
+        field = name.replace("-", "_")
+        if field in found:
+            raise RecipeError(f"vary: wanted each field once, got {field} twice")
+        if not equals or not values:
+            raise RecipeError(f"vary: wanted FIELD=LOW..HIGH or FIELD=VALUE,VALUE, got {text!r}")
+        if dots:
+            try:
+                found[field] = (float(low), float(high))
+            except ValueError:
+                raise RecipeError(f"vary: wanted FIELD=LOW..HIGH with two numbers, got {text!r}") from None
+        else:
+            found |= parse_axes([text])
+    return found
+
+
+def _end_of_span(end: int, name: str, low: float, high: float, by_ratio: bool) -> float:
+    return (low, high)[end]
+
+
+def _end_of_choices(end: int, name: str, choices: Sequence[Any]) -> Any:
+    return choices[end]
+
+
+def _checked(name: str, over: Any) -> Any:
+    if isinstance(over, tuple):
+        numbers = [isinstance(end, int | float) and not isinstance(end, bool) and math.isfinite(end) for end in over]
+        if len(over) != 2 or not all(numbers) or over[0] >= over[1]:
+            raise RecipeError(f"space: {name}: wanted (lowest, highest), got {over!r}")
+        return float(over[0]), float(over[1])
+    if not isinstance(over, list) or not over:
+        raise RecipeError(f"space: {name}: wanted a list of values or (lowest, highest), got {over!r}")
+    if not all(value is None or isinstance(value, str | int | float | bool) for value in over):
+        raise RecipeError(f"space: {name}: wanted plain values, got {over!r}")
+    return over
+
+
+def _groups(modules: Sequence[str], count: int) -> dict[str, list[str]]:
+    """Modules by successive layers, in `count` groups of nearly equal numbers of layers; those without one alone."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise RecipeError(f"groups: wanted a whole number of at least 1, got {count!r}")
+    if count == 1:
+        return {}
+    layers: dict[int, list[str]] = {}
+    others: list[str] = []
+    for module in modules:
+        found = _LAYER.search(module)
+        (layers.setdefault(int(found[1]), []) if found else others).append(module)
+    if len(layers) < count:
+        raise RecipeError(f"groups: wanted at most {len(layers)}, as many as there are layers, got {count}")
+    order = sorted(layers)
+    groups: dict[str, list[str]] = {}
+    for number in range(count):
+        part = order[number * len(order) // count : (number + 1) * len(order) // count]
+        groups[f"layers {part[0]}-{part[-1]}"] = [module for layer in part for module in layers[layer]]
+    return groups | ({"other modules": others} if others else {})
+
+
+def _weight(adapter: str, group: str | None) -> str:
+    return f"weight of {adapter}" + (f" in {group}" if group else "")
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; of several with one name, with their numbers."""
+    return tuple(name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1))

@@ -1,0 +1,109 @@
+"""What a search varies, and the recipes that its values stand for, by hand."""
+
+import re
+
+import pytest
+
+from merge_engine.errors import RecipeError
+from merge_engine.rules.recipe import Recipe
+from merge_engine.searches.space import DEFAULT, make_space, parse_space
+
+NAMES = ["sql", "chat"]
+MODULES = ["layers.0.q", "layers.1.q", "layers.2.q", "layers.10.q", "head"]
+
+
+def drawn(space, method, at=0.5):
+    return space.suggest(
+        lambda name, low, high, by_ratio: low + at * (high - low),
+        lambda name, choices: method if name == "method" else choices[0],
+    )
+
+
+@pytest.mark.quick
+def test_a_method_has_only_the_parameters_that_it_looks_at():
+    space = make_space(None, {}, NAMES, MODULES)
+    weights = ["weight of sql", "weight of chat"]
+    assert list(drawn(space, "linear")) == ["method", *weights, "gain"]
+    assert list(drawn(space, "actmat")) == ["method", *weights, "gain", "ridge"]
+    ties = make_space({"method": ["ties", "linear"], "density": (0.1, 0.9)}, {"seed": 3}, NAMES, MODULES)
+    assert drawn(ties, "ties") == {"method": "ties", "density": 0.5}
+    assert ties.recipe(drawn(ties, "ties")) == {"method": "ties", "density": 0.5, "seed": 3, "scale": "auto"}
+    assert ties.recipe({"method": "linear"}) == {"method": "linear", "seed": 3, "scale": "auto"}
+
+
+def test_values_become_recipes():
+    space = make_space({"weights": (0.0, 2.0), "scale": [0.5, 1]}, {"method": "linear"}, NAMES, MODULES)
+    assert space.recipe(drawn(space, None)) == {"method": "linear", "weights": [1.0, 1.0], "scale": 0.5}
+    assert not space.automatic
+    same = make_space({"weights": (0.0, 2.0)}, {}, ["a", "b", "a"], MODULES)
+    assert list(drawn(same, None)) == ["weight of a #1", "weight of b", "weight of a #3"]
+
+
+def test_groups_of_layers_have_their_own_weights():
+    space = make_space({"weights": (0.0, 2.0)}, {"method": "tsv"}, NAMES, MODULES, groups=2)
+    values = {name: float(number) for number, name in enumerate(drawn(space, None))}
+    assert list(values)[:3] == [
+        "weight of sql in layers 0-1",
+        "weight of chat in layers 0-1",
+        "weight of sql in layers 2-10",
+    ]
+    recipe = space.recipe(values)
+    assert recipe["module_weights"] == {
+        "layers.0.q": [0, 1],
+        "layers.1.q": [0, 1],
+        "layers.2.q": [2, 3],
+        "layers.10.q": [2, 3],
+        "head": [4, 5],
+    }
+    Recipe.from_mapping(recipe)
+    for count, message in [(5, "wanted at most 4"), (0, "wanted a whole number"), (True, "wanted a whole number")]:
+        with pytest.raises(RecipeError, match=f"^groups: {message}"):
+            make_space(None, {}, NAMES, MODULES, groups=count)
+
+
+def test_the_first_trials_are_sober():
+    space = make_space(None, {}, NAMES, MODULES)
+    plain = {"weight of sql": 1.0, "weight of chat": 1.0, "gain": 1.0}
+    assert space.sober() == [
+        {"method": "linear", **plain},
+        {"method": "tsv", **plain},
+        {"method": "actmat", **plain, "ridge": 1.0},
+    ]
+    assert all(space.recipe(values)["scale"] == "auto" for values in space.sober())
+    narrow = make_space({"method": ["ties", "dare_ties"], "gain": (2.0, 3.0)}, {}, NAMES, MODULES)
+    assert narrow.sober() == [{"method": "ties", "gain": 2.0}]
+    assert "gain" not in make_space(None, {"scale": 0.5}, NAMES, MODULES).varied
+    assert set(DEFAULT) == {"method", "weights", "gain", "ridge", "density"}
+
+
+def test_spans_and_lists_on_the_command_line():
+    assert parse_space(["method=tsv,ties", "gain=0.5..2", "trim-ties=exact"]) == {
+        "method": ["tsv", "ties"],
+        "gain": (0.5, 2.0),
+        "trim_ties": ["exact"],
+    }
+    for text, message in [("gain", "FIELD=LOW..HIGH"), ("gain=", "FIELD=LOW..HIGH"), ("gain=a..2", "with two numbers")]:
+        with pytest.raises(RecipeError, match=rf"^vary: wanted .*{re.escape(message)}.*got '{text}'"):
+            parse_space([text])
+    with pytest.raises(RecipeError, match=r"^vary: wanted each field once, got gain twice"):
+        parse_space(["gain=1..2", "gain=2"])
+
+
+@pytest.mark.parametrize(
+    ("varied", "fixed", "message"),
+    [
+        ({"densiti": [1]}, {}, "space: wanted one of method, "),
+        ({"gain": (1, 2)}, {"gain": 1}, "gain: wanted one value of it, or several in the space, got both"),
+        ({"gain": (2, 1)}, {}, "space: gain: wanted (lowest, highest), got (2, 1)"),
+        ({"gain": (1, float("nan"))}, {}, "space: gain: wanted (lowest, highest)"),
+        ({"gain": []}, {}, "space: gain: wanted a list of values"),
+        ({"density": [[0.1, 0.2]]}, {}, "space: density: wanted plain values"),
+        ({"method": ["best"]}, {}, "method: wanted one of linear"),
+        ({"density": (0.5, 2.0)}, {}, "density: wanted a number from 0 to 1, got 2.0"),
+        ({"gain": (0.5, 2.0)}, {"rank": 0}, "rank: wanted auto or a whole number"),
+        ({}, {}, "space: wanted a field to vary, got none"),
+    ],
+)
+def test_mistakes(varied, fixed, message):
+    with pytest.raises(RecipeError, match=f"^{re.escape(message)}"):
+        make_space(varied, fixed, NAMES, MODULES)
