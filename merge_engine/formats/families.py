@@ -7,6 +7,7 @@ Sources: the loaders of diffusers 0.38, ComfyUI, kohya's sd-scripts, OneTrainer,
 """
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -65,7 +66,7 @@ SPELLINGS = (
 ENDINGS = {ending: (spelling, side) for spelling in SPELLINGS for ending, side in spelling.sides.items()}
 ALPHA = ".alpha"
 
-_ANY_UNET = "lora_unet_ names"
+_ANY_UNET, _BARE = "lora_unet_ names", "bare names"
 # (how a module's name begins, whose names these are); the first match counts. Text encoders go with any model.
 _NAMES: tuple[tuple[str, str | None], ...] = (
     (r"lora_te\d?_|lora_prior_te_|text_encoder(_\d)?\.|text_encoders\.|conditioner\.", None),
@@ -80,7 +81,7 @@ _NAMES: tuple[tuple[str, str | None], ...] = (
     (r"transformer(_\d)?\.", "names after transformer. (diffusers)"),
     (r"diffusion_model\.", "names after diffusion_model. (ComfyUI, ai-toolkit)"),
     (r"base_model\.model\.", "names after base_model.model. (PEFT)"),
-    (r"", "bare names"),
+    (r"", _BARE),
 )
 # `unet_conv_in` and the like are in either naming of SDXL.
 _EITHER = re.compile(r"lora_unet_(conv_in|conv_out|out_2|out_0)\b")
@@ -118,8 +119,11 @@ def names_of(modules: Sequence[str], adapter: str) -> str | None:
         whose = next(whose for begin, whose in _NAMES if re.match(begin, module))
         if whose is not None and not _EITHER.match(module):
             found.setdefault(whose, module)
+    # Names that do not say whose they are, beside others that do.
     if any(whose.startswith(_ANY_UNET) for whose in found.keys() - {_ANY_UNET}):
-        found.pop(_ANY_UNET, None)  # a name that does not say which it is
+        found.pop(_ANY_UNET, None)
+    if found.keys() - {_BARE}:
+        found.pop(_BARE, None)
     if len(found) > 1:
         (one, first), (two, second), *_ = found.items()
         raise AdapterError(f"{adapter}: {first} is of {one}, {second} of {two}; wanted names of one kind")
@@ -127,7 +131,10 @@ def names_of(modules: Sequence[str], adapter: str) -> str | None:
 
 
 def check_one_family(adapters: Sequence["Adapter"]) -> None:
-    """Raise AdapterError, which names a tool that converts, where two adapters are spelled or named differently."""
+    """Raise AdapterError, which names a tool that converts, where two adapters are spelled or named differently.
+
+    Warns (UserWarning) where two files of image models have no module in common.
+    """
     for number, adapter in enumerate(adapters):
         for other in adapters[:number]:
             one, two = other.family, adapter.family
@@ -136,7 +143,14 @@ def check_one_family(adapters: Sequence["Adapter"]) -> None:
                     f"{adapter.name} is {two}, {other.name} is {one}: names are kept as they are, so both must be of "
                     f"one family; {_converter(one.name, two.name)}"
                 )
-            for module in adapter.modules.keys() & other.modules.keys() if two.single else ():
+            if not two.single:
+                continue
+            common = adapter.modules.keys() & other.modules.keys()
+            if not common and None not in (one.names, two.names):
+                warnings.warn(
+                    f"{adapter.name} and {other.name} have no module in common: are they for one model?", stacklevel=4
+                )
+            for module in common:
                 one_key, two_key = other.keys(module)[0], adapter.keys(module)[0]
                 if one_key != two_key:
                     raise AdapterError(f"{adapter.name} spells {two_key} what {other.name} spells {one_key}")

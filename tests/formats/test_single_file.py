@@ -299,3 +299,18 @@ def test_text_encoders_go_with_any_names(tmp_path):
     for other in ("unet", "names"):
         merged = merge_engine.merge([tmp_path / "text.safetensors", tmp_path / f"{other}.safetensors"], method="linear")
         assert len(merged.modules) >= 2
+
+
+def test_names_that_do_not_say_whose_they_are(tmp_path):
+    modules = {"diffusion_model.blocks.0.q": (8, 8), "text_embedding_projection": (8, 8)}
+    save_image(tmp_path / "a.safetensors", "ai-toolkit", 2, modules=modules)
+    save_image(tmp_path / "b.safetensors", "ai-toolkit", 2, modules={"diffusion_model.blocks.0.q": (8, 8)})
+    merged = merge_engine.merge([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], method="linear")
+    assert merged.ranks == {"diffusion_model.blocks.0.q": 4, "text_embedding_projection": 2}
+
+
+def test_files_of_two_models_are_told_apart_by_their_modules(tmp_path):
+    for name, module in {"flux": "lora_unet_double_blocks_0_img_mlp_0", "wan": "lora_unet_blocks_0_ffn_0"}.items():
+        save_image(tmp_path / f"{name}.safetensors", "kohya", 2, modules={module: (8, 8)})
+    with pytest.warns(UserWarning, match="wan and flux have no module in common: are they for one model"):
+        merge_engine.merge([tmp_path / "flux.safetensors", tmp_path / "wan.safetensors"], method="linear")
