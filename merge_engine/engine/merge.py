@@ -6,9 +6,9 @@ whole or not at all.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose_backend import choose
@@ -19,6 +19,7 @@ from merge_engine.engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.engine.prepare import prepare, work_of
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
+from merge_engine.rules.fields import RecipeFields
 from merge_engine.rules.guesses import split_weights
 from merge_engine.rules.recipe import Recipe
 
@@ -30,7 +31,7 @@ def merge(
     overwrite: bool = False,
     progress: bool | None = None,
     backend: str | None = None,
-    **recipe: Any,
+    **recipe: Unpack[RecipeFields],
 ) -> Merged:
     """scale * method(w_1 t_1, ..., w_n t_n) for every module of the adapters, cut to a rank: one merged adapter.
 
@@ -39,13 +40,28 @@ def merge(
         unless overwrite. None keeps the result in memory.
     progress: a bar on standard error; None shows it on a terminal only.
     backend: "triton", "torch", or "auto" (Triton on a GPU, torch elsewhere); None: as MERGE_ENGINE_BACKEND says.
-    recipe: the fields of `Recipe`: method, weights, density, space, scale, election, scope, trim_ties, convention,
-        seed, rank, energy, dtype.
+
+    Fields of the recipe, with their defaults; `Recipe` says more:
+    method: "ties"; a row of the table of methods. weights: None, 1.0 for each adapter; numbers without unit.
+    density: None, 0.2: the share of elements, 0 to 1, that a trim or a drop keeps.
+    scale: 1.0, a factor of the result, or "auto". gain: 1.0, a factor of "auto".
+    space: "delta", or "factors", "core", "knots". balance: None, or "pico".
+    convention: "peft", or "mergekit", "paper". election: "total", or "frequency".
+    scope, trim_ties: None, as the convention says; "tensor" or "model"; "exact" or "keep".
+    normalize, rescale: None, as the convention says; True or False; "density" or "l1".
+    seed: 0, of random drops.
+    rank: "auto", the sum of the ranks, or a number of directions. energy: None, or a share from 0 to 1 to keep.
+    ranks: "one" rank for all modules of what is written, or each its "own". dtype: None, that of the adapters.
+    saved: None, or "average", "first": of saved layers that differ.
+    gamma: 0.01, a share of elements, of breadcrumbs. mask: 0.4, a ratio, and min_tasks: 2, a number of adapters, of
+        consensus. ridge: 1.0, in units of the mean eigenvalue, of actmat.
+    block_weights, module_weights, module_densities: None; tables by module.
+    combination_type, majority_sign_method, svd_rank: PEFT's names for method and space, election, and rank.
 
     No base model is loaded, and no delta of an adapter is stored. Raises MergeError before anything is written.
     """
-    adapters, recipe = split_weights(adapters, recipe)
-    asked = Recipe.from_mapping(recipe)
+    adapters, fields = split_weights(adapters, recipe)
+    asked = Recipe.from_mapping(fields)
     opened = open_adapters(adapters)
     chosen = choose(backend)
     return run(make_plan(opened, asked), output, backend=chosen, overwrite=overwrite, progress=progress)

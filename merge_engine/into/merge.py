@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.plan import Plan
@@ -29,6 +31,7 @@ from merge_engine.into.place import place
 from merge_engine.into.resume import identity
 from merge_engine.into.write import estimate, write_tensors
 from merge_engine.models.targets import check_goes_into_a_base
+from merge_engine.rules.fields import RecipeFields
 from merge_engine.rules.guesses import split_weights
 from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.memory import parse_size
@@ -69,7 +72,7 @@ def merge_into(
     progress: bool | None = None,
     backend: str | None = None,
     vocab: str = "base",
-    **recipe: Any,
+    **recipe: Unpack[RecipeFields],
 ) -> MergedModel:
     """base + scale * method(w_1 d_1, ..., w_n d_n): adapters merged into a full model, a folder for transformers.
 
@@ -84,7 +87,7 @@ def merge_into(
     Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError, before anything is
     written unless the disk is full or a file cannot be read.
     """
-    adapters, recipe = split_weights(adapters, recipe)
+    adapters, fields = split_weights(adapters, recipe)
     return merge_models(
         base,
         open_adapters(adapters),
@@ -95,7 +98,7 @@ def merge_into(
         progress=progress,
         backend=backend,
         vocab=vocab,
-        **recipe,
+        **fields,
     )
 
 
@@ -110,7 +113,7 @@ def merge_models(
     progress: bool | None = None,
     backend: str | None = None,
     vocab: str = "base",
-    **recipe: Any,
+    **recipe: Unpack[RecipeFields],
 ) -> MergedModel:
     """base + scale * method(w_1 (m_1 - base), ...): full models merged with each other, each tensor a task tensor.
 
@@ -123,8 +126,8 @@ def merge_models(
         tokens, counts as a full model in these two tensors.
     Other arguments, result and errors as in `merge_into`.
     """
-    models, recipe = split_weights(models, recipe)
-    fields = Recipe.from_mapping(recipe)
+    models, given = split_weights(models, recipe)
+    fields = Recipe.from_mapping(given)
     size = parse_size(shard_size, "shard_size")
     for model in models:
         if isinstance(model, str | Path) and str(model).endswith(SINGLE):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any
+
+from typing_extensions import Unpack
 
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.output import Merged, output_of
@@ -16,6 +17,7 @@ from merge_engine.errors import RecipeError
 from merge_engine.formats.adapter import Adapter
 from merge_engine.many.one_pass import merged_modules
 from merge_engine.many.pool import Pool
+from merge_engine.rules.fields import BoundFields
 
 _SHOWN = 4  # adapters that a repr names
 
@@ -39,7 +41,9 @@ class Session:
         self._pool: Pool | None = Pool(adapters, memory, keeps_results=True)
         self._turn = Lock()
 
-    def merge(self, output: str | Path | None = None, *, overwrite: bool = False, **recipe: Any) -> Merged:
+    def merge(
+        self, output: str | Path | None = None, *, overwrite: bool = False, **recipe: Unpack[BoundFields]
+    ) -> Merged:
         """`engine.merge` of the session's adapters, bit for bit.
 
         recipe: the fields of `Recipe`, and adapters: numbers or names of those to merge, in order; None: all.

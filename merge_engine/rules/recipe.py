@@ -10,12 +10,12 @@ import torch
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import BALANCES, RANKS, SAVED, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
+from merge_engine.rules.fields import Density
 from merge_engine.rules.guesses import by_name, density_hint, did_you_mean, fields_of, word
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, looks_at, methods_with, refuses
 from merge_engine.rules.patterns import BlockWeights, block_tables, compiled, in_blocks
 from merge_engine.rules.rule import Rule, make_rule
 
-Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 LARGEST = torch.finfo(torch.float32).max
 DEFAULT_DENSITY = 0.2  # the top 20 % of the TIES paper
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WRITTEN_DTYPES}

@@ -14,11 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from typing_extensions import Unpack
+
 from merge_engine.engine.output import Merged
 from merge_engine.errors import MergeError, OutputError
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
 from merge_engine.many.merge_many import Failed, merge_each
+from merge_engine.rules.fields import RecipeFields
 from merge_engine.sweeps.score import Evaluation, evaluation_of
 from merge_engine.sweeps.table import PLOT, TABLE, Row, SweepResult, Table, difference_from, digest_of
 from merge_engine.sweeps.trials import Trial, sweep_trials
@@ -97,7 +100,7 @@ def sweep(
     overwrite: bool = False,
     progress: bool | None = None,
     backend: str | None = None,
-    **recipe: Any,
+    **recipe: Unpack[RecipeFields],
 ) -> SweepResult:
     """Merge every combination of a grid's values, and score each; the rows, and ``best()`` of them.
 
