@@ -83,6 +83,21 @@ def _enter(
 
 
 @triton.jit
+def divided_by_count(x, n):
+    """x / n rounded once, for whole numbers 0 < n < 2**15, where the quotient is a normal number.
+
+    `/` is x times an approximate reciprocal on NVIDIA: for n = 3 a third of all float32 are off by one unit. Here the
+    estimate q is off by a few units, so that its residue x - n q, a small multiple of one, is exact; and what is added
+    to q brings it within 2**-18 of a unit of x / n, which is never within 1 / (2 n) of where rounding turns. What is
+    infinite becomes NaN. `tl.div_rn` gives the same for all n, at ten instructions more.
+    """
+    root = tl.rsqrt(n)
+    inverse = root * root
+    quotient = x * inverse
+    return tl.fma(tl.fma(-n, quotient, x), inverse, quotient)
+
+
+@triton.jit
 def _vote(ledger, ELECT: tl.constexpr):
     vote, _, _, _, _, counts = ledger
     return (counts >> 16) - 2 * (counts & 65535) if ELECT == "frequency" else vote
@@ -117,10 +132,10 @@ def _combined(
             # The upper half of counts is that of all, the lower that of the negative: take it off, or take it.
             negatives = counts << 16
             agreeing = tl.where(positive, counts - negatives, negatives) >> 16
-            merged /= tl.maximum(agreeing, 1).to(tl.float32)
+            merged = divided_by_count(merged, tl.maximum(agreeing, 1).to(tl.float32))
         elif DIVISOR == "weight":
             share = tl.where(positive, plus_share, minus_share)
-            merged /= tl.where(share == 0.0, 1.0, share)
+            merged = tl.div_rn(merged, tl.where(share == 0.0, 1.0, share))
         return merged
 
 

@@ -146,7 +146,7 @@ def check(
         want = reference.combine(list(tensors), list(weights), rule)
         sizes = (w * tensors).abs()
         # Each of n weighted terms is rounded in the rescale, the weighting and at most n sums; then halving is exact,
-        # a division (2 units in Triton), the scale and the base are rounded.
+        # a division, the scale and the base are rounded.
         spread = sizes.sum(0)
         divisor = torch.ones_like(spread)
         if rule.divisor == "weight":
