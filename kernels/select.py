@@ -160,7 +160,8 @@ def _fine_histogram_kernel(
             width = tl.load(interval_ptr + slot * INTERVAL + 1)
             shift = tl.load(interval_ptr + slot * INTERVAL + 2)
             above = bits - lowest
-            inside = mask & (above >= 0) & (above < width) & (width > 1)
+            # Compared once more, since to Triton 3.9's interpreter what `&` makes is no mask of an atomic.
+            inside = (mask & (above >= 0) & (above < width) & (width > 1)) != 0
             tl.atomic_add(counts_ptr + slot * FINE_BINS + (above >> shift), 1, mask=inside, sem="relaxed")
 
 
@@ -208,7 +209,7 @@ def _tied_rows_kernel(
             slot = recipe * modules * adapters + tensor
             equal = (bits == tl.load(value_ptr + slot)) & (column + offs_n < N)[None, :]
             counts = tl.sum(equal.to(tl.int32), axis=1)
-            mask = (row + offs_m < M) & (counts > 0)
+            mask = ((row + offs_m < M) & (counts > 0)) != 0
             tl.atomic_add(counts_ptr + slot * M + row + offs_m, counts, mask=mask, sem="relaxed")
 
 
