@@ -14,8 +14,8 @@ from merge_engine.peft_backend import factors
 
 @pytest.mark.skipif(has_doubled_svd_scaling(), reason="svd types of this PEFT are wrong")
 def test_drawn_configurations():
-    words = Counter(run(number) for number in range(120))
-    assert words["agree"] >= 60 and words["both refuse"] >= 5
+    words = Counter(run(number) for number in range(80))
+    assert words["agree"] >= 40 and words["both refuse"] >= 5
     assert len(words) >= 5  # what stock gets wrong is among them
 
 
