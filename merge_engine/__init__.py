@@ -12,6 +12,7 @@ from merge_engine.version import __version__
 if _typing.TYPE_CHECKING:
     from merge_engine.compare.figures import Interference
     from merge_engine.compare.interference import interference
+    from merge_engine.compare.recommend import Recommendation, recommend
     from merge_engine.engine.merge import merge
     from merge_engine.engine.output import Merged
     from merge_engine.errors import AdapterError, MergeError, ModelError, OutputError, RecipeError
@@ -40,6 +41,7 @@ __all__ = [
     "OutputError",
     "Recipe",
     "RecipeError",
+    "Recommendation",
     "SearchResult",
     "Session",
     "SweepResult",
@@ -53,6 +55,7 @@ __all__ = [
     "normalize",
     "open_adapter",
     "open_checkpoint",
+    "recommend",
     "search",
     "sweep",
 ]
@@ -73,6 +76,7 @@ _HOMES = {
     "OutputError": "errors",
     "Recipe": "rules.recipe",
     "RecipeError": "errors",
+    "Recommendation": "compare.recommend",
     "SearchResult": "searches.result",
     "Session": "many.session",
     "SweepResult": "sweeps.table",
@@ -85,6 +89,7 @@ _HOMES = {
     "normalize": "formats.normalize",
     "open_adapter": "formats.open",
     "open_checkpoint": "formats.checkpoint",
+    "recommend": "compare.recommend",
     "search": "searches.run",
     "sweep": "sweeps.run",
 }

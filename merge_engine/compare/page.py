@@ -9,13 +9,14 @@ import numpy as np
 
 from merge_engine.compare.figures import CAVEAT, Figures, Interference, figure, percent, some, together, upper
 from merge_engine.compare.plots import Lines, by_layer, defined, heat_map, layer_plot, lines_by_kind
+from merge_engine.compare.recommend import UNMEASURED, recommendation_of
 
 PAIRS = 20  # in the table
 STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 70rem; font: 16px/1.5 system-ui, sans-serif; }
 body { color: #222; background: #fff; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-h1, h2, p, li, figcaption, td:first-child, td.text { overflow-wrap: anywhere; }
+h1, h2, p, li, code, figcaption, td:first-child, td.text { overflow-wrap: anywhere; }
 p, ul, dl { max-width: 45rem; } .lead { font-size: 1.1rem; } dt { font-weight: 600; } dd { margin: 0 0 .6rem; }
 .plots { display: grid; gap: 1.5rem; align-items: end; margin-bottom: 1.5rem; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); }
@@ -75,6 +76,8 @@ def render(result: Interference) -> str:
         _modules(result),
         "<h2>How to read this</h2>",
         "<dl>" + "".join(f"<dt>{word}</dt><dd>{text}</dd>" for word, text in READING.items()) + "</dl>",
+        "<h2>What to try first</h2>",
+        _recommendation(result),
     ]
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -91,6 +94,14 @@ def render(result: Interference) -> str:
 </html>
 """
     return page.encode(errors="replace").decode()  # a file's name may hold what UTF-8 cannot
+
+
+def _recommendation(result: Interference) -> str:
+    found = recommendation_of(result)
+    tried = "".join(
+        f"<li><code>{_text(each.command)}</code><p>{_text(each.why)}</p></li>" for each in found.suggestions
+    )
+    return f"{_list(found.findings)}<ol>{tried}</ol><p>{_text(UNMEASURED)}</p>"
 
 
 def _adapters(result: Interference) -> str:
