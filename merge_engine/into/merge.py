@@ -52,6 +52,11 @@ class MergedModel:
     seconds: float  # taken, or estimated by a dry run
     shards: dict[str, int]  # bytes by file
 
+    def __repr__(self) -> str:
+        where = "not written" if self.path is None else str(self.path)
+        tensors = f"{self.merged} tensors merged, {self.copied} copied"
+        return f"MergedModel({where}: {self.inputs} inputs, {tensors}, {self.nbytes} bytes)"
+
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Send the model to ``user/repo`` on the hub, with a card that loads it from there; the address.
 
