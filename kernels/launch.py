@@ -26,6 +26,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+SMALL = {"enable_fp_fusion": False}  # compiler options of kernels that see no tiles
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -91,6 +93,13 @@ def finish_launch(launch: Launch, dtype: torch.dtype) -> Launch:
     They see the same bits: a float32 product adds its terms one after the other, wherever it is computed.
     """
     return replace(launch, num_warps=2 * launch.num_warps) if dtype == torch.float32 else launch
+
+
+def has_launch(arch: str) -> bool:
+    """Whether the kernels compile for arch without spills: sm_80 and later, and CDNA (gfx9). Not RDNA, nor sm_75."""
+    if arch.startswith("sm_"):
+        return int(arch.removeprefix("sm_")) >= 80
+    return arch == "cpu" or arch.startswith("gfx9")
 
 
 def arch_of(device: torch.device) -> str:

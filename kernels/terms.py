@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import SMALL
 from .source import Band, Drop, Keep, Source, Trim, check_tensor, on_device
 from .task_tile import TERMS, THRESHOLD, TOP
 
@@ -114,6 +115,7 @@ def terms_of(source: Source, keep: Keep, weights: Tensor) -> Tensor:
                 adapters=adapters,
                 KEEP=keep_name(keep),
                 **tensors,
+                **SMALL,
             )
     return terms
 

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from .finish import _finish_kernel
-from .launch import Launch, arch_of, finish_launch, search_launch
+from .launch import SMALL, Launch, arch_of, finish_launch, search_launch
 from .search import (
     BINS,
     LOWEST,
@@ -104,11 +104,11 @@ def _search(
     sample = torch.full((tensors, -(-sampled // chunk) * chunk), LOWEST.value, dtype=torch.int16, device=device)
     task = {"scaling_ptr": source.scaling.contiguous(), **task_arguments(source, precision, launch)}
     _sample_kernel[(tensors * tiles,)](sample, samples=tiles, length=sample.shape[1], EVERY=every, **task)
-    _bracket_kernel[(slots,)](state, sample, kept, tensors, numel, sample.shape[1], CHUNK=chunk)
+    _bracket_kernel[(slots,)](state, sample, kept, tensors, numel, sample.shape[1], CHUNK=chunk, **SMALL)
     options = search_launch(launch, arch_of(device)).options
     swept = {**task, **options, "KEEPS_LAYOUT": KEEPS_LAYOUT, "TILES": TILES_A_PROGRAM}
     _count_kernel[(runs,)](counts, reached, state, IN_SHARED=in_shared(source.x.dtype), **swept)
-    _narrow_kernel[(slots,)](state, counts, reached, numel, EXACT=exact, LIST=longest, AREA=area)
+    _narrow_kernel[(slots,)](state, counts, reached, numel, EXACT=exact, LIST=longest, AREA=area, **SMALL)
     _collect_kernel[(runs,)](counts, length, keys, places, state, LIST=longest, **swept)
     last = {**task, **finish_launch(launch, source.x.dtype).options}
     _finish_kernel[(slots,)](*found, counts, length, keys, places, state, EXACT=exact, LIST=longest, **last)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from merge_engine.kernels import finish, merge, search, select, terms, trims
+from merge_engine.kernels.launch import SMALL as OPTIONS
 from merge_engine.kernels.launch import Launch, finish_launch, launch_for, search_launch
 from triton.compiler import ASTSource
 
@@ -147,5 +148,6 @@ def compiled(case: Case, target: str, launch: Launch) -> Any:
         if is_pointer and GPUS[target].target.backend == "hip" and name not in constexprs:
             # As the JIT says of tensors of less than 2 GB: offsets fit 32 bits.
             attributes.setdefault((i,), []).append(["tt.pointer_range", 32])
+    launch_options = OPTIONS if case.name in SMALL else launch.options
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=GPUS[target].target, options={} if case.name in SMALL else launch.options)
+    return triton.compile(source, target=GPUS[target].target, options=launch_options)

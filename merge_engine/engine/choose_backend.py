@@ -45,7 +45,11 @@ def triton_device() -> tuple[torch.device | None, str]:
     except ImportError as error:
         return None, f"triton cannot be imported ({error})"
     if torch.cuda.is_available():
+        from merge_engine.kernels.launch import arch_of, has_launch
+
         device = gpu()
+        if not has_launch(arch := arch_of(device)):
+            return None, f"the kernels have no launch for {arch}: wanted sm_80 or later, or gfx9 (CDNA)"
         return device, f"triton {triton.__version__} on {torch.cuda.get_device_name(device)}"
     if triton.knobs.runtime.interpret:
         return torch.device("cpu"), f"triton {triton.__version__} in its interpreter (TRITON_INTERPRET=1), very slow"

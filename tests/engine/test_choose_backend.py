@@ -73,3 +73,19 @@ def test_every_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch, gpus, cu
     pretend_gpus(monkeypatch, gpus, current, local)
     device, reason = triton_device()
     assert device == torch.device("cuda", want) and reason.endswith(f" on GPU {want}")
+
+
+@pytest.mark.parametrize(("capability", "arch"), [((7, 5), "sm_75"), ((7, 0), "sm_70")])
+def test_a_gpu_that_the_kernels_have_no_launch_for_merges_by_torch(monkeypatch, capability, arch):
+    pretend_gpus(monkeypatch, 1, 0, None, capability)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose().name == "torch"
+    with pytest.raises(RecipeError, match=rf"the kernels have no launch for {arch}: wanted sm_80 or later, or gfx9"):
+        choose("triton")
+
+
+def test_which_gpus_the_kernels_have_a_launch_for():
+    from merge_engine.kernels.launch import has_launch
+
+    assert all(map(has_launch, ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "cpu")))
+    assert not any(map(has_launch, ("sm_75", "gfx1100", "gfx1201")))
