@@ -26,10 +26,10 @@ from merge_engine.peft_backend.layers import (
     needed_rank,
     remove,
 )
-from merge_engine.peft_backend.models import tuner_of
 from merge_engine.peft_backend.request import MergeRequest, check_request
 from merge_engine.peft_backend.saved import find_saved
 from merge_engine.peft_backend.torch_masks import draw_factor_masks, draw_injection, torch_stream
+from merge_engine.peft_backend.tuner import tuner_of
 
 
 def add_weighted_adapter(

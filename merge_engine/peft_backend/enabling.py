@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from merge_engine.peft_backend.drop_in import add_weighted_adapter
-from merge_engine.peft_backend.models import METHOD, has_lora
+from merge_engine.peft_backend.tuner import METHOD, has_lora
 
 # Classes of models that have `add_adapter` and no PeftModel, by module: those that are imported get the method.
 MIXINS = {"transformers.integrations.peft": "PeftAdapterMixin", "diffusers.loaders.peft": "PeftAdapterMixin"}
