@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, arch_of, search_launch
 from .source import Drop, Source, Trim, check_tensor, launch_of, task_arguments, tiles_of
 from .task_tile import TERMS, kept, task_tile, tile_place
 from .terms import terms_of
@@ -377,7 +377,7 @@ class _Selection:
         self.modules, self.adapters, self.rows, self.columns = source.shape
         self.recipes, self.device = recipes, source.x.device
         self.slots, self.places = slots.to(self.device), places.to(self.device)
-        launch = launch or launch_of(source, recipes=recipes)
+        launch = search_launch(launch or launch_of(source, recipes=recipes), arch_of(self.device))
         self._task: dict[str, Any] = {
             "scaling_ptr": source.scaling.contiguous(),
             **task_arguments(source, precision, launch),

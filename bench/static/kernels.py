@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, str]] = {
 SEARCH = ("sample", "bracket", "count", "narrow", "collect", "finish")
 # Thresholds that span a model, and L1 norms.
 SELECTIONS = ("coarse_histogram", "fine_histogram", "tied_rows", "tied_columns", "l1_norms")
-SWEEPS = ("sample", "count", "collect")
+SWEEPS = ("sample", "count", "collect", "coarse_histogram", "fine_histogram", "tied_rows", "tied_columns")
 SMALL = ("bracket", "narrow", "terms")  # no tiles: a few programs
 _MODULES = {
     **dict.fromkeys(SEARCH, search),
