@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from merge_engine.cli import compare, demo, info, merge, merge_models, normalize, recommend, search
+from merge_engine.cli import compare, demo, info, merge, merge_models, normalize, recommend, search, serve
 from merge_engine.cli.options import as_flag
 from merge_engine.cli.parser import Parser
 from merge_engine.errors import MergeError
 from merge_engine.version import __version__
 
-COMMANDS = (merge, merge_models, normalize, info, compare, recommend, search, demo)
+COMMANDS = (merge, merge_models, normalize, info, compare, recommend, search, serve, demo)
 
 
 def command() -> int:
