@@ -207,7 +207,7 @@ def _magnitude_drop(group: Group, number: int, source: Difference) -> Keep | Non
         words = random_words(
             seed=group.seed, stream=stream, adapter=number, rows=part, columns=slice(0, source.columns)
         )
-        kept = words < np.rint(chances * 2.0**32).astype(np.uint64)
+        kept = words < np.rint(chances * 2.0**32)  # whole numbers up to 2**32: exact in float64
         mask[part] = torch.from_numpy(kept)
         if factors is not None:
             factors[part] = torch.from_numpy(np.divide(kept, chances).astype(np.float32))
@@ -229,9 +229,11 @@ def keep_chances(values: Tensor, density: float, epsilon: float) -> np.ndarray:
     rows, columns = bits.shape
     keys = (bits.astype(np.int64) << 32) | np.arange(columns, dtype=np.int64)
     keys.sort(axis=1)
+    keys &= 0xFFFFFFFF
     ranks = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
     chances = np.empty((rows, columns))
-    np.put_along_axis(chances, keys & 0xFFFFFFFF, np.broadcast_to(ranks, chances.shape), axis=1)
+    for row, order in zip(chances, keys, strict=True):
+        row[order] = ranks
     return chances
 
 

