@@ -1,4 +1,7 @@
-"""`pytest bench`: times every contestant of a workload by pytest-benchmark, after their results were found to agree."""
+"""`pytest bench`: times every contestant of a workload by pytest-benchmark, after their results were found to agree.
+
+`pytest bench -k quick` is a short tour: the first workload of each kind in QUICK.
+"""
 
 import os
 from collections.abc import Callable
@@ -12,6 +15,10 @@ from bench.harness.measure import LEAST, Contestant
 from bench.harness.suite import Key, agreed
 from bench.harness.workloads import WORKLOADS, Workload
 from bench.kinds.table import KINDS
+from bench.reporting.headlines import OURS
+
+QUICK = ("deltas", "select")  # kinds that the tour has
+LONGEST_QUICK = 3.0  # seconds of one run
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +42,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             entries = KINDS[size.kind].taking_part(size, option("device"))
             names = tuple(name for name in entries if entries[name].expected(size) <= option("longest"))
             cases += [(replace(size, only=names), name) for name in names]
-    metafunc.parametrize("case", cases, ids=[f"{work.kind} {work.name} {name}" for work, name in cases], indirect=True)
+    first = {work.kind: work.name for work, _ in reversed(cases)}
+    metafunc.parametrize("case", [_param(work, name, first) for work, name in cases], indirect=True)
+
+
+def _param(work: Workload, name: str, first: dict[str, str]) -> Any:
+    """One contestant as a parameter: who it is, and whether the tour has it."""
+    who = f"{name} (ours)" if name in OURS else name
+    short = KINDS[work.kind].entries[name].expected(work) <= LONGEST_QUICK
+    quick = work.kind in QUICK and first[work.kind] == work.name and short
+    return pytest.param((work, name), id=f"{work.kind}: {work.name}: {who}", marks=[pytest.mark.quick] * quick)
 
 
 @dataclass(frozen=True)

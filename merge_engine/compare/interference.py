@@ -24,6 +24,7 @@ from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
 from merge_engine.lowrank.small_svd import rounding
 from merge_engine.rules.recipe import DEFAULT_DENSITY, Density, Recipe
+from merge_engine.runtime.progress import Bar
 from merge_engine.runtime.threads import ahead
 
 
@@ -65,14 +66,11 @@ def interference(
 
 def _compared(plan: Plan, progress: bool | None) -> Iterator[tuple[str, Figures]]:
     """Every module with its figures; the next module is read in the background."""
-    from tqdm import tqdm
-
-    shown = None if progress is None else not progress
     total = sum(module.cost for module in plan.modules)
-    with tqdm(total=total, unit="element", unit_scale=True, disable=shown) as bar:
+    with Bar(total, len(plan.modules), progress) as bar:
         for module, factors in ahead(lambda module: (module, plan.read(module)), plan.modules):
             yield module.name, _compare(plan, module, factors)
-            bar.update(module.cost)
+            bar.finished(module.cost)
 
 
 def _compare(plan: Plan, module: ModulePlan, factors: Factors) -> Figures:

@@ -22,6 +22,7 @@ from merge_engine.formats.open import open_adapters
 from merge_engine.rules.fields import RecipeFields
 from merge_engine.rules.guesses import split_weights
 from merge_engine.rules.recipe import Recipe
+from merge_engine.runtime.progress import Bar
 
 
 def merge(
@@ -84,10 +85,7 @@ def run(
 
 def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -> Iterator[tuple[str, Finished]]:
     """(name, result) of every module; reading, merging and recompressing overlap."""
-    from tqdm import tqdm
-
-    shown = None if progress is None else not progress
-    with tqdm(total=work_of(plan), unit="element", unit_scale=True, disable=shown) as bar:
+    with Bar(work_of(plan), len(plan.modules), progress) as bar:
         ready = prepare(plan, backend, bar.update)
         workers = min(torch.get_num_threads(), MAX_RECOMPRESSIONS)
 
@@ -95,5 +93,5 @@ def merged_modules(plan: Plan, backend: Backend, progress: bool | None = None) -
             return scaled(result, plan.recipe, module.name)
 
         for module, result in cut_modules(plan, backend, ready, workers, finish):
-            bar.update(module.cost)
+            bar.finished(module.cost)
             yield module.name, result

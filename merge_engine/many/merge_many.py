@@ -6,19 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.output import Merged, output_bytes, output_of
 from merge_engine.engine.plan import Plan
-from merge_engine.engine.prepare import work_of
 from merge_engine.errors import MergeError, OutputError, RecipeError
 from merge_engine.files.folder import check_space
 from merge_engine.formats.adapter import Adapter
 from merge_engine.many.budget import OWN, result_bytes, room
 from merge_engine.many.one_pass import FinishedOrError, merged_modules
 from merge_engine.many.pool import Pool, RecipeLike
+from merge_engine.runtime.progress import Bar
 
 MOST_TOGETHER = 64  # recipes in one pass; an interrupted sweep loses no more than these
 
@@ -112,17 +111,20 @@ def merge_each(
 def _results(
     passes: Sequence[Sequence[BoundRecipe]], backend: Backend, pool: Pool, overwrite: bool, progress: bool | None
 ) -> Iterator[Merged | Failed]:
-    from tqdm import tqdm
-
-    shown = None if progress is None else not progress
-    total = sum(work_of(merge.plan) for part in passes for merge in part)
-    with tqdm(total=total, unit="element", unit_scale=True, disable=shown) as bar:
+    modules = [module for part in passes for merge in part for module in merge.plan.modules]
+    work = count = 0
+    with Bar(sum(module.cost for module in modules), len(modules), progress) as bar:
         for part in passes:
-            yield from _one_pass(part, backend, pool, overwrite, bar)
+            results = _one_pass(part, backend, pool, overwrite, bar)
+            work += sum(module.cost for merge in part for module in merge.plan.modules)
+            count += sum(len(merge.plan.modules) for merge in part)
+            for result in results:
+                bar.reach(work, count)  # the pass is over, and modules of what failed were left out
+                yield result
 
 
 def _one_pass(
-    merges: Sequence[BoundRecipe], backend: Backend, pool: Pool, overwrite: bool, bar: Any
+    merges: Sequence[BoundRecipe], backend: Backend, pool: Pool, overwrite: bool, bar: Bar
 ) -> Iterator[Merged | Failed]:
     plans = [merge.plan for merge in merges]
     shares = pool.begin(plans, backend, in_memory=merges[0].path is None)
@@ -132,7 +134,7 @@ def _one_pass(
         for number, module, outcome in merged_modules(plans, backend, pool, shares, failed):
             if not makings[number].take(module.name, outcome):
                 failed.add(number)
-            bar.update(module.cost)
+            bar.finished(module.cost)
         for making in makings:
             making.finish()
     except BaseException as error:
