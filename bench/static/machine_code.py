@@ -142,11 +142,12 @@ def loops_of(code: Code, count: int = 1) -> tuple[set[int], set[int]]:
 
 
 def _skipped(code: Code, first: int, last: int) -> set[int]:
-    """What forward branches in a loop may skip, but for inner loops."""
+    """What forward branches in a loop may skip, but for inner loops and products, which are never rare."""
     skipped: set[int] = set()
     for i, target in code.jumps.items():
-        skips_a_loop = any(i < back <= j < target for j, back in code.jumps.items())
-        if first <= i < target <= last + 1 and _is_conditional(*code.instructions[i]) and not skips_a_loop:
+        skips_work = any(i < back <= j < target for j, back in code.jumps.items())
+        skips_work |= any(re.search("mma|mfma", op.lower()) for op, _ in code.instructions[i:target])
+        if first <= i < target <= last + 1 and _is_conditional(*code.instructions[i]) and not skips_work:
             skipped.update(range(i + 1, target))
     return skipped
 
