@@ -213,12 +213,25 @@ def _is_open_folder(path: Path, descriptor: int) -> bool:
 
 def _recover(target: Path, replaced: Path) -> None:
     """Undo a replacement that was killed half way: the old result goes back, or is removed if the new one is there."""
+    if os.path.lexists(removed := _removed(replaced)):
+        _remove(removed)
     if not os.path.lexists(replaced):
         return
     if os.path.lexists(target):
-        _remove(replaced)
+        _discard(replaced)
     else:
         replaced.rename(target)
+
+
+def _removed(replaced: Path) -> Path:
+    return replaced.with_suffix(".removed")
+
+
+def _discard(replaced: Path) -> None:
+    """Remove an old result. It gets another name first: what is half removed must never be put back."""
+    removed = _removed(replaced)
+    replaced.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)  # the new result is in place, whatever stays of the old one
 
 
 def _swap(working: Path, target: Path, replaced: Path) -> None:
@@ -233,7 +246,7 @@ def _swap(working: Path, target: Path, replaced: Path) -> None:
         working.rename(target)
     flush(target.parent)
     if os.path.lexists(replaced):
-        shutil.rmtree(replaced, ignore_errors=True)  # the result is in place, whatever stays of the old one
+        _discard(replaced)
 
 
 def wipe(folder: Path) -> None:

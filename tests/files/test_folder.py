@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,3 +351,30 @@ def test_what_is_merged_is_never_replaced(tmp_path):
     with place_folder(inputs[0] / "merged", overwrite=True, inputs=inputs) as folder:
         write_model(folder, "newer")
     assert is_model(inputs[0] / "merged", "newer")
+
+
+@pytest.mark.quick
+def test_an_old_result_that_is_half_removed_is_never_put_back(tmp_path, monkeypatch):
+    """Also not where its user has removed the new one by then."""
+    out = tmp_path / "out"
+
+    def make(text):
+        with place_folder(out, overwrite=True) as folder:
+            (folder / "config.json").write_text(text)
+            (folder / "weights").write_text(text)
+
+    def killed(path, *_, **__):
+        (Path(path) / "weights").unlink()
+        raise KeyboardInterrupt
+
+    make("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make("new")
+    assert (out / "weights").read_text() == "new"
+    shutil.rmtree(out)
+    with pytest.raises(ZeroDivisionError), place_folder(out):
+        assert not out.exists()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
