@@ -65,7 +65,7 @@ def trims(
     equal magnitudes by lowest flat index; "keep" all that equal the last. precision and launch must be those of the
     merge, which has to see the same bits. Nothing waits for the device. Raises ValueError for what does not fit.
     """
-    modules, adapters, _, _ = source.shape
+    modules, adapters, rows, columns = source.shape
     recipes, device = len(kept), source.x.device
     check_tensor("kept", kept, (recipes, modules, adapters), kept.device, (torch.int64,), contiguous=False)
     if ties not in ("exact", "keep"):
@@ -75,7 +75,9 @@ def trims(
     slots = recipes * modules * adapters
     fields = torch.empty(3, *shape, dtype=torch.int32, device=device)
     value, row, column = fields.unbind()
-    if slots:
+    if slots and rows * columns == 0:
+        fields.zero_()  # of nothing, nothing stays
+    elif slots:
         with torch.cuda.device_of(fields):
             _search(
                 source, on_device(kept, device).contiguous(), (value, row, column), ties == "exact", precision, launch
