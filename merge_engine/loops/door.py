@@ -3,6 +3,7 @@
 import functools
 import logging
 import threading
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,12 +18,18 @@ class Loops(NamedTuple):
     matrix: ModuleType
 
 
+def _was_compiled() -> bool:
+    """Whether Numba has left machine code beside the loops; where it may not write there, it has a cache of its own."""
+    return any(Path(__file__).parent.glob("__pycache__/tile_loops.*.nbi"))
+
+
 @functools.cache
 def loops() -> Loops | None:
     """The compiled loops, or None where Numba cannot be imported: torch's operators do the same work then."""
     saying = threading.Timer(LATE, logger.warning, ["compiling the loops for this CPU, once: some 10 s"])
     saying.daemon = True
-    saying.start()
+    if not _was_compiled():
+        saying.start()
     try:
         from merge_engine.loops import matrix_loops, tile_loops
     except ImportError as error:  # not installed, or too old for this numpy

@@ -35,6 +35,7 @@ def test_vectors_are_as_wide_as_the_cpu_has_them():
 @pytest.mark.quick
 def test_a_compilation_says_so_and_a_cache_does_not(monkeypatch, caplog):
     monkeypatch.setattr(door, "LATE", 0.05)
+    monkeypatch.setattr(door, "_was_compiled", lambda: False)
     real = builtins.__import__
 
     def slow(name, *rest):
@@ -45,6 +46,6 @@ def test_a_compilation_says_so_and_a_cache_does_not(monkeypatch, caplog):
     monkeypatch.setattr(builtins, "__import__", slow)
     assert door.loops.__wrapped__() is not None
     assert caplog.messages == ["compiling the loops for this CPU, once: some 10 s"]
-    monkeypatch.undo()
+    monkeypatch.setattr(door, "_was_compiled", lambda: True)
     assert door.loops.__wrapped__() is not None
     assert len(caplog.messages) == 1
