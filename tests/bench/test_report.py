@@ -67,8 +67,10 @@ def test_a_whole_report(
 def test_static_figures_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernel = static.KernelRow("sm_90", "H100 SXM", "ties", "bf16", 64, 64, 4, 168, 0, 9216, 0.1875, 7.46875, 3.25, 31.5)
-    merges = static.MergeRow("sm_90", "H100 SXM", "TinyLlama", 1.695e-3, 9.4e-5, 6.01e-4, "issue")
+    figures = 64, 64, 4, 168, 0, 9216, 0.1875, 7.46875, 3.25, 31.5, 0.0583, "issue"
+    kernel = static.KernelRow("sm_90", "H100 SXM", "ties", "bf16", *figures)
+    seconds = 2.9e-3, 1.8e-4, 1.6e-3, 6.01e-4, 4.76e-3, "sweeps", 1.3e-3
+    merges = static.MergeRow("sm_90", "H100 SXM", "TinyLlama", "ties", 3, *seconds, 8, 24.0)
     monkeypatch.setattr(static, "kernel_rows", lambda: [kernel])
     monkeypatch.setattr(static, "merge_rows", lambda: [merges])
     assert report.main(["--only", "static", "--output", str(tmp_path)]) == 0
