@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 from merge_engine.errors import OutputError, RecipeError
@@ -58,7 +58,7 @@ class Study:
         url = f"sqlite:///{self.folder / STUDY}"
         self._storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
         sqlalchemy.event.listen(self._storage.engine, "connect", _without_waiting)
-        direction = "maximize" if highest else "minimize"
+        direction: Literal["maximize", "minimize"] = "maximize" if highest else "minimize"
         self.study = optuna.create_study(
             storage=self._storage, study_name=_NAME, direction=direction, load_if_exists=True
         )
