@@ -1,10 +1,10 @@
 """An output folder, or file, that appears whole or not at all.
 
-The result is made in ``.<name>.partial`` beside the target, flushed to the disk and renamed. A process that is killed
-leaves that folder behind; the next run for the same target wipes it and uses it again, or goes on from it (``resume``).
+The result is made in a working folder beside the target (`files.working`), flushed to the disk and renamed. A process
+that is killed leaves the working folder behind; the next run for the same target wipes it and uses it again, or goes on
+from it (``resume``).
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from merge_engine.errors import OutputError, writing
+from merge_engine.files.journal import journals
+from merge_engine.files.working import Working, flush
 
 # `overwrite` deletes a folder with all that is in it, so only folders with one of these files are replaced.
 _MODEL_FILES = ("adapter_config.json", "config.json", "merge_report.json")
@@ -45,35 +47,25 @@ def place_folder(
     target = Path(os.path.realpath(target))  # a link means the place it leads to
     with writing(target):
         check_target(target, overwrite, inputs)
-    working = working_folder(target)
-    replaced = target.with_name(f".{target.name}.replaced")
-    with writing(target):
         made = _make_parents(target.parent)
     try:
-        with writing(target):
-            lock = _lock(working, target)
-        try:
+        with Working(target) as working:
             with writing(target):
-                _recover(target, replaced)
+                working.recover()
                 check_target(target, overwrite, inputs)
-                if not resume:
-                    wipe(working)
-            check_space(target, required_bytes)
-            yield working
-            with writing(target):
-                sync(working)
-                check_target(target, overwrite, inputs)
-                _swap(working, target, replaced)
-        except BaseException:
-            # After the rename another process may have made a folder of this name, which is not ours to remove.
-            if _is_open_folder(working, lock):
+                _take(working, resume)
+            try:
+                check_space(target, required_bytes)
+                yield working.result
+                with writing(target):
+                    sync(working.result)
+                    check_target(target, overwrite, inputs)
+                    working.swap()
+            except BaseException:
                 if resume:
-                    _remove_if_empty(working)
-                else:
-                    shutil.rmtree(working, ignore_errors=True)
-            raise
-        finally:
-            os.close(lock)
+                    _remove_if_empty(working.result)
+                    working.keep_result()
+                raise
     except BaseException:
         for parent in made:
             _remove_if_empty(parent)
@@ -94,23 +86,16 @@ def place_file(
         _check_file(target, overwrite, inputs)
         made = _make_parents(target.parent)
     try:
-        working = working_folder(target)
-        with writing(target):
-            lock = _lock(working, target)
-        try:
+        with Working(target) as working:
             with writing(target):
-                wipe(working)
+                _take(working, resume=False)
             check_space(target, required_bytes)
-            yield working
+            yield working.result
             with writing(target):
-                sync(working)
+                sync(working.result)
                 _check_file(target, overwrite, inputs)
-                os.replace(working / target.name, target)
+                os.replace(working.result / target.name, target)
                 flush(target.parent)
-        finally:
-            if _is_open_folder(working, lock):
-                shutil.rmtree(working, ignore_errors=True)
-            os.close(lock)
     except BaseException:
         for parent in made:
             _remove_if_empty(parent)
@@ -119,8 +104,20 @@ def place_file(
 
 def working_folder(target: Path) -> Path:
     """The folder in which `place_folder` makes what becomes ``target``."""
-    target = Path(os.path.realpath(target))
-    return target.with_name(f".{target.name}.partial")
+    return Working(Path(os.path.realpath(target))).result
+
+
+def _take(working: Working, resume: bool) -> None:
+    """An empty folder for the result, or what an earlier run left there. Refuses to wipe what can be resumed."""
+    if not resume and journals(working.result):
+        working.keep_result()
+        raise OutputError(
+            f"{working.target}: an unfinished merge into a model is in {working.root}; run its command again to finish "
+            "it, or remove that folder"
+        )
+    working.result.mkdir(exist_ok=True)
+    if not resume:
+        wipe(working.result)
 
 
 def check_target(target: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
@@ -182,73 +179,6 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _lock(working: Path, target: Path) -> int:
-    """Create ``working`` where it is missing, and return a descriptor that holds an exclusive lock on it."""
-    while True:
-        working.mkdir(exist_ok=True)
-        try:
-            lock = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue  # its owner renamed or removed it between the two calls
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise OutputError(f"{target} is being written by another process") from None
-        except BaseException:
-            os.close(lock)
-            raise
-        # The lock is on a folder, not a name: what was opened may have been renamed to the target in between.
-        if _is_open_folder(working, lock):
-            return lock
-        os.close(lock)
-
-
-def _is_open_folder(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _recover(target: Path, replaced: Path) -> None:
-    """Undo a replacement that was killed half way: the old result goes back, or is removed if the new one is there."""
-    if os.path.lexists(removed := _removed(replaced)):
-        _remove(removed)
-    if not os.path.lexists(replaced):
-        return
-    if os.path.lexists(target):
-        _discard(replaced)
-    else:
-        replaced.rename(target)
-
-
-def _removed(replaced: Path) -> Path:
-    return replaced.with_suffix(".removed")
-
-
-def _discard(replaced: Path) -> None:
-    """Remove an old result. It gets another name first: what is half removed must never be put back."""
-    removed = _removed(replaced)
-    replaced.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)  # the new result is in place, whatever stays of the old one
-
-
-def _swap(working: Path, target: Path, replaced: Path) -> None:
-    if os.path.lexists(target):
-        target.rename(replaced)
-        try:
-            working.rename(target)
-        except BaseException:
-            replaced.rename(target)
-            raise
-    else:
-        working.rename(target)
-    flush(target.parent)
-    if os.path.lexists(replaced):
-        _discard(replaced)
-
-
 def wipe(folder: Path) -> None:
     """Remove all that is in a folder."""
     for entry in list(folder.iterdir()):
@@ -268,12 +198,3 @@ def sync(folder: Path) -> None:
         for name in files:
             flush(Path(root, name))
         flush(Path(root))
-
-
-def flush(path: Path) -> None:
-    """Flush one file, or the list of names in one folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

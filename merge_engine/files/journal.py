@@ -51,15 +51,17 @@ class Journal:
 def read_journal(folder: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """(what is being made, or None where no line says it; {tensor: hash} of all ranks)."""
     identity, finished = None, {}
-    for path in sorted(folder.glob(f"{_PREFIX}*")):
+    for path in journals(folder):
         for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if "merge" in entry:
+            if not isinstance(entry, dict):
+                continue
+            if isinstance(entry.get("merge"), dict):
                 identity = entry["merge"]
-            elif "xxh3" in entry:
+            elif isinstance(entry.get("tensor"), str) and isinstance(entry.get("xxh3"), str):
                 finished[entry["tensor"]] = entry["xxh3"]
     return identity, finished
 
@@ -75,10 +77,15 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], output: Path
             )
 
 
+def journals(folder: Path) -> list[Path]:
+    """The files of the journal of every rank: none where the folder is missing."""
+    return sorted(folder.glob(f"{_PREFIX}*"))
+
+
 def remove_journal(folder: Path) -> None:
     """Delete the journal of every rank: the output is whole."""
     with writing(folder):
-        for path in folder.glob(f"{_PREFIX}*"):
+        for path in journals(folder):
             path.unlink()
 
 

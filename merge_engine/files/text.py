@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import RecipeError, writing
-from merge_engine.files.folder import flush
+from merge_engine.files.working import flush
 
 
 def read_yaml(file: Path) -> Any:

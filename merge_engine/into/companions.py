@@ -18,6 +18,8 @@ from merge_engine.report.card import RECIPE_FILE, Card, front_matter, recipe_fil
 from merge_engine.rules.resolved import OF_ADAPTERS, resolved
 from merge_engine.version import versions
 
+REPORT_FILE = "merge_report.json"
+
 
 def write_companions(
     folder: Path,
@@ -59,12 +61,17 @@ def write_companions(
         INDEX_FILE: layout.index(),
         CARD: _card(base, plan, made_by, added),
         RECIPE_FILE: recipe_file(report["inputs"], made_by, into=base.source),
-        "merge_report.json": json.dumps(report, indent=2) + "\n",
+        REPORT_FILE: json.dumps(report, indent=2) + "\n",
     }
     for name, text in texts.items():
         if text is not None:
             with writing(folder / name):
                 (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def names_beside(base: Checkpoint) -> set[str]:
+    """The names of all files that `write_companions` may write."""
+    return {*base.companions(), MODEL_CONFIG, INDEX_FILE, CARD, RECIPE_FILE, REPORT_FILE}
 
 
 def _card(base: Checkpoint, plan: Plan, made_by: Mapping[str, Any], added: Mapping[str, int]) -> str:

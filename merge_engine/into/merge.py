@@ -25,7 +25,7 @@ from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_engine.formats.open import open_adapters
 from merge_engine.formats.push import push_output
-from merge_engine.into.companions import write_companions
+from merge_engine.into.companions import names_beside, write_companions
 from merge_engine.into.job import Input, IntoJob, make_job, open_input
 from merge_engine.into.place import place
 from merge_engine.into.resume import identity
@@ -194,6 +194,10 @@ class _Into:
 
     def identity(self) -> dict[str, Any]:
         return identity(self.job, self.backend)
+
+    @property
+    def companions(self) -> set[str]:
+        return names_beside(self.job.base)
 
     def write(self, folder: Path, ranks: Ranks, progress: bool | None) -> int:
         return write_tensors(self.job, folder, self.backend, ranks, progress)

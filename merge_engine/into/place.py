@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from merge_engine.errors import MergeError, OutputError, writing
 from merge_engine.files.folder import place_folder, sync, wipe, working_folder
-from merge_engine.files.journal import remove_journal
+from merge_engine.files.journal import read_journal, remove_journal
 from merge_engine.files.shards import Layout
-from merge_engine.into.resume import take_up
+from merge_engine.into.resume import check_files, take_up
 from merge_engine.runtime.processes import Ranks, join
 
 
@@ -29,6 +29,11 @@ class FullMerge(Protocol):
         """Everything that decides the bytes of the output."""
         ...
 
+    @property
+    def companions(self) -> set[str]:
+        """The names of all files that `finish` may write."""
+        ...
+
     def write(self, folder: Path, ranks: Ranks, progress: bool | None) -> int:
         """Write this rank's tensors; how many of the whole model earlier runs had finished."""
         ...
@@ -41,7 +46,8 @@ class FullMerge(Protocol):
 def place(merge: FullMerge, output: Path, *, overwrite: bool, progress: bool | None) -> int:
     """Carry out a merge into ``output``, which appears whole or not at all; how many tensors earlier runs had finished.
 
-    Raises MergeError: OutputError where it cannot be written, and then the next run goes on from what is there.
+    Raises MergeError: OutputError where it cannot be written. Then, after an error while reading, and where an earlier
+    run had finished tensors, the next run goes on from what is there.
     """
     ranks = join()
     chosen: AbstractContextManager[Path] = nullcontext(working_folder(output))
@@ -50,11 +56,14 @@ def place(merge: FullMerge, output: Path, *, overwrite: bool, progress: bool | N
     with chosen as folder:
         if ranks.rank == 0:
             take_up(merge.identity(), merge.layout, output, folder)
+            check_files(merge.layout, merge.companions, output, folder)
         ranks.wait()
+        begun = bool(read_journal(folder)[1])
+        ranks.wait()  # no rank may add to the journal before every rank has read it
         try:
             resumed = merge.write(folder, ranks, progress)
         except MergeError as error:
-            if not isinstance(error, OutputError):
+            if not (begun or isinstance(error, OutputError) or _is_of_disk(error)):
                 wipe(folder)  # a mistake in the inputs: no later run can go on from here
             raise
         ranks.wait()
@@ -65,3 +74,10 @@ def place(merge: FullMerge, output: Path, *, overwrite: bool, progress: bool | N
             remove_journal(folder)
     ranks.wait()
     return resumed
+
+
+def _is_of_disk(error: BaseException | None) -> bool:
+    """Whether an error was caused by one of the disk: what was asked for may well be right."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is not None

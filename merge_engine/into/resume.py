@@ -2,15 +2,17 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from merge_engine.engine.backend import Backend
+from merge_engine.errors import OutputError
 from merge_engine.files.folder import check_space, wipe
-from merge_engine.files.journal import Journal, check_same, read_journal
+from merge_engine.files.journal import Journal, check_same, journals, read_journal
 from merge_engine.files.shards import Layout, ShardFiles
 from merge_engine.formats.adapter import Adapter
 from merge_engine.into.job import IntoJob
@@ -38,6 +40,17 @@ def take_up(identity: Mapping[str, Any], layout: Layout, output: Path, folder: P
         files.create()
     finally:
         files.close()
+
+
+def check_files(layout: Layout, companions: Set[str], output: Path, folder: Path) -> None:
+    """Raise OutputError for a file in the working folder that no run of the merge makes: it would get into the output.
+
+    companions: the names of the files beside the weights, with folders before a slash.
+    """
+    beside = {name.partition("/")[0] for name in companions}
+    foreign = set(os.listdir(folder)) - {*layout.headers, *beside, *(file.name for file in journals(folder))}
+    if foreign:
+        raise OutputError(f"{output}: {folder / min(foreign)} is not of this merge; move or remove it")
 
 
 def finished_keys(layout: Layout, files: ShardFiles, folder: Path) -> set[str]:

@@ -14,8 +14,9 @@ from merge_engine.errors import writing
 from merge_engine.files.folder import check_target
 from merge_engine.files.journal import Journal
 from merge_engine.files.safetensors_writer import tensor_bytes
-from merge_engine.files.shards import Layout, ShardFiles
+from merge_engine.files.shards import INDEX_FILE, Layout, ShardFiles
 from merge_engine.formats.checkpoint import FLOATS
+from merge_engine.formats.licence import CARD
 from merge_engine.into.merge import MergedModel
 from merge_engine.into.place import place
 from merge_engine.into.resume import finished_keys
@@ -62,6 +63,10 @@ class _Whole:
 
     def identity(self) -> dict[str, Any]:
         return self.job.identity()
+
+    @property
+    def companions(self) -> set[str]:
+        return {*self.job.companions, INDEX_FILE, CARD}
 
     def write(self, folder: Path, ranks: Ranks, progress: bool | None) -> int:
         return write_works(self.job, folder, ranks, progress)

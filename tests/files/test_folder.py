@@ -14,8 +14,11 @@ import pytest
 import torch
 
 from merge_engine.errors import OutputError
-from merge_engine.files.folder import place_folder
+from merge_engine.files import working
+from merge_engine.files.folder import place_file, place_folder
+from merge_engine.files.journal import Journal
 from merge_engine.files.safetensors_writer import SafetensorsWriter
+from merge_engine.files.working import MARK
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +37,7 @@ def is_model(folder: Path, text: str = "new") -> bool:
 def test_a_folder_appears_when_it_is_whole(tmp_path):
     target = tmp_path / "out"
     with place_folder(target) as folder:
-        assert folder == tmp_path / ".out.partial"
+        assert folder == tmp_path / ".out.partial" / "result"
         write_model(folder)
         assert not target.exists()
     assert is_model(target)
@@ -184,12 +187,13 @@ def test_two_writers_of_one_target(tmp_path):
     assert is_model(tmp_path / "out")
 
 
-def test_the_next_writer_of_a_name_is_left_alone_by_the_one_before(tmp_path, monkeypatch):
-    """The first writer fails after its rename; the working folder of that name then is someone else's."""
+def test_a_working_folder_that_is_no_longer_ours_is_left_alone(tmp_path, monkeypatch):
+    """The user removes the working folder, and makes another of this name, while the first writer fails."""
     target, real_fsync = tmp_path / "out", os.fsync
 
     def fail_after_rename(descriptor: int) -> None:
         if target.exists():
+            (tmp_path / ".out.partial").rename(tmp_path / "moved")
             (tmp_path / ".out.partial").mkdir()
             raise OSError(5, "Input/output error")
         real_fsync(descriptor)
@@ -201,19 +205,127 @@ def test_the_next_writer_of_a_name_is_left_alone_by_the_one_before(tmp_path, mon
 
 
 def test_leftovers_of_a_killed_process_are_wiped(tmp_path):
-    (tmp_path / ".out.partial" / "sub").mkdir(parents=True)
-    (tmp_path / ".out.partial" / "stale").touch()
+    (tmp_path / ".out.partial" / "result" / "sub").mkdir(parents=True)
+    (tmp_path / ".out.partial" / MARK).touch()
+    (tmp_path / ".out.partial" / "result" / "stale").touch()
     with place_folder(tmp_path / "out") as folder:
         assert os.listdir(folder) == []
         write_model(folder)
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "sub"]
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_replacement_killed_half_way_is_undone(tmp_path):
-    (tmp_path / ".out.replaced").mkdir()
-    write_model(tmp_path / ".out.replaced", "old")
+    (tmp_path / ".out.partial" / "replaced").mkdir(parents=True)
+    (tmp_path / ".out.partial" / MARK).touch()
+    write_model(tmp_path / ".out.partial" / "replaced", "old")
     with pytest.raises(OutputError, match="already exists"), place_folder(tmp_path / "out"):
         pytest.fail("the block ran")
+    assert is_model(tmp_path / "out", "old")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def link_to_a_folder(place: Path, theirs: Path) -> None:
+    place.symlink_to(theirs)
+
+
+def folder_of_theirs(place: Path, _: Path) -> None:
+    write_model(place_made(place), "theirs")
+
+
+def foreign_file(place: Path, _: Path) -> None:
+    (place_made(place) / MARK).touch()
+    (place / "thesis.tex").write_text("theirs")
+
+
+def linked_result(place: Path, theirs: Path) -> None:
+    (place_made(place) / MARK).touch()
+    (place / "result").symlink_to(theirs)
+
+
+def file_of_theirs(place: Path, _: Path) -> None:
+    place.write_text("theirs")
+
+
+def place_made(place: Path) -> Path:
+    place.mkdir()
+    return place
+
+
+THEIRS = {
+    link_to_a_folder: "it is a link",
+    folder_of_theirs: r"it has no \.merge-engine in it",
+    foreign_file: r"thesis\.tex in it is of someone else",
+    linked_result: "result in it is a link",
+    file_of_theirs: "it is no folder",
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("make", THEIRS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_working_folder_that_is_not_ours_is_never_touched(tmp_path, make, resume):
+    (tmp_path / "theirs").mkdir()
+    write_model(tmp_path / "theirs", "theirs")
+    make(tmp_path / ".out.partial", tmp_path / "theirs")
+    before = everything(tmp_path)
+    wanted = rf"out: \S+\.out\.partial is wanted as working folder, but {THEIRS[make]}; move or remove it"
+    with pytest.raises(OutputError, match=wanted), place_folder(tmp_path / "out", resume=resume):
+        pytest.fail("the block ran")
+    with pytest.raises(OutputError, match=wanted), place_file(tmp_path / "out"):
+        pytest.fail("the block ran")
+    assert everything(tmp_path) == before
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """{path: text of the file, target of the link, or nothing for a folder}."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        found[str(path)] = os.readlink(path) if path.is_symlink() else path.read_text() if path.is_file() else ""
+    return found
+
+
+def test_an_unfinished_model_is_not_wiped_by_another_merge(tmp_path):
+    with pytest.raises(RuntimeError), place_folder(tmp_path / "out", resume=True) as folder:
+        with Journal(folder) as journal:
+            journal.begin({"recipe": "ties"})
+        (folder / "shard").write_text("half")
+        raise RuntimeError
+    before = everything(tmp_path)
+    for place in (place_folder, place_file):
+        with pytest.raises(OutputError, match=r"an unfinished merge into a model is in \S+\.out\.partial"):
+            with place(tmp_path / "out"):
+                pytest.fail("the block ran")
+    assert everything(tmp_path) == before
+    with place_folder(tmp_path / "out", resume=True) as folder:
+        assert (folder / "shard").read_text() == "half"
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["exchanged", "two renames"])
+def test_where_names_cannot_be_exchanged_two_renames_do_it(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(working, "_exchange", lambda *_: False)
+    for text in ("old", "new"):
+        with place_folder(tmp_path / "out", overwrite=True) as folder:
+            write_model(folder, text)
+        assert is_model(tmp_path / "out", text)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_old_result_stays_where_the_new_one_cannot_follow(tmp_path, monkeypatch):
+    monkeypatch.setattr(working, "_exchange", lambda *_: False)
+    with place_folder(tmp_path / "out") as folder:
+        write_model(folder, "old")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == "result":
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OutputError, match="Input/output error"), place_folder(tmp_path / "out", True) as folder:
+        write_model(folder)
     assert is_model(tmp_path / "out", "old")
     assert os.listdir(tmp_path) == ["out"]
 
@@ -296,10 +408,10 @@ def test_a_kill_leaves_no_target_or_a_whole_one(tmp_path, overwrite, delays):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
     seen, left = json.loads(done.stdout)
-    assert set(seen) <= ({"none", "old", "new"} if overwrite else {"none", "new"})
+    assert set(seen) <= ({"old", "new"} if overwrite else {"none", "new"})
     if not delays:
         assert len(seen) > 15
-        assert set(seen) == ({"none", "old", "new"} if overwrite else {"none", "new"})
+        assert set(seen) == ({"old", "new"} if overwrite else {"none", "new"})
         assert seen[-1] == "new"
         assert left == ["out"]  # the last run, not killed, cleaned up after all those before
 

@@ -14,7 +14,7 @@ from toy_vocabularies import numbered, save_toy, union_folder, write_tokenizer
 
 import merge_engine
 from merge_engine.cli.main import main
-from merge_engine.errors import OutputError
+from merge_engine.errors import ModelError, OutputError
 from merge_engine.into import place as into_place
 from merge_engine.into import resume as into_resume
 from merge_engine.into import write as into_write
@@ -69,6 +69,49 @@ def test_a_changed_input_is_not_resumed_with(base, three, tmp_path, monkeypatch)
         merge_engine.merge_into(base, three, tmp_path / "out")
 
 
+NOTHING = ["5", "null", '{"merge": 5}', '{"tensor": 1, "xxh3": 2}', "[" * 100_000, '"merge"', "\xff"]
+
+
+@pytest.mark.parametrize("line", NOTHING, ids=range(len(NOTHING)))
+def test_a_line_of_the_journal_that_says_nothing_is_passed_over(base, three, tmp_path, monkeypatch, line):
+    merge_engine.merge_into(base, three, tmp_path / "want", shard_size=900)
+    journal = unfinished(base, three, tmp_path, monkeypatch)
+    journal.write_bytes(journal.read_bytes() + line.encode("latin1") + b"\n")
+    assert merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900).resumed == 5
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["in the first run", "while resuming"])
+def test_finished_tensors_survive_an_error_while_reading(base, three, tmp_path, monkeypatch, first):
+    merge_engine.merge_into(base, three, tmp_path / "want", shard_size=900)
+    if not first:
+        unfinished(base, three, tmp_path, monkeypatch, after=2)
+    real, seen = _write, []
+
+    def failing(*arguments):
+        seen.append(1)
+        if len(seen) > 2:
+            raise ModelError("the disk is broken") from (OSError(5, "Input/output error") if first else None)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(into_write, "_write", failing)
+        with pytest.raises(ModelError, match="the disk is broken"):
+            merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    assert merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900).resumed == (2 if first else 4)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
+
+
+def test_a_foreign_file_never_gets_into_the_output(base, three, tmp_path, monkeypatch):
+    journal = unfinished(base, three, tmp_path, monkeypatch)
+    (journal.parent / "thesis.tex").write_text("theirs")
+    with pytest.raises(OutputError, match=r"out: \S+thesis\.tex is not of this merge; move or remove it"):
+        merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    assert (journal.parent / "thesis.tex").read_text() == "theirs"
+    (journal.parent / "thesis.tex").unlink()
+    assert merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900).resumed == 5
+
+
 @pytest.mark.parametrize("where", ["data", "header", "journal"])
 def test_a_flipped_bit_is_found_and_made_good(base, three, tmp_path, monkeypatch, caplog, where):
     merge_engine.merge_into(base, three, tmp_path / "want", shard_size=900)
@@ -76,7 +119,7 @@ def test_a_flipped_bit_is_found_and_made_good(base, three, tmp_path, monkeypatch
         interrupt(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
-    folder = tmp_path / ".out.partial"
+    folder = tmp_path / ".out.partial" / "result"
     if where == "journal":
         with open(folder / ".journal.0", "ab") as file:
             file.write(b'{"tensor": "lm_head.weight", "sha2')
@@ -148,7 +191,7 @@ def unfinished(base, adapters, tmp_path, monkeypatch, after=5):
         interrupt(patch, after)
         with pytest.raises(KeyboardInterrupt):
             merge_engine.merge_into(base, adapters, tmp_path / "out", shard_size=900)
-    return tmp_path / ".out.partial" / ".journal.0"
+    return tmp_path / ".out.partial" / "result" / ".journal.0"
 
 
 def test_the_journal_has_the_hash_of_what_is_on_the_disk(base, three, tmp_path, monkeypatch):
