@@ -38,7 +38,7 @@ def test_triton_asked_for_by_name_where_it_cannot_run(monkeypatch, tmp_path, cap
     code = main(["merge", *map(str, save_three(tmp_path)), "-o", str(tmp_path / "out"), "--backend", "triton"])
     assert code == 2
     reason = f"triton {triton.__version__} sees no CUDA or ROCm device"
-    assert capsys.readouterr().err == f"merge-engine: error: backend: triton cannot run here: {reason}\n"
+    assert capsys.readouterr().err == f"merge-engine: error: --backend: triton cannot run here: {reason}\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -221,6 +221,7 @@ def test_through_the_triton_backend(zoo, method):
 def lines(caplog):
     """What was logged, and nothing more is kept."""
     found = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    found = [line for line in found if "servers" not in line]  # of embeddings, which they may refuse
     caplog.clear()
     return found
 

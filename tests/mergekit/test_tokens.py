@@ -83,8 +83,10 @@ def test_rows_that_a_recipe_asks_for(toys):
 
 
 def test_without_a_tokenizer_rows_have_to_fit(toys):
-    with pytest.raises(ModelError, match=r"code: .* is \[6, 3\], wanted \[4, 3\] .*; a tokenizer in the recipe"):
+    with pytest.raises(ModelError, match=r"^vocabularies differ: base has 4 tokens; code has 6 rows"):
         merge_recipe(asked("code"), "out")
+    with pytest.raises(ModelError, match=r"^base: .* is \[4.*\], wanted \[6.*\] .*; a tokenizer in the recipe"):
+        merge_recipe({"merge_method": "karcher", "models": [{"model": "code"}, {"model": "base"}]}, "out")
 
 
 def test_a_chat_template(toys):
