@@ -1,7 +1,6 @@
 """merge-engine merge: adapters into one adapter or into a base model, many merges at once, or a mergekit recipe."""
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -86,6 +85,7 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int | None:
     from merge_engine.engine.merge import merge
+    from merge_engine.runtime.processes import asked_for
 
     given = given_options(options)
     recipe = recipe_file(given)
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> int | None:
         write_model(given, given.pop("into"), given.pop("adapters"))
         return None
     refuse(given, ("vocab", "shard_size", "dry_run"), "full models", "--into BASE")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if asked_for().world > 1:
         raise RecipeError("ranks: a single process merges adapters into one; wanted --into BASE with several processes")
     adapters, output = given.pop("adapters"), take_output(given)
     if several:

@@ -1,6 +1,7 @@
 """merge-models by the methods of whole tensors: the options, as a recipe of mergekit's."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def _of(name: str, values: Any, number: int, count: int, default: float | None) 
 
 def _named(model: str, base: str | None) -> str:
     """The model, or the base with an adapter on it."""
-    if not (Path(model).expanduser() / "adapter_config.json").is_file():
+    if not (Path(os.path.expanduser(model)) / "adapter_config.json").is_file():
         return model
     if base is None:
         raise RecipeError(f"base: {model} is an adapter; wanted the model that it is on (--base), got none")

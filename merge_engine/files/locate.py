@@ -1,6 +1,7 @@
 """Finds an adapter or a model: a local folder or file, or a repository of the hub, whose files are fetched."""
 
 import glob
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def find(
     """
     if not isinstance(source, str | Path):
         raise error(f"wanted a folder with {config_file} or a hub id user/repo, got {describe(source)}")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return path.resolve().name, path
     if path.exists():
@@ -61,7 +62,7 @@ def find_file(source: str | Path, revision: str | None, error: type[MergeError])
     """
     if not isinstance(source, str | Path) or not str(source).endswith(SINGLE):
         return None
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return path
     repository, colon, name = str(source).partition(":")

@@ -1,5 +1,6 @@
 """A merge into a base model, checked before anything is written: inputs, targets, and the layout of the output."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -83,7 +84,7 @@ def open_input(source: str | Path) -> Input:
     """The adapter, if the folder has an adapter_config.json, else the full model."""
     if not isinstance(source, str | Path):
         raise ModelError(f"wanted a folder or a hub id user/repo, got {describe(source)}")
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     if str(source).endswith(SINGLE):
         return open_adapter(source)
     if not folder.exists() and not is_hub_id(str(source)):

@@ -86,7 +86,7 @@ def _files_of(source: Adapter | Finetuned) -> dict[str, Any]:
         if source.adapter is None:
             return files_in(source.model.path, source.model.files)
         source = source.adapter
-    return files_in(source.path, [file for file in sorted(source.path.iterdir()) if file.name.startswith("adapter_")])
+    return files_in(source.path, [file for file in sorted(source.path.glob("adapter_*")) if file.is_file()])
 
 
 def files_in(folder: Path, files: Sequence[Path]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +62,7 @@ class Reference:
     @property
     def place(self) -> tuple[str, str | None]:
         """The same for all names of one full model."""
-        folder = Path(self.path).expanduser()
+        folder = Path(os.path.expanduser(self.path))
         return (str(folder.resolve()) if folder.exists() else self.path), self.revision
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from merge_engine.errors import OutputError, about
+from merge_engine.errors import OutputError, RecipeError, about
 
+_STARTING = timedelta(minutes=5)  # so long a rank waits for the others to start
 _PATIENCE = timedelta(days=7)  # a rank that is done waits so long for the others; one that dies is noticed at once
 
 
@@ -59,18 +60,50 @@ def join() -> Ranks:
     """Connect the processes that torchrun started (RANK and WORLD_SIZE are set); ALONE where it started none.
 
     An existing process group is used as it is; else one is made with gloo, which is enough for counts.
+
+    Raises RecipeError as `asked_for`; OutputError where a rank does not start within 5 minutes of this one.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
+    ranks = asked_for()
+    if ranks.world == 1:
         return ALONE
     import torch.distributed as dist
 
-    ranks = Ranks(int(os.environ["RANK"]), world)
     if not dist.is_initialized():
         with about("ranks"):  # a ValueError comes from an environment that torchrun has not set
-            ranks._together(lambda: dist.init_process_group("gloo", timeout=_PATIENCE))
+            _meet(ranks)
         atexit.register(_leave)
     return ranks
+
+
+def asked_for() -> Ranks:
+    """RANK and WORLD_SIZE of the environment; ALONE where it has no WORLD_SIZE, or 1.
+
+    Raises RecipeError where one is missing beside the other or is no number, or RANK is not below WORLD_SIZE.
+    """
+    world = os.environ.get("WORLD_SIZE", "1")
+    rank = os.environ.get("RANK", "0" if world == "1" else None)
+    if rank is None:
+        raise RecipeError(f"ranks: WORLD_SIZE is {world} and RANK is not set; start by torchrun, or unset WORLD_SIZE")
+    if not (world.isdecimal() and rank.isdecimal() and int(rank) < int(world)):
+        raise RecipeError(f"ranks: wanted numbers, RANK below WORLD_SIZE, got RANK {rank!r} and WORLD_SIZE {world!r}")
+    return Ranks(int(rank), int(world))
+
+
+def _meet(ranks: Ranks) -> None:
+    """Wait until every rank is there, and make their process group."""
+    import torch.distributed as dist
+
+    try:
+        found, _, _ = next(dist.rendezvous("env://", timeout=_STARTING))
+        store = dist.PrefixStore("merge_engine", found)
+        store.set(f"rank {ranks.rank}", "here")
+        store.wait([f"rank {rank}" for rank in range(ranks.world)], _STARTING)
+    except RuntimeError as error:
+        raise OutputError(
+            f"ranks: rank {ranks.rank} has waited {_STARTING.total_seconds():g} s, and not all {ranks.world} are there"
+        ) from error
+    group: dict[str, Any] = {"store": store, "rank": ranks.rank, "world_size": ranks.world, "timeout": _PATIENCE}
+    ranks._together(lambda: dist.init_process_group("gloo", **group))
 
 
 def gpu() -> torch.device:

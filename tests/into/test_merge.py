@@ -1,6 +1,7 @@
 """Adapters into a base model: against the textbook bit by bit, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from toy_models import CONFIG, WEIGHTS, save_adapter, save_base, weights_of
+from toy_models import CONFIG, WEIGHTS, bytes_of, save_adapter, save_base, weights_of
 
 import merge_engine
 from merge_engine.cli.main import main
@@ -82,6 +83,16 @@ def test_bases_of_other_dtypes(three, tmp_path, dtype):
         assert torch.equal(got[key], want) or dtype == torch.float64
         assert got[key].dtype == before[key].dtype == dtype
         torch.testing.assert_close(got[key], want, rtol=2**-22, atol=2**-22)
+
+
+def test_what_else_lies_in_an_adapters_folder_does_not_matter(base, three, tmp_path):
+    """PEFT writes named adapters to folders in it; a broken link and a pipe cannot be read."""
+    merge_engine.merge_into(base, three, tmp_path / "want")
+    (three[0] / "adapter_other").mkdir()
+    (three[0] / "adapter_link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(three[1] / "adapter_pipe")
+    merge_engine.merge_into(base, three, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
 
 
 def test_real_factors_are_within_one_rounding(base, tmp_path):

@@ -1,11 +1,16 @@
 """How several processes share work."""
 
+import socket
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
 from pretended_gpus import pretend_gpus
 
-from merge_engine.runtime.processes import Ranks
+from merge_engine.errors import OutputError, RecipeError
+from merge_engine.runtime import processes
+from merge_engine.runtime.processes import ALONE, Ranks, join
 
 
 def test_ranks_share_by_cost():
@@ -24,3 +29,33 @@ def test_counts_are_summed_where_the_process_group_can(monkeypatch, group, want)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda counts: counts.mul_(2))  # two that count alike
     assert Ranks(1, 2).sum(np.array([1, 2**40])).tolist() == [2, 2**41]
     assert moved == [torch.device(want)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set; start by torchrun, or unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "RANK below WORLD_SIZE, got RANK '0' and WORLD_SIZE 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK below WORLD_SIZE, got RANK '' and WORLD_SIZE '2'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK below WORLD_SIZE, got RANK '2' and WORLD_SIZE '2'"),
+    ],
+)
+def test_an_environment_without_sense_is_refused(monkeypatch, given, message):
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert join() == ALONE
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=message):
+        join()
+
+
+def test_a_rank_does_not_wait_for_ever_for_the_others(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(processes, "_STARTING", timedelta(seconds=1))
+    with pytest.raises(OutputError, match="rank 0 has waited 1 s, and not all 2 are there"):
+        join()
