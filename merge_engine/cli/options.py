@@ -233,6 +233,9 @@ def recipe_file(given: dict[str, Any]) -> dict[str, Any]:
     for each in adapters if named is None else named:  # a mapping without merges is of adapters to weights
         if not isinstance(each, str):
             raise RecipeError(f"{first}: adapters: wanted folders or hub ids, got {each!r}")
+    for key in recipe:
+        if not isinstance(key, str):
+            raise RecipeError(f"{first}: wanted keys that are text, got {key!r}")
     for key, kind in _KINDS.items():
         if not isinstance(recipe.get(key, kind()), kind):
             wanted = "true or false" if kind is bool else "text"

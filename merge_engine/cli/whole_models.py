@@ -76,7 +76,9 @@ def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
         base = models[0]  # one end of what is between two models
     if base is None and row.base == "needed":
         least = max(row.least - 1, 1)
-        raise RecipeError(f"base: {method} takes changes of a base, and at least {least} of them; wanted --base, got none")
+        raise RecipeError(
+            f"base: {method} takes changes of a base, and at least {least} of them; wanted --base, got none"
+        )
     recipe: dict[str, Any] = {"merge_method": method} | ({"base_model": base} if base is not None else {})
     weights = given.pop("weights", None) if "weight" in row.options else None
     densities = given.pop("density", None) if "density" in row.options else None

@@ -21,22 +21,23 @@ def read_yaml(file: Path) -> Any:
 def read_documents(file: Path) -> list[Any]:
     """What a YAML file holds, as plain data, one value a document; empty documents are left out.
 
-    Raises RecipeError where it cannot be read, or gives a key twice.
+    Raises RecipeError where it cannot be read, gives a key twice, or holds more than a recipe does: see `plain_yaml`.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            plain = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key in plain:
-                if plain.count(key) > 1 and key[1] != "<<":
-                    raise RecipeError(f"{file}: wanted {key[1]} once in a table, got it {plain.count(key)} times")
-            return dict(super().construct_mapping(node, deep))
+    from merge_engine.files.plain_yaml import BYTES, TooMuchError, load_documents
 
     try:
-        found = list(yaml.load_all(file.read_text(encoding="utf-8"), Loader))
-        return [each for each in found if each is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        if file.exists() and not file.is_file():
+            raise RecipeError(f"{file}: cannot be read: wanted a file")
+        with open(file, encoding="utf-8") as opened:
+            text = opened.read(BYTES + 1)
+        return [each for each in load_documents(text) if each is not None]
+    except TooMuchError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
 
 

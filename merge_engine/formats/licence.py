@@ -20,12 +20,14 @@ def _licence(card: Path) -> dict[str, Any]:
     """The fields of one card; none where there is no card, or no front matter that can be read."""
     import yaml
 
+    from merge_engine.files.plain_yaml import load_documents
+
     values: Any = None
     with suppress(OSError, yaml.YAMLError), open(card, encoding="utf-8", errors="replace") as file:
         start, _, rest = file.read(_LONGEST).partition("\n")
         front, end, _ = rest.partition("\n---")
         if start.strip() == "---" and end:
-            values = yaml.safe_load(front)
+            values = next(iter(load_documents(front)), None)
     if not isinstance(values, dict) or not values.get("license"):
         return {}
     return {key: values[key] for key in _KEYS if values.get(key)}

@@ -80,7 +80,8 @@ def make_rule(
     if row.keep == "band":
         if scope == "model":
             raise RecipeError(f"scope: {method} has thresholds for each tensor, wanted tensor, got 'model'")
-        scope = scope or "tensor"
+        scope = "tensor" if scope is None else scope
+    kept = habits.trim_ties if trim_ties is None else trim_ties
     elected = _look_up("election", election, {"total": "total", "frequency": "frequency"})
     return Rule(
         keep=row.keep,
@@ -88,8 +89,8 @@ def make_rule(
         combine="sum" if row.combine == "mean" else row.combine,  # a mean is a sum with a divisor
         divisor=habits.divisor[row.keep] if row.combine == "mean" else "one",
         vote_weighted=habits.vote_weighted or row.weighs_vote,
-        scope=_look_up("scope", scope or habits.scope, {"tensor": "tensor", "model": "model"}),
-        trim_ties=_look_up("trim_ties", trim_ties or habits.trim_ties, {"exact": "exact", "keep": "keep"}),
+        scope=_look_up("scope", habits.scope if scope is None else scope, {"tensor": "tensor", "model": "model"}),
+        trim_ties=_look_up("trim_ties", kept, {"exact": "exact", "keep": "keep"}),
         min_k=habits.min_k,
         extra_k=habits.extra_k,
         majority=habits.tied_vote == "majority",

@@ -63,7 +63,8 @@ def command(
         raise RecipeError(f"evaluate: wanted a command with {{path}} in it, got {text!r}")
     if "{path}" not in words[0] and shutil.which(words[0]) is None:
         raise RecipeError(f"evaluate: there is no program {words[0]}")
-    if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and 0 < timeout < math.inf):
         raise RecipeError(f"timeout: wanted seconds above 0, got {timeout!r}")
     if pattern is not None and results is not None:
         raise RecipeError("pattern: wanted one way to read an evaluation, got pattern and results")

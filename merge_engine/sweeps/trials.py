@@ -19,6 +19,7 @@ from merge_engine.rules.methods import looks_at, refuses
 from merge_engine.rules.recipe import Recipe
 from merge_engine.rules.rule import make_rule
 
+MOST = 20_000  # combinations of a sweep
 LONGEST = 40  # letters of a value in a folder's name; longer values, and tables, are named by their CRC-32
 
 
@@ -75,6 +76,9 @@ def sweep_trials(axes: Any, fixed: Mapping[str, Any], adapters: int) -> list[Tri
     axes = {
         field: [word(field, value) for value in values] if field in WORDS else values for field, values in axes.items()
     }
+    count = math.prod(len(values) for values in axes.values())
+    if count > MOST:
+        raise RecipeError(f"sweep: wanted at most {MOST} combinations, got {count}")
     trials: dict[str, Trial] = {}
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))

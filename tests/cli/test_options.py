@@ -56,7 +56,7 @@ def test_recipe_file_and_options_over_it(three, tmp_path, capsys):
         ("adapters: [a]\noutput: o\nmethod: [ties]", "method: wanted one of linear, .*, got \\['ties'\\]"),
         ("adapters: [a]\noutput: o\nelection: {}", "election: wanted one of total, frequency, got {}"),
         ("adapters: [a]\noutput: o\ndensity: {1: 0.1}", "density: wanted a pattern of module names, got 1"),
-        ("adapters: [a]\noutput: o\ndensity: &d {'.*': *d}", "density: wanted a number from 0 to 1, got "),
+        ("adapters: [a]\noutput: o\ndensity: &d {'.*': *d}", "line 3: a list or table holds itself"),
         ("adapters: [a]\noutput: o\nscale: 1e-1", "scale: wanted a finite number, got '1e-1'; write it as 0.1"),
         ("adapters: [a]\noutput: o\nmethod: ties\nmethod: linear", "wanted method once in a table, got it 2 times"),
         ("adapters: {a: b, a: c}\nmerges: []", "wanted a once in a table, got it 2 times"),

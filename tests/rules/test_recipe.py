@@ -99,3 +99,10 @@ def test_arrays_and_tensors_are_numbers(three):
 def test_mistakes_in_the_fields_behind_it(fields, message):
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         Recipe(**fields)
+
+
+@pytest.mark.parametrize("value", [0, [], "", False])
+@pytest.mark.parametrize("field", ["scope", "trim_ties"])
+def test_what_counts_as_false_is_no_way_to_leave_a_field_out(field, value):
+    with pytest.raises(RecipeError, match=rf"{field}: wanted one of "):
+        Recipe(method="ties", **{field: value}).rule()

@@ -107,3 +107,8 @@ def test_a_timeout_stops_all_that_the_command_started(tmp_path):
         command("sh -c 'sleep 600 & echo $! > \"$0/pid\"; wait' {path}", 0.5).score(tmp_path)
     status = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_true_is_no_number_of_seconds():
+    with pytest.raises(RecipeError, match="timeout: wanted seconds above 0, got True"):
+        command("echo {path}", True)

@@ -176,3 +176,9 @@ def test_a_sweep_over_methods_leaves_out_what_a_method_would_refuse():
     assert len(trials) == 9  # three methods, each at scale 1 and at two gains
     with pytest.raises(RecipeError, match="density: tsv does not know it"):
         sweep_trials({"scale": [1, 2]}, {"method": "tsv", "density": 0.3}, 3)
+
+
+def test_millions_of_combinations_are_refused_before_they_are_made():
+    axes = {"density": [(i + 1) / 4000 for i in range(2000)], "seed": list(range(2000))}
+    with pytest.raises(RecipeError, match="sweep: wanted at most 20000 combinations, got 4000000"):
+        sweep_trials(axes, {}, 2)
