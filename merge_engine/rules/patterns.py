@@ -12,6 +12,7 @@ from typing import Any
 from merge_engine.errors import RecipeError
 
 _BEFORE = r"(.*\.|lora_(prior_)?[a-z]+\d?_+|lycoris_)?"
+UNUSABLE = (re.error, OverflowError, RecursionError)  # what re.compile raises: repetitions too large, groups too deep
 BlockWeights = Mapping[str, Mapping[str, float]]  # {adapter: {pattern: weight}}
 
 
@@ -21,8 +22,8 @@ def compiled(field: str, pattern: Any) -> re.Pattern[str]:
         raise RecipeError(f"{field}: wanted a pattern of module names, got {pattern!r}")
     try:
         return _compiled(pattern)
-    except re.error as error:
-        raise RecipeError(f"{field}: pattern {pattern!r} is no regular expression: {error}") from error
+    except UNUSABLE as error:
+        raise RecipeError(f"{field}: pattern {pattern[:100]!r} is no regular expression: {error}") from error
 
 
 @cache

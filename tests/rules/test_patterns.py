@@ -128,6 +128,8 @@ def test_sessions_and_sweeps_tell_weights_of_blocks_apart(tmp_path):
         ({"2": {".*": 1}}, "got '2'"),
         ({"a": {"no_block.*": 1}}, "'no_block.*' matches no module of a; wanted one of them, as lora_te1_text_model"),
         ({"a": {"(": 1}}, "block_weights: a: pattern '\\(' is no regular expression"),
+        ({"a": {"a{99999999999}": 1}}, "is no regular expression: the repetition number is too large"),
+        ({"a": {3000 * "(" + 3000 * ")": 1}}, "block_weights: a: pattern '\\(+' is no regular expression"),
         ({"a": {".*": "x"}}, r"block_weights: a: \.\*: wanted a finite number, got 'x'"),
         ({"a": {".*": float("nan")}}, "wanted a finite number, got nan"),
         ({"a": {}}, "wanted a table of patterns and numbers"),
