@@ -125,7 +125,7 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
             )
         raise ModelError(f"{name}: {path} has no {MODEL_CONFIG}")
     try:
-        config = json.loads(file.read_bytes())
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{name}: {MODEL_CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict):

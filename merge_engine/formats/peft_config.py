@@ -11,6 +11,7 @@ from typing import Any
 
 from merge_engine.errors import AdapterError
 from merge_engine.formats.ways_out import OTHER_METHODS, STARTS, way_out
+from merge_engine.rules.patterns import UNUSABLE
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,7 +72,7 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
         raise AdapterError(f"{name}: {path} has no {ADAPTER_CONFIG}")
     try:
         config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{name}: {ADAPTER_CONFIG} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{name}: {ADAPTER_CONFIG} holds a {type(config).__name__}, wanted an object")
@@ -133,6 +134,6 @@ def _patterns(config: dict[str, Any], key: str, name: str) -> list[tuple[re.Patt
         _check_number(value, f"{key}[{text!r}]", name, int if key == "rank_pattern" else int | float)
         try:
             patterns.append((re.compile(rf"(.*\.)?({text})$"), value))
-        except re.error as error:
-            raise AdapterError(f"{name}: {key} has {text!r}, which is no regular expression: {error}") from error
+        except UNUSABLE as error:
+            raise AdapterError(f"{name}: {key} has {text[:100]!r}, which is no regular expression: {error}") from error
     return patterns

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.other import get_pattern_key
 from peft_models import NAMES, edit, llama, refused, saved, toy
 
+from merge_engine.errors import AdapterError
 from merge_engine.formats.open import open_adapter
 from merge_engine.formats.peft_config import KEPT, READ, REFUSED, RESET
 
@@ -61,6 +62,11 @@ def test_a_damaged_configuration(tmp_path, text, match):
         ({"r": 8}, r"a: lora_A of .* is \[4, 32\], wanted rank 8 from adapter_config.json"),
         ({"rank_pattern": {"layers.1.self_attn.v_proj": 2}}, r"layers.1.self_attn.v_proj is \[4, 32\], wanted rank 2"),
         ({"rank_pattern": {"(": 2}}, r"a: rank_pattern has '\(', which is no regular expression"),
+        ({"rank_pattern": {"a{99999999999}": 2}}, "which is no regular expression: the repetition number is too large"),
+        (
+            {"alpha_pattern": {3000 * "(" + 3000 * ")": 2}},
+            r"a: alpha_pattern has '\(+', which is no regular expression",
+        ),
         (
             {"rank_pattern": {"x": 2.5}},
             r"a: rank_pattern\['x'\] is 2.5 in adapter_config.json, wanted a positive integer",
@@ -142,3 +148,10 @@ def test_an_unknown_field_is_mentioned(tmp_path, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "a: use_future_lora in adapter_config.json is not known and ignored"
     ]
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_one_error(tmp_path):
+    save_factors(tmp_path / "a", {"q_proj": (torch.ones(2, 3), torch.ones(4, 2))})
+    (tmp_path / "a" / "adapter_config.json").write_text(100_000 * "[")
+    with pytest.raises(AdapterError, match=r"^a: adapter_config\.json cannot be read: "):
+        open_adapter(tmp_path / "a")

@@ -256,3 +256,13 @@ def test_what_no_input_touches_may_be_infinite_and_cast(base, three, tmp_path):
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     merge_engine.merge_into(base, three, tmp_path / "out", method="linear", dtype="float32")
     assert weights_of(tmp_path / "out")["model.mask"].tolist() == [0, float("-inf")]
+
+
+def test_a_configuration_in_another_encoding_is_said_before_anything_is_written(base, three, tmp_path):
+    text = (base / "config.json").read_text()
+    (base / "config.json").write_text(text, encoding="utf-16")
+    with pytest.raises(ModelError, match=r"^base: config\.json cannot be read: 'utf-8' codec"):
+        merge_engine.merge_into(base, three, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+    (base / "config.json").write_text(text, encoding="utf-8-sig")
+    merge_engine.merge_into(base, three, tmp_path / "out")
