@@ -6,6 +6,9 @@ changed beyond the spread; --markdown prints tables for a README. mergekit and t
 
 --only static runs nothing: it compiles the kernels for GPUs that are not here, estimates from their machine code what
 they should cost, and writes static_kernels.csv and static_merges.csv.
+
+--device cuda --first-contact checks a GPU that the kernels have not met, then times, in under eight minutes: see
+`bench.first_contact.run`.
 """
 
 import argparse
@@ -18,6 +21,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
+from bench.first_contact.run import first_contact
 from bench.harness import machine
 from bench.harness.suite import expected, measured, nbytes_held
 from bench.harness.workloads import WORKLOADS, Workload
@@ -109,9 +115,16 @@ def say(text: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, write, print; returns 1 if a workload failed."""
+    """Run, write, print; returns 1 if a workload or a step failed, and 2 if there is no device."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.first_contact and options.device != "cuda":
+        parser.error("--first-contact: wanted --device cuda")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        say(f"--device cuda: wanted a CUDA or ROCm device, torch {torch.__version__} sees none")
+        return 2
+    if options.first_contact:
+        return first_contact(options.output, say=say)
     kinds = options.only.split(",")
     if kinds == [STATIC]:
         if importlib.util.find_spec("triton") is None:
@@ -155,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", type=float, default=600, help="seconds (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--first-contact", action="store_true", help="all that a new GPU is to show; exits 1 if not")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), help="folder to write into")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what changed since this report")
     parser.add_argument("--only", default=",".join(KINDS), help="kinds, separated by commas (default: %(default)s)")

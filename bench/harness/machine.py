@@ -50,7 +50,7 @@ def free_memory(device: str) -> int:
 
 def about(device: str, limits: Limits) -> dict[str, Any]:
     """What a report says of the machine: processor, rates, versions, commit, date, load."""
-    found: dict[str, Any] = {"machine": _processor(), "cores": os.cpu_count(), "threads_used": torch.get_num_threads()}
+    found: dict[str, Any] = {"machine": processor(), "cores": os.cpu_count(), "threads_used": torch.get_num_threads()}
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
     found |= {"bandwidth_gb_s": round(limits.bandwidth / 1e9, 2), "matmul_gflop_s": round(limits.matmul / 1e9, 1)}
@@ -68,7 +68,8 @@ def versions(packages: Sequence[str]) -> dict[str, Any]:
     return found | {"commit": _commit(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -20,7 +20,7 @@ from typing import Any
 
 from merge_engine.kernels.launch import Launch
 
-from bench.static.gpus import GPUS, Gpu
+from bench.static.gpus import GPUS, Gpu, target_of
 from bench.static.kernels import Case, compiled, launch_of, loops_in
 from bench.static.machine_code import (
     Code,
@@ -84,7 +84,7 @@ def resources(case: Case, target: str, launch: Launch | None = None) -> Resource
 
 
 def _is_nvidia(target: str) -> bool:
-    return GPUS[target].target.backend == "cuda"
+    return target_of(target).backend == "cuda"
 
 
 def _resources(binary: Any, target: str) -> Resources:
@@ -95,7 +95,7 @@ def _cost(binary: Any, code: Code, target: str, launch: Launch, loops: int) -> C
     registers, spills, static = _resources(binary, target)
     hot, cold = loops_of(code, loops)
     ops = [op for op, _ in code.instructions]
-    threads = launch.num_warps * GPUS[target].target.warp_size
+    threads = launch.num_warps * target_of(target).warp_size
     return Cost(
         launch=launch,
         registers=registers,

@@ -29,6 +29,18 @@ GPUS = {
     "gfx950": Gpu("MI355X", GPUTarget("hip", "gfx950", 64), 256, 2.4e9, 64, 2300e12, 8.0e12, 131072, 32),
 }
 
+
+def target_of(arch: str) -> GPUTarget:
+    """What the compiler calls an architecture: one of the table, or another "sm_89", "gfx90a", ..."""
+    if arch in GPUS:
+        return GPUS[arch].target
+    if arch.startswith("gfx9"):
+        return GPUTarget("hip", arch, 64)
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    raise ValueError(f"architecture {arch!r}, wanted sm_80 or later, or gfx9 (CDNA)")
+
+
 # ([(rows, columns, how many in a layer)] of the linear modules, layers)
 MODELS = {
     "one 4096 x 4096": ([(4096, 4096, 1)], 1),

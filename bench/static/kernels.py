@@ -10,7 +10,7 @@ from merge_engine.kernels.launch import SMALL as OPTIONS
 from merge_engine.kernels.launch import Launch, finish_launch, launch_for, search_launch
 from triton.compiler import ASTSource
 
-from bench.static.gpus import GPUS
+from bench.static.gpus import target_of
 
 TIES = {"KEEP": "magnitude", "ELECT": "total", "WEIGH": "never", "DIVISOR": "count"}
 # The constexprs of the merge kernel, for the methods and conventions that differ most.
@@ -145,9 +145,9 @@ def compiled(case: Case, target: str, launch: Launch) -> Any:
             signature[name] = "constexpr"
         elif case.aligned and (is_pointer or name.startswith("stride") or name in ("M", "N", "length")):
             attributes[i,] = [["tt.divisibility", 16]]
-        if is_pointer and GPUS[target].target.backend == "hip" and name not in constexprs:
+        if is_pointer and target_of(target).backend == "hip" and name not in constexprs:
             # As the JIT says of tensors of less than 2 GB: offsets fit 32 bits.
             attributes.setdefault((i,), []).append(["tt.pointer_range", 32])
     launch_options = OPTIONS if case.name in SMALL else launch.options
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    return triton.compile(source, target=GPUS[target].target, options=launch_options)
+    return triton.compile(source, target=target_of(target), options=launch_options)

@@ -7,6 +7,7 @@ from merge_engine.kernels.merge import merge_deltas
 from merge_engine.kernels.source import Drop, Lora
 from merge_engine.kernels.trims import trims
 
+from bench.first_contact import checks
 from merge_engine.cpu.mask import keep_mask
 
 SHAPES = [
@@ -68,3 +69,18 @@ def test_masks_of_the_host_and_the_device(device: torch.device) -> None:
     for module in range(2):
         mask = keep_mask(0.3, seed=11, stream=5 + module, adapter=0, rows=range(size), columns=range(size))
         assert torch.equal(merged[module] != 0, mask & (whole[module] != 0))
+
+
+@pytest.mark.gpu
+def test_two_devices_give_equal_bits(device: torch.device) -> None:
+    """While the first is the current one."""
+    try:
+        checks.two_devices(checks.Place(device, (4096, 4096)))
+    except checks.Skipped as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.gpu
+def test_out_of_memory_halves_the_group(device: torch.device) -> None:
+    """Really out of memory, with all that a failed attempt leaves behind."""
+    assert "out of memory with 8 modules" in checks.out_of_memory_halves(checks.Place(device, (4096, 4096)))
