@@ -24,7 +24,6 @@ from merge_engine.many.pool import Pool, seed_of
 from merge_engine.runtime.threads import ahead, threads
 
 T = TypeVar("T")
-_ASKED = 1024  # bytes of a note in the cache, about
 Numbers = list[int]  # of the plans that share a result up to its scale and dtype
 
 
@@ -211,18 +210,8 @@ def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOr
     made = _attempt(lambda: cut(plan, backend, state, pool.decompositions(plan, module)))
     if not pool.keeps_results or isinstance(made, Exception):
         return job, made, False
-    return job, made, _keep(made, _result_key(job.member), plan.by_factors, pool)
-
-
-def _keep(result: Finished, key: Hashable, cheap: bool, pool: Pool) -> bool:
-    """Put a result into the cache, a cheap one if it is made for the second time: to keep it and to give away a copy
-    takes a quarter of the time that it takes to make it, and a search over weights never asks for it again."""
-    asked = ("asked", key)
-    if cheap and pool.cache.find(asked) is None:
-        pool.cache.put(asked, True, _ASKED)
-        return False
-    pool.cache.put(key, result, _result_bytes(result.factors))
-    return True
+    pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors))
+    return job, made, True
 
 
 def _own(result: Finished, plan: Plan, module: ModulePlan, held: bool) -> Finished:
