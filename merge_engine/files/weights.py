@@ -97,6 +97,25 @@ class StoredTensor:
         )
 
 
+@dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor that is made from a stored one when it is read; it goes by that one's key, file and size."""
+
+    stored: StoredTensor
+
+    @property
+    def key(self) -> str:
+        return self.stored.key
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes
+
+
 def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
     """The tensors of a .safetensors file, from its header.
 

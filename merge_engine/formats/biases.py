@@ -5,36 +5,19 @@ the sum of the deltas it is exact: ``sum_i w_i s_i b_i``. A method that trims or
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from merge_engine.errors import AdapterError
-from merge_engine.files.weights import StoredTensor
+from merge_engine.files.weights import DerivedTensor, StoredTensor
 from merge_engine.formats.adapter import Adapter, Factor, Module
 
 BIAS = "bias"  # the kind of such modules
 
 
-@dataclass(frozen=True)
-class BiasRow:
+class BiasRow(DerivedTensor):
     """A [1, M]: a vector as a matrix of one row."""
-
-    stored: StoredTensor
-
-    @property
-    def key(self) -> str:
-        return self.stored.key
-
-    @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
 
     def read(self) -> Tensor:
         """A new tensor of the stored dtype. Raises as `StoredTensor.read` does."""

@@ -8,7 +8,6 @@ rank r, ``A [E r, N]`` has the rows of expert e from e r on, and ``B [M, r E]`` 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import AdapterError
-from merge_engine.files.weights import StoredTensor
+from merge_engine.files.weights import DerivedTensor, StoredTensor
 from merge_engine.formats.adapter import Expert, Factor, Module
 
 Sides = dict[str, StoredTensor]  # by "A" and "B"
@@ -122,21 +121,12 @@ class LastTensor:
 
 
 @dataclass(frozen=True)
-class ExpertColumns:
+class ExpertColumns(DerivedTensor):
     """``B [M, r]`` of one expert: every E-th column of all experts' ``B [M, r E]``."""
 
-    stored: StoredTensor
     number: int
     count: int  # E
     last: LastTensor = field(repr=False, compare=False)
-
-    @property
-    def key(self) -> str:
-        return self.stored.key
-
-    @property
-    def file(self) -> Path:
-        return self.stored.file
 
     @property
     def nbytes(self) -> int:

@@ -8,7 +8,7 @@ one module for each. The configuration has one scale and one rank for all.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.errors import AdapterError
-from merge_engine.files.weights import StoredTensor, open_safetensors
+from merge_engine.files.weights import DerivedTensor, StoredTensor, open_safetensors
 from merge_engine.formats.adapter import Adapter, Expert, Factor, Module, short_name
 from merge_engine.formats.families import MLX
 from merge_engine.formats.peft_config import ADAPTER_CONFIG
@@ -28,23 +28,8 @@ _FUSE = "mlx_lm.fuse merges it into its model"
 Sides = dict[str, StoredTensor]  # by "lora_a" and "lora_b"
 
 
-@dataclass(frozen=True)
-class Turned:
+class Turned(DerivedTensor):
     """The transpose of a stored matrix."""
-
-    stored: StoredTensor
-
-    @property
-    def key(self) -> str:
-        return self.stored.key
-
-    @property
-    def file(self) -> Path:
-        return self.stored.file
-
-    @property
-    def nbytes(self) -> int:
-        return self.stored.nbytes
 
     def read(self) -> Tensor:
         """A new contiguous tensor of the stored dtype. Raises as `StoredTensor.read` does."""
