@@ -1,4 +1,4 @@
-"""merge-engine merge-models: merge full models of one base, and adapters on it, into one full model."""
+"""merge-engine merge-models: merge full models, and adapters on them, into one full model."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ def add_to(commands: Any) -> None:
         "merge-models",
         run,
         MODELS_EXAMPLES + methods_text(["elementwise"]) + whole_text(),
-        "merge full models of one base",
+        "merge full models, and adapters on them, into one",
     )
     parser.add_argument("models", nargs="+", help="folders or hub ids of full models, and of adapters on the base")
     parser.add_argument("--base", help="the full model from which they were trained; some methods do without")
