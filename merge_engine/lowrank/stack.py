@@ -201,8 +201,8 @@ class Stack:
 def _narrow(combination: Tensor, stacked: Tensor, *, turned: bool = False) -> Tensor:
     """combination [k, R] @ stacked [R, n], rounded to float32, or its transpose where turned.
 
-    Some columns at a time: new memory for the wide product takes longer than the product. The product is turned after it
-    is made: of two transposed matrices MKL makes it five times as slowly on some machines.
+    Some columns at a time: new memory for the wide product takes longer than the product. It is transposed after it is
+    made: MKL multiplies two transposed matrices five times as slowly on some machines.
     """
     k, n = len(combination), stacked.shape[1]
     out = stacked.new_empty((n, k) if turned else (k, n), dtype=torch.float32)
