@@ -4,14 +4,13 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import AdapterError
 from merge_engine.formats.ways_out import OTHER_METHODS, STARTS, way_out
-from merge_engine.rules.patterns import UNUSABLE
+from merge_engine.rules.matching import Pattern
 
 logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
@@ -127,13 +126,10 @@ def _check_number(value: Any, key: str, name: str, kind: Any) -> None:
         raise AdapterError(f"{name}: {key} is {value!r} in {ADAPTER_CONFIG}, wanted {wanted}")
 
 
-def _patterns(config: dict[str, Any], key: str, name: str) -> list[tuple[re.Pattern[str], Any]]:
+def _patterns(config: dict[str, Any], key: str, name: str) -> list[tuple[Pattern, Any]]:
     """[(pattern, value)]: a pattern matches a whole module name, or its end after a dot; the first match decides."""
     patterns = []
     for text, value in (config.get(key) or {}).items():
-        _check_number(value, f"{key}[{text!r}]", name, int if key == "rank_pattern" else int | float)
-        try:
-            patterns.append((re.compile(rf"(.*\.)?({text})$"), value))
-        except UNUSABLE as error:
-            raise AdapterError(f"{name}: {key} has {text[:100]!r}, which is no regular expression: {error}") from error
+        _check_number(value, f"{key}[{text[:100]!r}]", name, int if key == "rank_pattern" else int | float)
+        patterns.append((Pattern(r"(.*\.)?", text, f"{name}: {key} has {text[:100]!r}, which", AdapterError), value))
     return patterns

@@ -4,31 +4,27 @@ A pattern matches a whole name, its end after a dot, or, of kohya's names, which
 ``down_blocks.*`` matches "unet.down_blocks.0.attn" and "lora_unet_down_blocks_0_attn".
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from merge_engine.errors import RecipeError
+from merge_engine.rules.matching import Pattern
 
 _BEFORE = r"(.*\.|lora_(prior_)?[a-z]+\d?_+|lycoris_)?"
-UNUSABLE = (re.error, OverflowError, RecursionError)  # what re.compile raises: repetitions too large, groups too deep
 BlockWeights = Mapping[str, Mapping[str, float]]  # {adapter: {pattern: weight}}
 
 
-def compiled(field: str, pattern: Any) -> re.Pattern[str]:
+def compiled(field: str, pattern: Any) -> Pattern:
     """The pattern; RecipeError, which names the field, where it is none."""
     if not isinstance(pattern, str):
         raise RecipeError(f"{field}: wanted a pattern of module names, got {pattern!r}")
-    try:
-        return _compiled(pattern)
-    except UNUSABLE as error:
-        raise RecipeError(f"{field}: pattern {pattern[:100]!r} is no regular expression: {error}") from error
+    return _compiled(field, pattern)
 
 
 @cache
-def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"{_BEFORE}({pattern})$")
+def _compiled(field: str, pattern: str) -> Pattern:
+    return Pattern(_BEFORE, pattern, f"{field}: pattern {pattern[:100]!r}", RecipeError)
 
 
 def block_tables(given: Any) -> dict[str, dict[str, Any]] | None:
@@ -55,7 +51,7 @@ def in_blocks(
     for adapter, table in tables.items():
         number = _number(adapter, adapters)
         for pattern, weight in table.items():
-            if _compiled(pattern).match(module):
+            if compiled(f"block_weights: {adapter}", pattern).match(module):
                 found[number] = weight
                 break
     return tuple(found)
@@ -66,7 +62,7 @@ def check_blocks(tables: BlockWeights, adapters: Sequence[str], modules: Sequenc
     for adapter, table in tables.items():
         own = sorted(modules[_number(adapter, adapters)])
         for pattern in table:
-            if not any(_compiled(pattern).match(name) for name in own):
+            if not any(compiled(f"block_weights: {adapter}", pattern).match(name) for name in own):
                 some = f", as {own[0]}" if own else ""
                 raise RecipeError(
                     f"block_weights: {pattern!r} matches no module of {adapter}; wanted one of them{some}"
