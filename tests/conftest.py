@@ -36,7 +36,7 @@ from merge_engine.loops import door  # noqa: E402
 # Compiled once, before a test starts processes or looks at what they print. What is said of it would be captured here,
 # and come after the summary.
 with mock.patch.object(door, "LATE", 3600.0):
-    door.loops()
+    door.load()
 
 # Tests import the modules of tests/helpers by their bare names.
 sys.path.append(str(Path(__file__).parent / "helpers"))

@@ -47,10 +47,10 @@ def keep_mask(
         raise ValueError(f"out is {list(out.shape)} {out.dtype} on {out.device}, wanted {list(shape)} bool on the CPU")
     if threshold == 2**32:
         return out.fill_(True)
-    if loops := door.loops():
+    if loops := door.loops(shape[0] * shape[1]):
         whole = out if out.is_contiguous() else torch.empty(shape, dtype=torch.bool)
         arguments = [np.uint64(word) for word in (stream, adapter, seed & 0xFFFFFFFF, seed >> 32, threshold)]
-        loops.tile.keep_mask(whole.numpy(), row0, col0, *arguments)
+        loops.keep_mask(whole.numpy(), row0, col0, *arguments)
         return out if whole is out else out.copy_(whole)
     mask, limit = out.numpy(), np.uint32(threshold)
     keys = round_keys(seed & 0xFFFFFFFF, seed >> 32)

@@ -43,7 +43,8 @@ def merge_deltas(
     if out is None:
         out = new_tensor((sources[0].rows, sources[0].columns))
     spec, merged, direct = MergeSpec(tuple(weights), tuple(keeps), rule, tied), out, _addressable(out) and base is None
-    compiled_merge = TileMerge(sources, spec, [spec.weights]) if door.loops() and can_combine(rule) else None
+    compiled = door.loops(out.shape[0] * out.shape[1] * len(sources))
+    compiled_merge = TileMerge(sources, spec, [spec.weights]) if compiled and can_combine(rule) else None
 
     def merge(tile: Tile) -> None:
         view = merged[tile.top : tile.bottom, tile.left : tile.right]

@@ -24,7 +24,7 @@ _SCRATCHES = 12  # tiles that `merge_tile_by_torch` works with on each thread; `
 def working_bytes(sources: int, results: int = 1) -> int:
     """Bytes beside sources and results that merging so many sources into so many results takes."""
     tile = torch.get_num_threads() * 4 * TILE_ELEMENTS
-    held = torch.get_num_threads() * 4 * HELD if door.loops() else tile * min(sources, MOST_HELD)
+    held = torch.get_num_threads() * 4 * HELD if door.installed() else tile * min(sources, MOST_HELD)
     return held + (_SCRATCHES + results - 1) * tile
 
 
@@ -36,8 +36,10 @@ def merge_several(sources: Sequence[Source], specs: Sequence[MergeSpec]) -> list
     """
     if len(specs) == 1 or len(sources) > MOST_HELD:
         return [merge_deltas(sources, spec.weights, spec.keeps, spec.rule, tied=spec.tied) for spec in specs]
-    outs = [new_tensor((sources[0].rows, sources[0].columns)) for _ in specs]
-    looped = [i for i, spec in enumerate(specs) if door.loops() and can_combine(spec.rule)]
+    shape = sources[0].rows, sources[0].columns
+    outs = [new_tensor(shape) for _ in specs]
+    compiled = door.loops(shape[0] * shape[1] * len(sources))
+    looped = [i for i, spec in enumerate(specs) if compiled and can_combine(spec.rule)]
     others = [i for i in range(len(specs)) if i not in looped]
     merges = [
         make(sources, [specs[i] for i in part], [outs[i] for i in part])
@@ -46,8 +48,8 @@ def merge_several(sources: Sequence[Source], specs: Sequence[MergeSpec]) -> list
     ]
 
     def merge(tile: Tile) -> None:
-        # The bits of a product by operators depend on its tile, and those by loops do not.
-        for part in parts_of(tile, HELD // len(sources)) if door.loops() else [tile]:
+        # The bits of a product depend on its tile only where Numba is not installed.
+        for part in parts_of(tile, HELD // len(sources)) if door.installed() else [tile]:
             products = _filled(sources, part)
             for each in merges:
                 each(products, part)

@@ -51,7 +51,8 @@ def count_overlap(sources: Sequence[Source], keeps: Sequence[KeepTile]) -> Overl
         )
 
     looked_at = list(tiles_of(sources[0].rows, sources[0].columns))
-    if door.loops():  # their products do not depend on tiles
+    door.loops(sources[0].rows * sources[0].columns * len(sources))
+    if door.installed():  # products do not depend on tiles
         looked_at = [part for tile in looked_at for part in parts_of(tile, HELD // len(sources))]
     shared, opposed, squares, contested, conflicting = zip(*for_each(looked_at, count), strict=True)
     return Overlap(

@@ -134,7 +134,7 @@ def _kths_by_sample(sources: Sequence[Source], ks: Sequence[Sequence[int]]) -> l
     # All of it on threads that run operators alone: those of several keep cores spinning for a while after them.
     brackets = for_each(fit, lambda i: _brackets(sources[i], ks[i]))  # type: ignore[arg-type]
     looks = {
-        i: _compiled_look(sources[i], of) if door.loops() else _look(sources[i], of)
+        i: (_compiled_look if door.loops(sources[i].rows * sources[i].columns) else _look)(sources[i], of)
         for i, of in zip(fit, brackets, strict=True)
     }
     places = [(i, tile) for i in fit for tile in tiles_of(sources[i].rows, sources[i].columns)]
@@ -210,7 +210,7 @@ def _compiled_look(source: Source, brackets: Sequence[tuple[int, int]]) -> Look:
             term["b"] = filled(source, tile).data_ptr()
         found = scratch("found", (len(brackets), math.prod(tile.shape) + 1), torch.int32).numpy().view(np.uint32)
         counts = np.empty((len(brackets), 2), np.int64)
-        loops.tile.bracket_tile(term, *tile, lows, widths, found, counts)
+        loops.bracket_tile(term, *tile, lows, widths, found, counts)
         return [(int(above), piece[:inside].copy()) for piece, (above, inside) in zip(found, counts, strict=True)]
 
     return look
@@ -265,8 +265,8 @@ def fine_histogram(source: Source, high: int) -> np.ndarray:
 def _count_bins(bits: np.ndarray, low: int, width: int, shift: int, total: np.ndarray) -> None:
     """total[(|x| - low) >> shift] += 1 for every |x| from low to low + width, all as bits."""
     bits = bits.reshape(-1)
-    if loops := door.loops():
-        loops.tile.count_bins(bits, np.uint32(low), np.uint32(width), np.uint32(shift), total)
+    if loops := door.loops(len(bits)):
+        loops.count_bins(bits, np.uint32(low), np.uint32(width), np.uint32(shift), total)
         return
     magnitude = (bits & np.uint32(_LARGEST)).view(np.int32)
     if width < _LARGEST:
@@ -281,7 +281,7 @@ def tied_rows(source: Source, value: float, tiles: Sequence[Tile] | None = None)
     def count(tile: Tile, total: np.ndarray) -> None:
         rows = total[tile.top : tile.bottom]
         if loops := door.loops():
-            loops.tile.count_equal(_bits(source, tile), np.uint32(target), rows)
+            loops.count_equal(_bits(source, tile), np.uint32(target), rows)
             return
         bits = _magnitude_bits(source, tile)
         equal = scratch("mask", bits.shape, torch.bool).numpy()

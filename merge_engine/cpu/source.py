@@ -20,6 +20,7 @@ from merge_engine.runtime.memory import scratch
 from merge_engine.runtime.threads import for_each
 
 R = TypeVar("R")
+_BLOCK = 1 << 14  # elements: they stay in the L2 cache while the ranks are added
 
 
 class Source(Protocol):
@@ -53,9 +54,12 @@ class Product:
 
     def fill(self, tile: Tile, out: Tensor) -> None:
         if loops := door.loops():
-            loops.tile.fill_tile(self._terms, *tile, out.data_ptr())
+            loops.fill_tile(self._terms, *tile, out.data_ptr())
+            return
+        rows, columns = self.B[tile.top : tile.bottom], self.A[:, tile.left : tile.right]
+        if door.installed():
+            _add_in_order(rows.numpy(), columns.numpy(), np.float32(self.scaling), out.numpy())
         else:
-            rows, columns = self.B[tile.top : tile.bottom], self.A[:, tile.left : tile.right]
             out.addmm_(rows, columns, beta=0, alpha=self.scaling)
 
     def describe(self, term: Any) -> None:
@@ -71,6 +75,19 @@ class Product:
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
         return self.B[rows] @ self.A[:, columns] * self.scaling
+
+
+def _add_in_order(B: np.ndarray, A: np.ndarray, scaling: np.float32, out: np.ndarray) -> None:
+    """out = scaling * B @ A with the bits of the loops: terms in the order of the ranks, none fused into another."""
+    height = max(1, _BLOCK // out.shape[1])
+    for top in range(0, len(out), height):
+        for left in range(0, out.shape[1], _BLOCK):
+            part, a = out[top : top + height, left : left + _BLOCK], A[:, left : left + _BLOCK]
+            b, term = B[top : top + height, :, None], scratch("term", part.shape).numpy()
+            np.multiply(b[:, 0], a[0], out=part)
+            for k in range(1, len(a)):
+                np.add(part, np.multiply(b[:, k], a[k], out=term), out=part)
+            np.multiply(part, scaling, out=part)
 
 
 def _whole_eights(factor: Tensor, ranks: int) -> Tensor:

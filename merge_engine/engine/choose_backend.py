@@ -73,9 +73,8 @@ def system() -> dict[str, str]:
 
 
 def _numba() -> str:
-    if door.loops():
-        return f"{_version('numba')}, compiled loops"
-    return "not used: it cannot be imported, so that merges on the CPU take about twice as long"
+    state = door.state()
+    return f"{_version('numba')}, {state}" if door.installed() else state
 
 
 def _version(package: str) -> str:

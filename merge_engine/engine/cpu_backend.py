@@ -32,9 +32,10 @@ class TorchBackend:
 
     @property
     def identity(self) -> str:
-        return self.name if door.loops() else f"{self.name} without Numba"
+        return self.name if door.installed() else f"{self.name} without Numba"
 
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
+        door.loops(sum(module.cost for module in plan.mine))  # all that there is to do
         return [[module] for module in plan.mine]
 
     def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Any]], side: str) -> list[Source]:
@@ -42,6 +43,7 @@ class TorchBackend:
         return [_source(task, scaling, side) for task, scaling in zip(tasks, module.scalings, strict=True)]
 
     def model_trims(self, plan: Plan, side: str) -> Trims:
+        door.loops(sum(module.cost for module in plan.mine))
         trims: Trims = {}
         for number in range(len(plan.adapters)):
             sources = _AdapterSources(plan, number, side)

@@ -4,6 +4,7 @@ Numba's cache does not see a change in a helper that lies in another file: a loo
 whoever changes this one clears the caches (`__pycache__` beside it).
 """
 
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -14,15 +15,16 @@ from numba.extending import intrinsic
 F0, F1 = np.float32(0), np.float32(1)
 
 
-def _kept_on_disk() -> bool:
-    """Whether machine code can be kept beside this file or in the user's cache."""
+def _folder() -> Path | None:
+    """Where Numba keeps machine code: beside this file or in the user's cache; None if it can nowhere."""
     try:
-        numba.njit(cache=True)(_kept_on_disk)
+        path = numba.njit(cache=True)(_folder).stats.cache_path
     except RuntimeError:  # no place for it
-        return False
-    return True
+        return None
+    return None if path is None else Path(path)
 
 
+FOLDER = _folder()
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 part = numba.njit(**OPTIONS)  # of a loop; its machine code is kept with that of its caller
 
@@ -33,10 +35,9 @@ def compiled(*signatures: Any) -> Any:
     Numba numbers the files of its cache as they come: in any other order, processes that fill it at once could take
     each other's.
     """
-    return numba.njit(list(signatures), cache=_CACHE, **OPTIONS)
+    return numba.njit(list(signatures), cache=FOLDER is not None, **OPTIONS)
 
 
-_CACHE = _kept_on_disk()
 flag, u32, i64, u64 = numba.boolean, numba.uint32, numba.int64, numba.uint64
 f32, f64 = numba.float32, numba.float64
 

@@ -1,8 +1,9 @@
 """The norm of a large matrix, and its products with a few vectors.
 
-On a CPU with one thread, compiled loops compute them where Numba is installed; else torch's operators do. BLAS is made
-for square blocks: with sixteen vectors it reaches less than half of its best speed. The loops keep the sums of several
-rows and vectors in registers, and read the matrix once for every four vectors, mostly from a cache.
+On a CPU with one thread, compiled loops compute them where Numba is installed and the matrix is not small; else torch's
+operators do. BLAS is made for square blocks: with sixteen vectors it reaches less than half of its best speed. The
+loops keep the sums of several rows and vectors in registers, and read the matrix once for every four vectors, mostly
+from a cache.
 """
 
 from types import ModuleType
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from merge_engine.loops import door
 
+_SMALL = 1 << 16  # elements of a matrix up to which operators do: the loops need not be loaded, nor compiled
 _MOST = 64  # vectors that loops multiply with columns, at most: the sums of more do not fit the L2 cache
 _LONGEST = 1 << 21  # elements of vectors that loops multiply with rows, at most: they are read for every six rows
 
@@ -61,5 +63,5 @@ def squared_norm(matrix: Tensor) -> float:
 
 
 def _loops(matrix: Tensor) -> ModuleType | None:
-    loops = door.loops()
-    return loops.matrix if loops and matrix.device.type == "cpu" and torch.get_num_threads() == 1 else None
+    large = matrix.device.type == "cpu" and matrix.numel() > _SMALL and torch.get_num_threads() == 1
+    return door.matrix_loops() if large else None

@@ -42,7 +42,7 @@ def whole(source):
 def test_thresholds_of_several_densities_from_one_sweep(shape, densities, coarse, compiled, seed):
     """Exactly the k first of a stable sort by falling magnitude stay, ties among them or not."""
     source = product(*shape, 3, seed, coarse)
-    with nullcontext() if compiled else mock.patch.object(door, "loops", lambda: None):
+    with nullcontext() if compiled else mock.patch.object(door, "installed", lambda: False):
         delta = whole(source)
         ks = [int(density * delta.numel()) for density in densities]
         exact, keeping = (trims_of_each([source], [ks], ties)[0] for ties in ("exact", "keep"))
@@ -71,7 +71,7 @@ def test_thresholds_of_several_densities_from_one_sweep(shape, densities, coarse
 def test_several_merges_of_the_same_tiles(shape, count, methods, convention, election, tied, coarse, compiled):
     """With Numba's loops and without; coarse values tie at the threshold and in the vote."""
     sources = [product(*shape, 3, seed, coarse) for seed in range(count)]
-    with nullcontext() if compiled else mock.patch.object(door, "loops", lambda: None):
+    with nullcontext() if compiled else mock.patch.object(door, "installed", lambda: False):
         asks = []
         for number, method in enumerate(methods):
             keeps = [Drop(0.5, 1, number, i) for i in range(count)]

@@ -86,7 +86,7 @@ def serve() -> None:
     """Read runs from standard input, a line each, and write the ids of the children; "wait" writes their exit codes."""
     for module in ("cli.main", "engine.merge", "into.merge"):
         importlib.import_module(f"merge_engine.{module}")
-    importlib.import_module("merge_engine.loops.door").loops()
+    importlib.import_module("merge_engine.loops.door").load()
     gc.freeze()  # or each child would go through all of it at its end
     print('"ready"', flush=True)
     pids: list[int] = []

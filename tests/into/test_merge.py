@@ -223,7 +223,7 @@ def test_memory_does_not_hold_the_model(tmp_path):
     adapters = [save_adapter(tmp_path / name, seed, shapes, shapes) for seed, name in enumerate("ab")]
     code = (
         "import torch, merge_engine, merge_engine.loops.door\n"
-        "merge_engine.loops.door.loops()\n"
+        "merge_engine.loops.door.load()\n"
         "peak = lambda: int(next(l for l in open('/proc/self/status') if 'VmHWM' in l).split()[1]) / 1e3\n"
         "before = peak()\n"
         f"merge_engine.merge_into({str(base)!r}, {[str(a) for a in adapters]}, {str(tmp_path / 'out')!r})\n"

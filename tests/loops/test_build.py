@@ -1,6 +1,6 @@
 """What the compiler makes of a loop."""
 
-import builtins
+import importlib
 import time
 
 import numpy as np
@@ -34,18 +34,24 @@ def test_vectors_are_as_wide_as_the_cpu_has_them():
 
 @pytest.mark.quick
 def test_a_compilation_says_so_and_a_cache_does_not(monkeypatch, caplog):
+    kept = pytest.importorskip("merge_engine.loops.kept")
     monkeypatch.setattr(door, "LATE", 0.05)
-    monkeypatch.setattr(door, "_was_compiled", lambda: False)
-    real = builtins.__import__
+    monkeypatch.setattr(importlib, "import_module", lambda name: time.sleep(0.5) or name)
+    monkeypatch.setattr(kept, "keep", lambda name: None)
+    for on_disk in (False, True):
+        monkeypatch.setattr(door, "_loaded", {})
+        monkeypatch.setattr(kept, "is_kept", lambda name, on_disk=on_disk: on_disk)
+        assert door._load("tile_loops") == "merge_engine.loops.tile_loops"
+        assert caplog.messages == ["compiling the loops for this CPU, once: some 10 s"]
 
-    def slow(name, *rest):
-        if name == "merge_engine.loops":
-            time.sleep(0.5)
-        return real(name, *rest)
 
-    monkeypatch.setattr(builtins, "__import__", slow)
-    assert door.loops.__wrapped__() is not None
-    assert caplog.messages == ["compiling the loops for this CPU, once: some 10 s"]
-    monkeypatch.setattr(door, "_was_compiled", lambda: True)
-    assert door.loops.__wrapped__() is not None
-    assert len(caplog.messages) == 1
+@pytest.mark.quick
+def test_numba_that_cannot_be_imported_is_reported(monkeypatch, caplog):
+    def refuses(name):
+        raise ImportError("Numba needs NumPy 2.5 or less")
+
+    monkeypatch.setattr(door, "_loaded", {})
+    monkeypatch.setattr(importlib, "import_module", refuses)
+    assert not door.load() and door.loops() is None
+    (message,) = set(caplog.messages)
+    assert message.endswith("Numba needs NumPy 2.5 or less")

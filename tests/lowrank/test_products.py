@@ -54,7 +54,7 @@ def test_edges_of_the_blocks(shape, transposed):
 
 def test_sums_of_many_terms_are_as_good_as_those_of_blas():
     """Sums of 20000 terms of one sign, of which one accumulator in float32 would lose 1e-5."""
-    if door.loops() is None:
+    if door.matrix_loops() is None:
         pytest.skip("needs Numba: of some BLAS such sums are off by 4e-6")
     matrix, block = torch.rand(8, 20000), torch.rand(4, 20000)
     for one, other in ((block, matrix), (torch.rand(4, 20000), torch.rand(20000, 8).T)):
@@ -80,7 +80,7 @@ def test_without_loops(monkeypatch):
     matrix, block = torch.randn(40, 70), torch.randn(5, 70)
     with threads(1):
         ours = times(block, matrix), squared_norm(matrix)
-        monkeypatch.setattr(door, "loops", lambda: None)
+        monkeypatch.setattr(door, "installed", lambda: False)
         theirs = times(block, matrix), squared_norm(matrix)
     assert bool(((ours[0] - theirs[0]).abs() <= 2 * bound(block, matrix)).all())
     assert ours[1] == pytest.approx(theirs[1], rel=1e-13)
@@ -128,9 +128,9 @@ def test_any_view_of_any_shape(view, shape):
 @pytest.mark.parametrize("p", [4, 64, 68])
 def test_loops_stay_within_their_tensors(shape, p):
     """NaN around what is read would show in the sums; what lies around what is written stays."""
-    if door.loops() is None:
+    if door.matrix_loops() is None:
         pytest.skip("needs Numba")
-    loops = door.loops().matrix
+    loops = door.matrix_loops()
     (m, n), around = shape, []
 
     def guarded(values: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ def test_loops_stay_within_their_tensors(shape, p):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_bits_depend_on_the_values_alone(transposed):
     """Not on where the matrix lies, nor on what memory held before."""
-    if door.loops() is None:
+    if door.matrix_loops() is None:
         pytest.skip("needs Numba: a BLAS may look at addresses")
     generator = torch.Generator().manual_seed(3)
     block, values = torch.randn(7, 1003, generator=generator), torch.randn(23 * 1003, generator=generator)

@@ -63,7 +63,7 @@ def test_what_iterations_begin_with_is_found_once(folders, monkeypatch, order):
 def test_the_number_of_threads_changes_no_bit(folders, compiled, monkeypatch):
     """With loops and without; those that cut run on one thread each, however many there are."""
     if not compiled:
-        monkeypatch.setattr(door, "loops", lambda: None)
+        monkeypatch.setattr(door, "installed", lambda: False)
     grid = [GRID[0], GRID[8], GRID[13], GRID[19], GRID[21], *SPACES[:3], SAME_SPACES[0]]
     with threads(1):
         want = [alone(folders, recipe, backend="torch") for recipe in grid]
