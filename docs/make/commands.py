@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 
-from merge_engine.cli.main import _parser
+from merge_engine.cli.main import make_parser
 from merge_engine.rules.choices import CHOICES
 
 LISTED_ELSEWHERE = ("help", "parser")
@@ -11,7 +11,7 @@ LISTED_ELSEWHERE = ("help", "parser")
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """{command: its parser}, in the order of the help text."""
-    (action,) = (each for each in _parser()._actions if isinstance(each, argparse._SubParsersAction))
+    (action,) = (each for each in make_parser()._actions if isinstance(each, argparse._SubParsersAction))
     return dict(action.choices)
 
 

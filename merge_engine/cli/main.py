@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from merge_engine.cli import compare, demo, info, merge, merge_models, normalize, recommend, search, serve
+from merge_engine.cli import compare, completion, demo, info, merge, merge_models, normalize, recommend, search, serve
 from merge_engine.cli.options import as_flag
 from merge_engine.cli.parser import Parser
 from merge_engine.errors import MergeError
 from merge_engine.version import __version__
 
-COMMANDS = (merge, merge_models, normalize, info, compare, recommend, search, serve, demo)
+COMMANDS = (merge, merge_models, normalize, info, compare, recommend, search, serve, demo, completion)
 
 
 def command() -> int:
@@ -38,7 +38,7 @@ def command() -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _parser() -> Parser:
+def make_parser() -> Parser:
+    """The parser of the whole command line."""
     parser = Parser(
         prog="merge-engine", description="Merge many LoRA adapters into one, fast, exactly and in little memory."
     )

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from merge_engine.cli.merge_models import print_pushed, print_result, write_model
+from merge_engine.cli.merge_models import say_model, say_pushed, write_model
 from merge_engine.cli.options import (
     OF_EVALUATION,
     add_command,
@@ -19,6 +19,7 @@ from merge_engine.cli.options import (
     take_output,
     take_push,
 )
+from merge_engine.cli.result import Result, result_of
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import CHOICES, KINDS
 
@@ -84,16 +85,23 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int | None:
-    from merge_engine.engine.merge import merge
-    from merge_engine.runtime.processes import asked_for
-
     given = given_options(options)
     recipe = recipe_file(given)
     if "merge_method" in recipe:
-        _mergekit(given)
+        with result_of(given) as result:
+            _mergekit(given, result)
         return None
     swept = given.get("sweep", ())
     given = {**{key: value for key, value in recipe.items() if key not in swept}, **given}
+    with result_of(given) as result:
+        return _merged(given, result)
+
+
+def _merged(given: dict[str, Any], result: Result) -> int | None:
+    """Carry out the options; what they came to goes to the result. The exit code is 1 if one of several failed."""
+    from merge_engine.engine.merge import merge
+    from merge_engine.runtime.processes import asked_for
+
     several = next((key for key in ("sweep", "merges") if key in given), None)
     if several and "into" in given:
         raise RecipeError(f"{several}: makes adapters, not full models; wanted no --into with it")
@@ -102,26 +110,32 @@ def run(options: argparse.Namespace) -> int | None:
     if not several:
         refuse(given, ("evaluate", *OF_EVALUATION, "memory"), "a sweep", "--sweep")
     if "into" in given:
-        write_model(given, given.pop("into"), given.pop("adapters"))
+        write_model(given, given.pop("into"), given.pop("adapters"), result)
         return None
     refuse(given, ("vocab", "shard_size", "dry_run"), "full models", "--into BASE")
     if asked_for().world > 1:
         raise RecipeError("ranks: a single process merges adapters into one; wanted --into BASE with several processes")
     adapters, output = given.pop("adapters"), take_output(given)
     if several:
-        return _several(adapters, output, given)
+        return _several(adapters, output, given, result)
     repo = take_push(given)
     merged = merge(adapters, output, **given)
     servers = "" if merged.server_note is None else f"; {merged.server_note}"
-    print(
+    result.say(
         f"{output}: {len(adapters)} adapters, {len(merged.ranks)} modules, "
-        f"rank up to {merged.rank}, kept energy {merged.total_energy:.4f}{servers}"
+        f"rank up to {merged.rank}, kept energy {merged.total_energy:.4f}{servers}",
+        output=output,
+        adapters=len(adapters),
+        modules=len(merged.ranks),
+        rank=merged.rank,
+        kept_energy=merged.total_energy,
+        max_lora_rank=merged.max_lora_rank,
     )
-    print_pushed(merged, repo)
+    say_pushed(merged, repo, result)
     return None
 
 
-def _several(adapters: Any, output: Any, given: dict[str, Any]) -> int:
+def _several(adapters: Any, output: Any, given: dict[str, Any], result: Result) -> int:
     """A sweep, or the merges of a recipe file; prints a table of all. The exit code is 1 if one failed."""
     from merge_engine.sweeps.run import run as run_sweep
     from merge_engine.sweeps.trials import pool_trials, sweep_trials
@@ -140,7 +154,19 @@ def _several(adapters: Any, output: Any, given: dict[str, Any]) -> int:
     except KeyboardInterrupt:
         print(f"merge-engine: interrupted; run the same command again to go on with {output}", file=sys.stderr)
         return 130
-    print(outcome.table())
+    rows = [
+        {
+            "name": row.trial.name,
+            "output": row.folder,
+            "kept_energy": row.kept_energy,
+            "seconds": row.seconds,
+            "score": row.score,
+            "metrics": row.metrics,
+            "error": row.error or None,
+        }
+        for row in outcome.rows
+    ]
+    result.say(outcome.table(), output=output, merges=rows)
     if outcome.failed:
         print(
             f"merge-engine: {len(outcome.failed)} of {len(trials)} failed; run the command again to retry them:",
@@ -151,7 +177,7 @@ def _several(adapters: Any, output: Any, given: dict[str, Any]) -> int:
     return 1 if outcome.failed else 0
 
 
-def _mergekit(given: dict[str, Any]) -> None:
+def _mergekit(given: dict[str, Any], result: Result) -> None:
     from merge_engine.mergekit.recipe import merge_recipe
 
     (file,), output, repo = given.pop("adapters"), take_output(given), take_push(given)
@@ -159,5 +185,5 @@ def _mergekit(given: dict[str, Any]) -> None:
         if key not in ("seed", "shard_size", "overwrite", "dry_run", "backend"):
             raise RecipeError(f"{key}: wanted it in {file}, a recipe of mergekit's; got it as an option")
     merged = merge_recipe(file, output, **given)
-    print_result(merged, output)
-    print_pushed(merged, repo)
+    say_model(merged, output, result)
+    say_pushed(merged, repo, result)

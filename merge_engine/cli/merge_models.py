@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output, take_push
+from merge_engine.cli.result import Result, result_of
 from merge_engine.cli.whole_models import is_whole, merge_whole, whole_options, whole_text
 from merge_engine.errors import RecipeError
 from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS
@@ -41,44 +42,58 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     given = given_options(options)
-    if is_whole(given):
-        output, repo = take_output(given), take_push(given)
-        merged = merge_whole(given, output)
-        print_result(merged, output)
-        print_pushed(merged, repo)
-        return
-    if "base" not in given:
-        raise RecipeError(f"base: {given.get('method', 'ties')} merges changes of one; wanted --base, got none")
-    write_model(given, given.pop("base"), given.pop("models"))
+    with result_of(given) as result:
+        if is_whole(given):
+            output, repo = take_output(given), take_push(given)
+            merged = merge_whole(given, output)
+            say_model(merged, output, result)
+            say_pushed(merged, repo, result)
+            return
+        if "base" not in given:
+            raise RecipeError(f"base: {given.get('method', 'ties')} merges changes of one; wanted --base, got none")
+        write_model(given, given.pop("base"), given.pop("models"), result)
 
 
-def write_model(given: dict[str, Any], base: str, inputs: list[str]) -> None:
+def write_model(given: dict[str, Any], base: str, inputs: list[str], result: Result) -> None:
+    """Merge changes of a base, and say what that came to."""
     from merge_engine.into.merge import merge_models
 
     output, repo = take_output(given), take_push(given)
     merged = merge_models(base, inputs, output, **given)
-    print_result(merged, output)
-    print_pushed(merged, repo)
+    say_model(merged, output, result)
+    say_pushed(merged, repo, result)
 
 
-def print_pushed(merged: Any, repo: str | None) -> None:
-    """Send a result to the hub, if it was asked for, and print its address; only rank 0 does."""
+def say_pushed(merged: Any, repo: str | None, result: Result) -> None:
+    """Send a result to the hub, if it was asked for, and say its address; only rank 0 does."""
     if repo is not None and int(os.environ.get("RANK", "0")) == 0:
-        print(f"{merged.path}: pushed to {merged.push_to_hub(repo)}")
+        address = merged.push_to_hub(repo)
+        result.say(f"{merged.path}: pushed to {address}", pushed_to=address)
 
 
-def print_result(merged: Any, output: Any) -> None:
-    """Print a line about a merged full model; only rank 0 does."""
+def say_model(merged: Any, output: Any, result: Result) -> None:
+    """A line about a merged full model; only rank 0 says it."""
     if int(os.environ.get("RANK", "0")) > 0:
         return
     what = (
         f"{merged.inputs} inputs, {merged.merged} tensors merged, {merged.copied} copied, {merged.nbytes / 1e9:.3g} GB"
     )
     if merged.path is None:
-        shards = len(merged.shards)
-        print(f"{output}: would be {what} in {shards} file{'s' * (shards > 1)}, in about {merged.seconds:.1f} s")
-        for name, nbytes in merged.shards.items():
-            print(f"  {name}  {nbytes / 1e6:.1f} MB")
+        shards = [f"  {name}  {nbytes / 1e6:.1f} MB" for name, nbytes in merged.shards.items()]
+        files = f"{len(shards)} file{'s' * (len(shards) > 1)}"
+        text = "\n".join([f"{output}: would be {what} in {files}, in about {merged.seconds:.1f} s", *shards])
     else:
         resumed = f", {merged.resumed} tensors finished by an earlier run" if merged.resumed else ""
-        print(f"{output}: {what}, {merged.seconds:.1f} s{resumed}")
+        text = f"{output}: {what}, {merged.seconds:.1f} s{resumed}"
+    result.say(
+        text,
+        output=output,
+        written=merged.path is not None,
+        inputs=merged.inputs,
+        merged=merged.merged,
+        copied=merged.copied,
+        resumed=merged.resumed,
+        bytes=merged.nbytes,
+        shards=merged.shards,
+        seconds=merged.seconds,
+    )

@@ -15,7 +15,7 @@ from merge_engine.rules.methods import METHODS
 # Types of the keys of a recipe file that are not fields of `Recipe`.
 _KINDS = {
     **dict.fromkeys(["output", "push", "into", "evaluate", "pattern", "results", "backend", "vocab"], str),
-    **dict.fromkeys(["overwrite", "dry_run"], bool),
+    **dict.fromkeys(["overwrite", "dry_run", "json"], bool),
 }
 
 _OURS = ("run", "parser")  # what a command adds to its options
@@ -101,6 +101,12 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         help="full models: tokens of the base, or of all inputs; default: base",
     )
     add("--shard-size", metavar="SIZE", help="full models: largest weight file, as 2GB; default: 5GB")
+    add(
+        "--json",
+        action="store_true",
+        default=None,
+        help="print one JSON object: output, seconds, warnings and others",
+    )
     add("--dry-run", action="store_true", default=None, help="full models: show sizes and time, write nothing")
 
 

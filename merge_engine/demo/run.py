@@ -1,5 +1,6 @@
 """``merge-engine demo``: merges the bundled adapters by several methods, loads each result by PEFT and measures it."""
 
+import logging
 import tempfile
 import time
 import warnings
@@ -218,6 +219,10 @@ def _quiet() -> Iterator[None]:
     import torch
     from transformers.utils import logging as chatter
 
+    # peft imports bitsandbytes, which warns on some CPUs that a kernel of the hub is missing: none is used here.
+    bitsandbytes = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
     verbosity, bars, threads = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), torch.get_num_threads()
     torch.set_num_threads(1)
     chatter.set_verbosity_error()
@@ -227,6 +232,7 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)  # what peft still calls and transformers will drop
             yield
     finally:
+        bitsandbytes.setLevel(level)
         torch.set_num_threads(threads)
         chatter.set_verbosity(verbosity)
         if bars:

@@ -25,6 +25,7 @@ from merge_engine.into.whole_job import TensorWork, WholeJob
 from merge_engine.into.write import cast
 from merge_engine.runtime.memory import new_tensor
 from merge_engine.runtime.processes import Ranks
+from merge_engine.runtime.progress import Bar
 from merge_engine.runtime.threads import ahead
 from merge_engine.whole_tensors.group import Group
 from merge_engine.whole_tensors.table import merge_group
@@ -94,19 +95,18 @@ def write_works(job: WholeJob, folder: Path, ranks: Ranks, progress: bool | None
 
     Returns how many tensors of the whole model earlier runs had finished.
     """
-    from tqdm import tqdm
-
     files = ShardFiles(folder, job.layout)
     try:
         with Journal(folder, ranks.rank) as journal:
             done = finished_keys(job.layout, files, folder)
             ranks.wait()  # no rank may add to the journal before every rank has read it
             mine = [job.works[i] for i in ranks.share([job.cost(work) for work in job.works])]
-            shown = None if progress is None and ranks.rank == 0 else not progress or ranks.rank > 0
-            with tqdm(total=sum(map(job.cost, mine)), unit="element", unit_scale=True, disable=shown) as bar:
+            work = sum(map(job.cost, mine))
+            with Bar(work, len(mine), progress if ranks.rank == 0 else False, "tensors") as bar:
                 items = merged_items(job, [work for work in mine if not done.issuperset(work.keys)])
                 for cost in ahead(lambda item: _write(job, files, journal, item), items):
-                    bar.update(cost)
+                    bar.finished(cost)
+                bar.reach(work, len(mine))  # with what an earlier run has finished
     finally:
         files.close()
     return len(done)

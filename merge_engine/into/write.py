@@ -35,6 +35,7 @@ from merge_engine.models.finetuned import Finetuned, read_finite
 from merge_engine.rules.recipe import Recipe
 from merge_engine.runtime.finite import finite
 from merge_engine.runtime.processes import Ranks
+from merge_engine.runtime.progress import Bar
 from merge_engine.runtime.threads import ahead, threads
 
 Figures = dict[str, Mapping[str, float]]  # by module; see `engine.cut.Finished`
@@ -55,8 +56,6 @@ def write_tensors(job: IntoJob, folder: Path, backend: Backend, ranks: Ranks, pr
 
     Returns how many tensors of the whole model earlier runs had finished.
     """
-    from tqdm import tqdm
-
     files = ShardFiles(folder, job.layout)
     try:
         with Journal(folder, ranks.rank) as journal:
@@ -65,13 +64,15 @@ def write_tensors(job: IntoJob, folder: Path, backend: Backend, ranks: Ranks, pr
             keys = list(job.layout.slots)
             keys = [keys[i] for i in ranks.share(_costs(job, keys))]
             plan = replace(job.plan, ranks=ranks, share=_share(job, keys))
-            shown = None if progress is None and ranks.rank == 0 else not progress or ranks.rank > 0
-            with tqdm(total=work_of(plan), unit="element", unit_scale=True, disable=shown) as bar:
+            work, count = work_of(plan), len(plan.mine)
+            with Bar(work, count, progress if ranks.rank == 0 else False) as bar:
                 ready = prepare(plan, backend, bar.update)
                 figures: Figures = {}
                 items = _items(replace(job, plan=plan), keys, done, backend, ready, figures)
                 for cost in ahead(lambda item: _write(job, files, journal, item), items):
-                    bar.update(cost)
+                    if cost:
+                        bar.finished(cost)
+                bar.reach(work, count)  # with what an earlier run has finished
                 if ranks.rank == 0:
                     warn_of_one_start(plan, figures, f"merge into {job.base.name}")
     finally:

@@ -103,3 +103,32 @@ def test_adapters_alone_are_merged_by_one_process(three, tmp_path, monkeypatch, 
     monkeypatch.setenv("RANK", "0")
     assert main(["merge", *map(str, three), "-o", str(tmp_path / "out")]) == 2
     assert "ranks: a single process merges adapters into one; wanted --into BASE" in capsys.readouterr().err
+
+
+def test_json_is_one_object_with_what_the_line_says(three, tmp_path, capsys):
+    options = ["--method", "dare_ties", "--rank", "1", "--json"]
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", *options)
+    found = json.loads(out)
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert (code, found["output"], found["adapters"]) == (0, str(tmp_path / "out"), 3)
+    assert (found["modules"], found["rank"]) == (len(report["modules"]), 1)
+    assert found["kept_energy"] == report["energy"] and found["seconds"] > 0
+    (warning,) = found["warnings"]
+    assert "rank up to 1 keeps" in warning and err == warning + "\n"
+    code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", *options)
+    assert (code, out) == (2, "") and "already exists" in err
+
+
+def test_json_of_a_model_and_of_a_sweep(tmp_path, capsys):
+    base = save_base(tmp_path / "base")
+    adapters = [save_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for more in (["--dry-run"], []):
+        code, out, _ = run_cli(capsys, "merge", "--into", base, *adapters, "-o", tmp_path / "full", "--json", *more)
+        found = json.loads(out)
+        assert (code, found["written"], found["inputs"], found["warnings"]) == (0, not more, 2, [])
+        assert found["merged"] > 0 and sum(found["shards"].values()) == found["bytes"]
+    sweep = ["--sweep", "scale=0.5,1", "--json"]
+    code, out, _ = run_cli(capsys, "merge", *adapters, "-o", tmp_path / "swept", *sweep)
+    merges = json.loads(out)["merges"]
+    assert code == 0 and len(merges) == 2
+    assert all((tmp_path / "swept" / each["name"]).samefile(each["output"]) for each in merges)
