@@ -17,7 +17,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -90,9 +91,16 @@ def run(
         if row.source:
             say("  " + line_of(row))
     if report.skipped:
-        say("\nnot run: " + "; ".join(f"{name} ({reason})" for name, reason in report.skipped.items()))
+        say("\n" + not_run(report.skipped))
     say(f"\n{time.perf_counter() - start:.0f} s of {budget:.0f} s")
     return report
+
+
+def not_run(skipped: Mapping[str, str]) -> str:
+    """What was skipped, in one line: how many workloads of each kind. The report has each with its reason."""
+    kinds = Counter(name.partition(":")[0] for name in skipped)
+    texts = [f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items()]
+    return f"not run, for want of time or memory: {len(skipped)} workloads: {', '.join(texts)}"
 
 
 def write_static(folder: Path) -> str:

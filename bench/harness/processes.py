@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.harness.measure import MIB, Contestant, Sample, nbytes_of
+from merge_engine.loops import door
 
 # Imported before the fork, whatever is measured: imports after it change how freed memory is used again, and so move
 # peaks, by 16 MiB for PEFT's 2048 x 2048 deltas. By name, since the harness imports no kind.
@@ -51,6 +52,7 @@ def _measure_peak(
     send: Any, build: Callable[..., Contestant], warm: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> None:
     try:
+        door.load()
         for each in (warm, arguments):
             contestant = build(*each)
             if contestant.ready is not None:
