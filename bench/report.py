@@ -114,7 +114,7 @@ def write_static(folder: Path) -> str:
         lines = [known | asdict(row) for row in rows]
         write_csv(folder / f"{name}.csv", list(lines[0]), lines)
         texts.append(plain_table(rows))
-    return "\n\n".join(["Estimated from machine code; nothing was run on a GPU.", *texts])
+    return "\n\n".join([static.ASSUMED, *texts])
 
 
 def say(text: str) -> None:

@@ -16,17 +16,18 @@ class Gpu:
     lanes: int  # that a processor issues an instruction for in a cycle: instructions a cycle * lanes of one
     tensor: float  # bfloat16 matrix units, flop/s
     bandwidth: float  # HBM, byte/s
+    float64: float  # matrix units or, where there are none, vector units, flop/s
     registers: int = 65536  # of 32 bits, in a processor
     warps: int = 64  # that a processor holds
 
 
 GPUS = {
-    "sm_80": Gpu("A100 80GB SXM", GPUTarget("cuda", 80, 32), 108, 1.41e9, 128, 312e12, 2.04e12),
-    "sm_90": Gpu("H100 SXM", GPUTarget("cuda", 90, 32), 132, 1.83e9, 128, 989e12, 3.35e12),
-    "sm_100": Gpu("B200", GPUTarget("cuda", 100, 32), 148, 1.85e9, 128, 2250e12, 8.0e12),
-    "sm_120": Gpu("RTX PRO 6000", GPUTarget("cuda", 120, 32), 188, 2.6e9, 128, 503e12, 1.79e12, warps=48),
-    "gfx942": Gpu("MI300X", GPUTarget("hip", "gfx942", 64), 304, 2.1e9, 64, 1307e12, 5.3e12, 131072, 32),
-    "gfx950": Gpu("MI355X", GPUTarget("hip", "gfx950", 64), 256, 2.4e9, 64, 2300e12, 8.0e12, 131072, 32),
+    "sm_80": Gpu("A100 80GB SXM", GPUTarget("cuda", 80, 32), 108, 1.41e9, 128, 312e12, 2.04e12, 19.5e12),
+    "sm_90": Gpu("H100 SXM", GPUTarget("cuda", 90, 32), 132, 1.83e9, 128, 989e12, 3.35e12, 67e12),
+    "sm_100": Gpu("B200", GPUTarget("cuda", 100, 32), 148, 1.85e9, 128, 2250e12, 8.0e12, 37e12),
+    "sm_120": Gpu("RTX PRO 6000", GPUTarget("cuda", 120, 32), 188, 2.6e9, 128, 503e12, 1.79e12, 1.95e12, warps=48),
+    "gfx942": Gpu("MI300X", GPUTarget("hip", "gfx942", 64), 304, 2.1e9, 64, 1307e12, 5.3e12, 163.4e12, 131072, 32),
+    "gfx950": Gpu("MI355X", GPUTarget("hip", "gfx950", 64), 256, 2.4e9, 64, 2300e12, 8.0e12, 78.6e12, 131072, 32),
 }
 
 

@@ -9,13 +9,14 @@ from merge_engine.kernels.search import BINS, DEVIATIONS
 from merge_engine.kernels.source import Dense
 from merge_engine.kernels.trims import CHUNK, TILES_A_PROGRAM, sample_of
 
+from bench.static import recompression
 from bench.static.cost import Cost, costs, occupancy, seconds, sweep_seconds
 from bench.static.gpus import GPUS, MODELS
 from bench.static.kernels import METHODS, SEARCH, SELECTIONS, Case
 from bench.static.pipes import clocks
+from bench.static.recompression import OPERATOR_SECONDS
 
 # Assumed of the host, which no machine code tells.
-OPERATOR_SECONDS = 5e-6  # one of the framework's
 LAUNCH_SECONDS = 20e-6  # one of Triton's
 OPERATORS = 20  # a group, at most: tests/kernels/test_trims.py counts them
 COMPILE_SECONDS = 3.0  # one kernel, cold
@@ -52,14 +53,28 @@ class KernelRow:
     binds: str
 
 
+RANK = 16  # of the adapters
+RANKS = {3: 48, 100: 64}  # of the result, by the number of adapters: the sum of the ranks, or one that was asked for
+ASSUMED = f"""\
+Estimated from machine code and from counts of operations; nothing was run on a GPU. Seconds at best.
+A whole merge reads bfloat16 adapters of rank {RANK} and makes one adapter: of rank {RANKS[3]} from 3 adapters, and of
+rank {RANKS[100]} from 100. Of `linear` only factors are multiplied, so no kernel runs.
+Assumed: an operator of the framework takes {OPERATOR_SECONDS * 1e6:.0f} us of the host, a launch of Triton's \
+{LAUNCH_SECONDS * 1e6:.0f} us, and the first
+compilation of a kernel {COMPILE_SECONDS:.0f} s; the cut to a rank runs at the published float64 rate and takes all its
+steps, and one core decomposes its small matrices; nothing overlaps. Reading and writing files is not in it."""
+
+
 @dataclass(frozen=True)
 class MergeRow:
-    """A whole merge of bfloat16 adapters of rank 16 over all modules of a model: an estimate.
+    """A whole merge of bfloat16 adapters of rank 16 over all modules of a model into one adapter: an estimate.
 
     Least seconds: of the sweeps before the merge, of the small kernels between them, of the merge pass, and of writing
     the result in bfloat16 once, which the merge pass overlaps with. kernel_seconds: their sum, where the merge pass
-    takes the larger of its two. host_seconds: operators and launches, as assumed in this file; compiles: of distinct
-    kernels, and compile_seconds, once.
+    takes the larger of its two. host_seconds: operators and launches, as assumed in this file.
+    cut_seconds: of the cut to a rank on the device, and cut_host_seconds on the host: see `recompression`.
+    seconds: the sum of kernels, host and cut, as if nothing overlapped. compiles: of distinct kernels, and
+    compile_seconds, once. first_seconds: of a merge that has to compile.
     """
 
     target: str
@@ -67,6 +82,7 @@ class MergeRow:
     model: str
     method: str
     adapters: int
+    rank: int
     sweep_seconds: float
     small_seconds: float
     merge_seconds: float
@@ -74,8 +90,12 @@ class MergeRow:
     kernel_seconds: float
     binds: str
     host_seconds: float
+    cut_seconds: float
+    cut_host_seconds: float
+    seconds: float
     compiles: int
     compile_seconds: float
+    first_seconds: float
 
 
 def kernel_rows(
@@ -104,42 +124,56 @@ def merge_rows(targets: Sequence[str] = tuple(GPUS)) -> list[MergeRow]:
         names = ("ties", "dare_ties", *SEARCH)
         found = dict(zip(names, costs([Case(name) for name in names], target), strict=True))
         for model in MODELS:
-            rows += [merge_row(found, target, model, method, n) for method in ("ties", "dare_ties") for n in (3, 100)]
+            rows += [merge_row(found, target, model, method, n) for method in ("ties", "dare_ties") for n in RANKS]
+            rows.append(merge_row(found, target, model, "linear", 3))
     return rows
 
 
 def merge_row(found: dict[str, Cost], target: str, model: str, method: str, adapters: int) -> MergeRow:
     """The estimate of one whole merge. found: the costs of what it launches."""
     modules, layers = MODELS[model]
-    total = dict.fromkeys(("sweeps", "small", "code", "tensor", "HBM"), 0.0)
+    gpu, summed, rank = GPUS[target], method == "linear", RANKS[adapters]
+    total = dict.fromkeys(("sweeps", "small", "code", "tensor", "HBM", "cut", "cut on the host"), 0.0)
     groups = 0
     for rows, columns, count in modules:
         many = count * layers
         groups += -(-many // max(1, GROUP_BYTES // (4 * rows * columns)))
-        for limit, time in seconds(found[method], target, rows, columns, adapters, 16, 2).items():
-            total[limit] += many * time
+        cut = recompression.seconds(gpu, rows, columns, many, adapters * RANK, rank, summed=summed)
+        total["cut"] += cut.device
+        total["cut on the host"] += cut.host
+        if not summed:
+            for limit, time in seconds(found[method], target, rows, columns, adapters, RANK, 2).items():
+                total[limit] += many * time
         if method == "ties":
             sweeps, small = search_seconds(found, target, rows, columns)
             total["sweeps"] += many * adapters * sweeps
             total["small"] += many * adapters * small
     merge = max(total["code"], total["tensor"])
-    launched = (2 + len(SEARCH)) if method == "ties" else 2
+    launched = {"ties": 2 + len(SEARCH), "dare_ties": 2, "linear": 0}[method]
     limits = {"sweeps": total["sweeps"], "merge": merge, "write": total["HBM"]}
+    kernels = total["sweeps"] + total["small"] + max(merge, total["HBM"])
+    host = 0.0 if summed else groups * (launched * LAUNCH_SECONDS + OPERATORS * OPERATOR_SECONDS)
+    whole = kernels + host + total["cut"] + total["cut on the host"]
     return MergeRow(
         target=target,
-        gpu=GPUS[target].name,
+        gpu=gpu.name,
         model=model,
         method=method,
         adapters=adapters,
+        rank=rank,
         sweep_seconds=total["sweeps"],
         small_seconds=total["small"],
         merge_seconds=merge,
         write_seconds=total["HBM"],
-        kernel_seconds=total["sweeps"] + total["small"] + max(merge, total["HBM"]),
-        binds=max(limits, key=lambda limit: limits[limit]),
-        host_seconds=groups * (launched * LAUNCH_SECONDS + OPERATORS * OPERATOR_SECONDS),
+        kernel_seconds=kernels,
+        binds="none" if summed else max(limits, key=lambda limit: limits[limit]),
+        host_seconds=host,
+        cut_seconds=total["cut"],
+        cut_host_seconds=total["cut on the host"],
+        seconds=whole,
         compiles=launched,
         compile_seconds=launched * COMPILE_SECONDS,
+        first_seconds=whole + launched * COMPILE_SECONDS,
     )
 
 

@@ -69,8 +69,8 @@ def test_static_figures_are_written(
 ) -> None:
     figures = 64, 64, 4, 168, 0, 9216, 0.1875, 7.46875, 3.25, 31.5, 0.0583, "issue"
     kernel = static.KernelRow("sm_90", "H100 SXM", "ties", "bf16", *figures)
-    seconds = 2.9e-3, 1.8e-4, 1.6e-3, 6.01e-4, 4.76e-3, "sweeps", 1.3e-3
-    merges = static.MergeRow("sm_90", "H100 SXM", "TinyLlama", "ties", 3, *seconds, 8, 24.0)
+    seconds = 2.9e-3, 1.8e-4, 1.6e-3, 6.01e-4, 4.76e-3, "sweeps", 1.3e-3, 0.55, 1.02, 1.576
+    merges = static.MergeRow("sm_90", "H100 SXM", "TinyLlama", "ties", 3, 48, *seconds, 8, 24.0, 25.6)
     monkeypatch.setattr(static, "kernel_rows", lambda: [kernel])
     monkeypatch.setattr(static, "merge_rows", lambda: [merges])
     assert report.main(["--only", "static", "--output", str(tmp_path)]) == 0
@@ -80,7 +80,10 @@ def test_static_figures_are_written(
             (line,) = csv.DictReader(file)
         assert {"torch", "triton", "commit"} <= set(line)
         assert {key: line[key] for key in asdict(made)} == {key: str(value) for key, value in asdict(made).items()}
-    assert "| sm_90 | H100 SXM | ties | bf16 | 64 | 64 | 4 | 168 | 0 | 9216 | 0.188 | 7.47 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| sm_90 | H100 SXM | ties | bf16 | 64 | 64 | 4 | 168 | 0 | 9216 | 0.188 | 7.47 |" in printed
+    assert "| 0.55 | 1.02 | 1.58 | 8 | 24 | 25.6 |" in printed
+    assert printed.startswith("Estimated from machine code") and "nothing was run on a GPU" in printed
 
 
 @pytest.mark.quick

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from merge_engine.kernels.launch import Launch
 
+from bench.static import recompression
 from bench.static.cost import Cost, costs, occupancy, seconds, sweep_seconds
 from bench.static.gpus import GPUS, MODELS, Gpu
 from bench.static.kernels import SEARCH, Case
@@ -43,7 +44,7 @@ def test_the_loop_is_the_longest_and_its_branches_are_cold() -> None:
 
 @pytest.mark.quick
 def test_seconds_and_occupancy_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu("", GPUS["sm_90"].target, processors=10, clock=1e9, lanes=128, tensor=1e12, bandwidth=1e9)
+    gpu = Gpu("", GPUS["sm_90"].target, processors=10, clock=1e9, lanes=128, tensor=1e12, bandwidth=1e9, float64=1e10)
     monkeypatch.setitem(GPUS, "sm_90", gpu)
     found = Cost(
         Launch(64, 64, 16, 4),
@@ -107,21 +108,32 @@ def test_a_consensus_counts_both_of_its_loops(aot: Aot) -> None:
 
 def test_rows_of_merges_add_up_and_name_the_limit_that_binds(aot: Aot) -> None:
     rows = aot(merge_rows, ["sm_90"])
-    assert [row.model for row in rows[::4]] == list(MODELS)
+    assert [row.model for row in rows[::5]] == list(MODELS)
     names = ("ties", "dare_ties", *SEARCH)
     found = dict(zip(names, aot(costs, [Case(name) for name in names], "sm_90"), strict=True))
     modules, layers = MODELS["Llama-7B"]
     many = [(m, n) for m, n, count in modules for _ in range(count * layers)]
     limits = [seconds(found["ties"], "sm_90", m, n, 3, 16, 2) for m, n in many]
     searches = [search_seconds(found, "sm_90", m, n) for m, n in many]
-    row = rows[list(MODELS).index("Llama-7B") * 4]
-    assert (row.method, row.adapters, row.compiles) == ("ties", 3, 8)
+    by_method = {(row.method, row.adapters): row for row in rows if row.model == "Llama-7B"}
+    row = by_method["ties", 3]
+    assert (row.rank, row.compiles) == (48, 8)
     assert row.sweep_seconds == pytest.approx(3 * sum(sweeps for sweeps, _ in searches))
     assert row.small_seconds == pytest.approx(3 * sum(small for _, small in searches))
     assert row.merge_seconds == pytest.approx(sum(max(limit["code"], limit["tensor"]) for limit in limits))
     assert row.write_seconds == pytest.approx(sum(limit["HBM"] for limit in limits))
     assert row.kernel_seconds == pytest.approx(row.sweep_seconds + row.small_seconds + row.merge_seconds)
     assert row.binds == "sweeps"
+    cuts = [recompression.seconds(GPUS["sm_90"], m, n, count * layers, 48, 48, summed=False) for m, n, count in modules]
+    assert row.cut_seconds == pytest.approx(sum(cut.device for cut in cuts))
+    assert row.cut_host_seconds == pytest.approx(sum(cut.host for cut in cuts))
+    # A group holds 1 GiB of deltas in float32: 16 of 4096 x 4096, and 5 of 4096 x 11008.
+    assert row.host_seconds == pytest.approx((128 / 16 + 13 + 7) * (8 * 20e-6 + 20 * 5e-6))
+    parts = row.kernel_seconds + row.host_seconds + row.cut_seconds + row.cut_host_seconds
+    assert row.seconds == pytest.approx(parts) and row.first_seconds == pytest.approx(parts + 8 * 3)
+    linear = by_method["linear", 3]
+    assert linear.kernel_seconds == linear.host_seconds == linear.compiles == 0 and linear.binds == "none"
+    assert linear.seconds == pytest.approx(linear.cut_seconds + linear.cut_host_seconds) and linear.seconds > 0
 
 
 def test_a_whole_merge_keeps_to_what_was_promised(aot: Aot) -> None:
