@@ -102,7 +102,7 @@ class TileMerge:
         addresses, stride = np.array([out.data_ptr() for out in outs], np.int64), outs[0].stride(0)
         loops = door.loops()
         assert loops is not None
-        room = scratch("room", (loops.room_for(len(found)),)).numpy()
+        room = scratch("room", (loops.room_for(found),)).numpy()
         loops.merge_tile(found, *tile, self._weights, *self._flags, np.float32(scale), addresses, stride, room)
 
 

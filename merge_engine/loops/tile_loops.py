@@ -20,9 +20,8 @@ from numba.extending import intrinsic
 from merge_engine.loops.build import F0, F1, compiled, f32, flag, i64, part, u32, u64, wide
 from merge_engine.loops.term import TERM
 
-CHUNK = 256  # columns: 16 ranks of A are 16 KiB, half of an L1 cache
+CHUNK = 256  # columns: of 32 ranks of A these are 32 KiB, and stay in an L2 cache for all rows of a tile
 ROWS = 8  # of a chunk's block
-EIGHT = 8  # ranks are added by so many at a time
 _BLOCK = ROWS * CHUNK
 _SIGN_OFF = np.uint32(0x7FFFFFFF)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -147,43 +146,70 @@ def _words(address, size):
     return _floats(address, size).view(np.uint32)
 
 
-def room_for(terms: int) -> int:
-    """Elements of scratch that `merge_tile` needs: a block of each term, votes and shares."""
-    return (terms + 4) * _BLOCK
+def _has_avx512() -> bool:
+    """Whether loops are compiled for a CPU with vectors of 512 bits."""
+    chosen = any(vars(config).get(name) for name in ("CPU_NAME", "CPU_FEATURES"))  # in place of this one
+    return not chosen and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 
-@part
-def _add_eight(a, stride, b0, b1, first, factor, out0, out1):
-    """factor * (out + eight terms of B @ A) of two rows, out being 0 at first; stride: bytes from rank to rank of A."""
-    wide()
-    size = len(out0)
-    a0, a1, a2, a3, a4, a5, a6, a7 = (
-        _floats(a, size),
-        _floats(a + stride, size),
-        _floats(a + 2 * stride, size),
-        _floats(a + 3 * stride, size),
-        _floats(a + 4 * stride, size),
-        _floats(a + 5 * stride, size),
-        _floats(a + 6 * stride, size),
-        _floats(a + 7 * stride, size),
-    )
-    p, q = _floats(b0, 8), _floats(b1, 8)
-    p0, p1, p2, p3, p4, p5, p6, p7 = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
-    q0, q1, q2, q3, q4, q5, q6, q7 = q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7]
-    if first:
-        for j in range(size):
-            x0, x1, x2, x3, x4, x5, x6, x7 = a0[j], a1[j], a2[j], a3[j], a4[j], a5[j], a6[j], a7[j]
-            s = p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3 + p4 * x4 + p5 * x5 + p6 * x6 + p7 * x7
-            t = q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3 + q4 * x4 + q5 * x5 + q6 * x6 + q7 * x7
-            out0[j] = s * factor
-            out1[j] = t * factor
-    else:
-        for j in range(size):
-            x0, x1, x2, x3, x4, x5, x6, x7 = a0[j], a1[j], a2[j], a3[j], a4[j], a5[j], a6[j], a7[j]
-            s = out0[j] + p0 * x0 + p1 * x1 + p2 * x2 + p3 * x3 + p4 * x4 + p5 * x5 + p6 * x6 + p7 * x7
-            t = out1[j] + q0 * x0 + q1 * x1 + q2 * x2 + q3 * x3 + q4 * x4 + q5 * x5 + q6 * x6 + q7 * x7
-            out0[j] = s * factor
-            out1[j] = t * factor
+# Four rows by so many columns of a product are summed in registers: 16 vectors of 512 bits, or 8 of 256.
+_LANES, _VECTORS, _UP = (16, 4, 4) if _has_avx512() else (8, 2, 4)
+_PANEL = _LANES * _VECTORS
+
+
+def room_for(terms: np.ndarray) -> int:
+    """Elements of scratch that `merge_tile` needs: a block of each term, votes and shares, and a chunk of each A."""
+    return (len(terms) + 4) * _BLOCK + int(terms["rank"].sum()) * CHUNK
+
+
+def _everywhere(builder, value, kind):
+    """The value in every lane of a vector."""
+    lanes = ir.VectorType(ir.IntType(32), kind.count)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, first, ir.Constant(lanes, [0] * kind.count))
+
+
+@intrinsic
+def _four_rows(context, panel, b0, b1, b2, b3, rank, factor, out):
+    """Write factor * (B @ A) of four rows and a panel of columns to out, whose rows are a chunk apart.
+
+    panel: A [rank, panel], b0 to b3: rows of B, all addresses. Terms are added in the order of the ranks, none fused
+    into another. No loop of Numba's keeps the sums of four rows in registers.
+    """
+
+    def generate(context, builder, signature, arguments):
+        size, real = ir.IntType(64), ir.FloatType()
+        lanes = ir.VectorType(real, _LANES)
+        panel, *rows, rank, factor, out = arguments
+
+        def at(address, floats, kind):
+            return builder.inttoptr(builder.add(address, builder.mul(floats, size(4))), kind.as_pointer())
+
+        def terms_of(k):
+            head = builder.mul(k, size(_PANEL))
+            across = [
+                builder.load(at(panel, builder.add(head, size(v * _LANES)), lanes), align=4) for v in range(_VECTORS)
+            ]
+            for row in rows:
+                x = _everywhere(builder, builder.load(at(row, k, real), align=4), lanes)
+                yield [builder.fmul(x, a) for a in across]
+
+        sums = [[cgutils.alloca_once(builder, lanes) for _ in range(_VECTORS)] for _ in rows]
+        for places, terms in zip(sums, terms_of(size(0)), strict=True):
+            for place, term in zip(places, terms, strict=True):
+                builder.store(term, place)
+        with cgutils.for_range_slice(builder, size(1), rank, size(1)) as (k, _):
+            for places, terms in zip(sums, terms_of(k), strict=True):
+                for place, term in zip(places, terms, strict=True):
+                    builder.store(builder.fadd(builder.load(place), term), place)
+        scaling = _everywhere(builder, factor, lanes)
+        for row, places in enumerate(sums):
+            for v, place in enumerate(places):
+                to = at(out, size(row * CHUNK + v * _LANES), lanes)
+                builder.store(builder.fmul(builder.load(place), scaling), to, align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, types.float32, types.int64), generate
 
 
 @part
@@ -193,19 +219,36 @@ def _copy(values, out):
 
 
 @part
-def _look(term, row, rows, start, top, left, width, out0, out1):
-    """Write one or two rows of a term from column `start` on; a tile that is held begins at (top, left)."""
+def _pack(term, start, size, out):
+    """The columns from `start` on of A, as panels [rank, _PANEL] one after the other, with zeros up to a whole one."""
+    for left in range(0, size, _PANEL):
+        columns = min(_PANEL, size - left)
+        for k in range(term.rank):
+            to = _floats(out, _PANEL)
+            _copy(_floats(term.a + 4 * (k * term.columns + start + left), columns), to[:columns])
+            to[columns:] = F0
+            out += 4 * _PANEL
+
+
+@part
+def _look(term, panels, block, rows, start, size, held, width, out):
+    """Write so many rows of a term from (block, start) on; panels: what `_pack` made there, of a product.
+
+    held: address of the same place of a tile that is held, whose rows are `width` long. out: rows are a chunk apart.
+    """
     if term.rank == 0:
-        held = term.b + 4 * ((row - top) * width + start - left)
-        _copy(_floats(held, len(out0)), out0)
-        _copy(_floats(held + 4 * (rows - 1) * width, len(out1)), out1)
-    else:
-        b0 = term.b + 4 * row * term.rank
-        b1 = b0 + 4 * (rows - 1) * term.rank
-        for k in range(0, term.rank, EIGHT):
-            a = term.a + 4 * (k * term.columns + start)
-            factor = term.scaling if k + EIGHT == term.rank else F1
-            _add_eight(a, 4 * term.columns, b0 + 4 * k, b1 + 4 * k, k == 0, factor, out0, out1)
+        for row in range(rows):
+            _copy(_floats(held + 4 * row * width, size), _floats(out + 4 * row * CHUNK, size))
+        return
+    wide()
+    stride, last = 4 * term.rank, term.b + 4 * term.rank * (block + rows - 1)
+    for left in range(0, size, _PANEL):
+        panel = panels + 4 * term.rank * left
+        for row in range(0, rows, _UP):
+            b0 = term.b + stride * (block + row)
+            b1, b2, b3 = min(b0 + stride, last), min(b0 + 2 * stride, last), min(b0 + 3 * stride, last)
+            place = out + 4 * (row * CHUNK + left)
+            _four_rows(panel, b0, b1, b2, b3, term.rank, term.scaling, place)
 
 
 @part
@@ -215,15 +258,15 @@ def _drop(t, mask, divisor, factor):
 
 
 @part
-def _over(x, limit):
-    """x where |x| > limit, else 0; asked this way round, so that NaN stays."""
-    return F0 if abs(x) <= limit else x
+def _over(x, limit, factor):
+    """factor * x where |x| > limit, else 0; asked this way round, so that NaN stays."""
+    return F0 if abs(x) <= limit else x * factor
 
 
 @part
 def _trim(t, limit):
     for j in range(len(t)):
-        t[j] = _over(t[j], limit)
+        t[j] = _over(t[j], limit, F1)
 
 
 @part
@@ -248,70 +291,79 @@ def _sign(x):
 
 
 @part
-def _vote_four(x, limits, ballots, by_sign, first, votes):
-    """votes += the ballots of four terms, whose chunks are _BLOCK apart; votes = them at first."""
-    wide()
-    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
-    b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
-    for j in range(len(votes)):
-        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        v0 = _over(x0, l0) * b0
-        v1 = _over(x1, l1) * b1
-        v2 = _over(x2, l2) * b2
-        v3 = _over(x3, l3) * b3
-        if by_sign:
-            v0, v1, v2, v3 = _sign(v0), _sign(v1), _sign(v2), _sign(v3)
-        vote = F0 if first else votes[j]
-        votes[j] = vote + v0 + v1 + v2 + v3
+def _kept_four(x, j, limits, factors):
+    """Element j of four terms, whose chunks are _BLOCK apart: factor times what is kept."""
+    return (
+        _over(x[j], limits[0], factors[0]),
+        _over(x[_BLOCK + j], limits[1], factors[1]),
+        _over(x[2 * _BLOCK + j], limits[2], factors[2]),
+        _over(x[3 * _BLOCK + j], limits[3], factors[3]),
+    )
 
 
 @part
-def _agreeing(x, limit, ballot, elects_plus):
-    """ballot * x where it is kept and on the elected side, else 0; and whether it is."""
-    x = _over(x, limit) * ballot
-    agrees = (x > F0) & elects_plus | (x < F0) & (not elects_plus)
-    return x if agrees else F0, agrees
+def _four(values):
+    """The first four, in registers."""
+    return values[0], values[1], values[2], values[3]
+
+
+@part
+def _votes(v, by_sign):
+    return (_sign(v[0]), _sign(v[1]), _sign(v[2]), _sign(v[3])) if by_sign else v
+
+
+@part
+def _vote_four(x, limits, ballots, by_sign, first, votes):
+    """votes += the ballots of four terms; votes = them at first."""
+    wide()
+    limits, ballots = _four(limits), _four(ballots)
+    for j in range(len(votes)):
+        v = _votes(_kept_four(x, j, limits, ballots), by_sign)
+        votes[j] = (F0 if first else votes[j]) + v[0] + v[1] + v[2] + v[3]
 
 
 @part
 def _sum_four(x, limits, weights, first, factor, out):
     """out = (out + what is kept of four terms, times their weights) * factor."""
     wide()
-    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
-    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    limits, weights = _four(limits), _four(weights)
     for j in range(len(out)):
-        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        v0 = _over(x0, l0) * w0
-        v1 = _over(x1, l1) * w1
-        v2 = _over(x2, l2) * w2
-        v3 = _over(x3, l3) * w3
-        total = F0 if first else out[j]
-        out[j] = (total + v0 + v1 + v2 + v3) * factor
+        v = _kept_four(x, j, limits, weights)
+        out[j] = ((F0 if first else out[j]) + v[0] + v[1] + v[2] + v[3]) * factor
+
+
+@part
+def _elects_plus(vote, tied_plus):
+    return (vote > F0) | ((vote == F0) & tied_plus)
+
+
+@part
+def _add_if_agrees(v, plus, weight, own, total, share):
+    """(total + weight * v, share + own) where v is on the elected side.
+
+    total is never -0, so that it does not change where 0 would be added.
+    """
+    agrees = (v if plus else -v) > F0
+    return total + v * weight if agrees else total, share + own if agrees else share
+
+
+@part
+def _add_agreeing_four(v, plus, weights, shares, total, share):
+    total, share = _add_if_agrees(v[0], plus, weights[0], shares[0], total, share)
+    total, share = _add_if_agrees(v[1], plus, weights[1], shares[1], total, share)
+    total, share = _add_if_agrees(v[2], plus, weights[2], shares[2], total, share)
+    return _add_if_agrees(v[3], plus, weights[3], shares[3], total, share)
 
 
 @part
 def _sum_agreeing_four(x, limits, ballots, weights, shares, votes, tied_plus, first, count, out):
     """out += what agrees with the vote of four terms, times their weights, and count += their shares; = at first."""
     wide()
-    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
-    b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
-    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
-    s0, s1, s2, s3 = shares[0], shares[1], shares[2], shares[3]
+    limits, ballots, weights, shares = _four(limits), _four(ballots), _four(weights), _four(shares)
     for j in range(len(out)):
-        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        plus = (votes[j] > F0) | ((votes[j] == F0) & tied_plus)
-        v0, agrees0 = _agreeing(x0, l0, b0, plus)
-        v1, agrees1 = _agreeing(x1, l1, b1, plus)
-        v2, agrees2 = _agreeing(x2, l2, b2, plus)
-        v3, agrees3 = _agreeing(x3, l3, b3, plus)
-        total = F0 if first else out[j]
-        share = F0 if first else count[j]
-        share += s0 if agrees0 else F0
-        share += s1 if agrees1 else F0
-        share += s2 if agrees2 else F0
-        share += s3 if agrees3 else F0
-        count[j] = share
-        out[j] = total + v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3
+        v, plus = _kept_four(x, j, limits, ballots), _elects_plus(votes[j], tied_plus)
+        total, share = (F0, F0) if first else (out[j], count[j])
+        out[j], count[j] = _add_agreeing_four(v, plus, weights, shares, total, share)
 
 
 @part
@@ -329,29 +381,13 @@ def _finish(count, divides, scale, out):
 def _merge_four(x, limits, ballots, weights, shares, by_sign, tied_plus, divides, scale, out):
     """out = `_finish` of `_sum_agreeing_four` by `_vote_four`, of four terms that are all: each is read once."""
     wide()
-    l0, l1, l2, l3 = limits[0], limits[1], limits[2], limits[3]
-    b0, b1, b2, b3 = ballots[0], ballots[1], ballots[2], ballots[3]
-    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
-    s0, s1, s2, s3 = shares[0], shares[1], shares[2], shares[3]
+    limits, ballots, weights, shares = _four(limits), _four(ballots), _four(weights), _four(shares)
     for j in range(len(out)):
-        x0, x1, x2, x3 = x[j], x[_BLOCK + j], x[2 * _BLOCK + j], x[3 * _BLOCK + j]
-        v0 = _over(x0, l0) * b0
-        v1 = _over(x1, l1) * b1
-        v2 = _over(x2, l2) * b2
-        v3 = _over(x3, l3) * b3
-        if by_sign:
-            v0, v1, v2, v3 = _sign(v0), _sign(v1), _sign(v2), _sign(v3)
-        vote = F0 + v0 + v1 + v2 + v3
-        plus = (vote > F0) | ((vote == F0) & tied_plus)
-        v0, agrees0 = _agreeing(x0, l0, b0, plus)
-        v1, agrees1 = _agreeing(x1, l1, b1, plus)
-        v2, agrees2 = _agreeing(x2, l2, b2, plus)
-        v3, agrees3 = _agreeing(x3, l3, b3, plus)
-        share = s0 if agrees0 else F0
-        share += s1 if agrees1 else F0
-        share += s2 if agrees2 else F0
-        share += s3 if agrees3 else F0
-        out[j] = _mean(F0 + v0 * w0 + v1 * w1 + v2 * w2 + v3 * w3, share, divides) * scale
+        v = _kept_four(x, j, limits, ballots)
+        votes = _votes(v, by_sign)
+        plus = _elects_plus(F0 + votes[0] + votes[1] + votes[2] + votes[3], tied_plus)
+        total, share = _add_agreeing_four(v, plus, weights, shares, F0, F0)
+        out[j] = _mean(total, share, divides) * scale
 
 
 @compiled((_terms, *_tile, f32[:, ::1], flag, flag, flag, flag, f32, i64[::1], i64, f32[::1]))
@@ -375,17 +411,21 @@ def merge_tile(
         ballots[k], shares[k] = terms[k].ballot, terms[k].share
         for s in range(len(outs)):
             weight[s, k] = weights[s, k]
-    last = address + 4 * n * _BLOCK
-    for block in range(top, bottom, ROWS):
-        end = min(block + ROWS, bottom)
-        for start in range(left, right, CHUNK):
-            size = min(CHUNK, right - start)
-            votes, count, mask = _floats(last, size), _floats(last + 4 * CHUNK, size), all_mask[:size]
+    last, panels = address + 4 * n * _BLOCK, address + 4 * (count_of_terms + 4) * _BLOCK
+    for start in range(left, right, CHUNK):
+        size = min(CHUNK, right - start)
+        votes, count, mask = _floats(last, size), _floats(last + 4 * CHUNK, size), all_mask[:size]
+        panel = panels
+        for k in range(count_of_terms):
+            _pack(terms[k], start, size, panel)
+            panel += 4 * CHUNK * terms[k].rank
+        for block in range(top, bottom, ROWS):
+            end = min(block + ROWS, bottom)
+            panel = panels
             for k in range(count_of_terms):
-                for row in range(block, end, 2):
-                    x = address + 4 * (k * _BLOCK + (row - block) * CHUNK)
-                    x0, x1 = _floats(x, size), _floats(x + 4 * CHUNK, size)
-                    _look(terms[k], row, min(2, end - row), start, top, left, width, x0, x1)
+                held = terms[k].b + 4 * ((block - top) * width + start - left)
+                _look(terms[k], panel, block, end - block, start, size, held, width, address + 4 * k * _BLOCK)
+                panel += 4 * CHUNK * terms[k].rank
             for row in range(block, end):
                 place = address + 4 * (row - block) * CHUNK
                 for k in range(count_of_terms):
@@ -415,20 +455,19 @@ def merge_tile(
 @compiled((_terms, *_tile, i64))
 def fill_tile(terms, top, bottom, left, right, out):
     """Write the tile of terms[0], which is a product, to the address out, its rows one after the other."""
-    width, spare = right - left, np.empty(CHUNK, np.float32)
+    term, width = terms[0], right - left
+    room = np.empty(_BLOCK + term.rank * CHUNK, np.float32)
+    block = np.int64(room.ctypes.data)
+    panels = block + 4 * _BLOCK
     for start in range(left, right, CHUNK):
         size = min(CHUNK, right - start)
-        for row in range(top, bottom, 2):
-            rows = min(2, bottom - row)
-            place = out + 4 * ((row - top) * width + start - left)
-            second = _floats(place + 4 * width, size) if rows == 2 else spare[:size]
-            _look(terms[0], row, rows, start, top, left, width, _floats(place, size), second)
-
-
-def _has_avx512() -> bool:
-    """Whether loops are compiled for a CPU with vectors of 512 bits."""
-    chosen = any(vars(config).get(name) for name in ("CPU_NAME", "CPU_FEATURES"))  # in place of this one
-    return not chosen and bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
+        _pack(term, start, size, panels)
+        for row in range(top, bottom, ROWS):
+            rows = min(ROWS, bottom - row)
+            _look(term, panels, row, rows, start, size, 0, 0, block)
+            for r in range(rows):
+                place = out + 4 * ((row - top + r) * width + start - left)
+                _copy(room[r * CHUNK : r * CHUNK + size], _floats(place, size))
 
 
 @intrinsic
@@ -443,17 +482,13 @@ def _collect_sixteen(context, bits, low, high, found):
         word, half = ir.IntType(32), ir.IntType(16)
         words, flags = ir.VectorType(word, 16), ir.VectorType(ir.IntType(1), 16)
 
-        def everywhere(value):
-            first = builder.insert_element(ir.Constant(words, ir.Undefined), value, ir.Constant(word, 0))
-            return builder.shuffle_vector(first, first, ir.Constant(words, [0] * 16))
-
         def count(mask):
             return builder.zext(builder.ctpop(builder.bitcast(mask, half)), ir.IntType(64))
 
         source, low, high, place = arguments
         values = builder.load(builder.inttoptr(source, words.as_pointer()), align=4)
-        values = builder.and_(values, everywhere(ir.Constant(word, int(_SIGN_OFF))))
-        least, most = everywhere(low), everywhere(high)
+        values = builder.and_(values, _everywhere(builder, ir.Constant(word, int(_SIGN_OFF)), words))
+        least, most = _everywhere(builder, low, words), _everywhere(builder, high, words)
         above = builder.icmp_unsigned(">", values, most)
         inside = builder.icmp_unsigned("<=", builder.sub(values, least), builder.sub(most, least))
         kind = ir.FunctionType(words, (words, words, flags))
@@ -503,17 +538,22 @@ def bracket_tile(terms, top, bottom, left, right, lows, widths, found, counts):
 
     The latter go to the head of found[s], which has room for the whole tile and one more. All are bits of float32.
     """
-    pair = np.empty((2, CHUNK), np.float32)
-    first, places, stride = np.int64(pair.ctypes.data), np.int64(found.ctypes.data), 4 * found.shape[1]
+    term, width = terms[0], right - left
+    room = np.empty(_BLOCK + term.rank * CHUNK, np.float32)
+    block, places, stride = np.int64(room.ctypes.data), np.int64(found.ctypes.data), 4 * found.shape[1]
+    panels = block + 4 * _BLOCK
     counts[:] = 0
     for start in range(left, right, CHUNK):
         size = min(CHUNK, right - start)
-        x0, x1 = pair[0, :size], pair[1, :size]  # used in every round, so that it lives while its address is used
-        for row in range(top, bottom, 2):
-            rows = min(2, bottom - row)
-            _look(terms[0], row, rows, start, top, left, right - left, x0, x1)
-            for r in range(rows):
-                for s in range(len(lows)):
-                    bits, place = first + 4 * r * CHUNK, places + s * stride
+        _pack(term, start, size, panels)
+        for row in range(top, bottom, ROWS):
+            rows = min(ROWS, bottom - row)
+            held = term.b + 4 * ((row - top) * width + start - left)
+            _look(term, panels, row, rows, start, size, held, width, block)
+            for s in range(len(lows)):
+                place = places + s * stride
+                for r in range(rows):
+                    bits = block + 4 * r * CHUNK
                     above, counts[s, 1] = _collect(bits, size, lows[s], widths[s], place, counts[s, 1])
                     counts[s, 0] += above
+    room[0] = F0  # it lives while its address is used
