@@ -24,6 +24,7 @@ _OVERSAMPLING = 8
 # 2048 x 2048, in seconds, Krylov against Gram: 0.02 and 1.0 at rank 16, 0.4 and 1.1 at 128, 1.9 and 1.1 at 256.
 _DENSE_FRACTION = 12
 _MAX_STEPS = 24
+_ROOM = 3  # steps whose rows find room beside those of the first: most iterations end within these
 # The estimate of `_excess` assumes that a step leaves at least this share of the excess.
 _BEST_RATIO = 0.1
 # An excess below this share of |D|_F^2 counts as none: products in float32 change the captured energy by more.
@@ -116,18 +117,18 @@ def from_matrix(
 def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float) -> tuple[Tensor, Tensor]:
     """U [k, M] orthonormal and U D [k, N], with U^T U D near the best approximation of rank k; new: `first_space`."""
     widest = min(matrix.shape) // 2
-    v = new.new_empty(0, matrix.shape[1])
+    v_rows, w_rows = _Rows(_ROOM * k), _Rows(_ROOM * k)
     w = new.new_empty(0, matrix.shape[0])  # V D^T
     gram = new.new_empty(0, 0)  # W W^T
     captured: list[float] = []
     for _ in range(_MAX_STEPS):
-        if len(v) + len(new) > widest:
+        if len(w) + len(new) > widest:
             return _eigen(matrix, k, math.inf)
-        v = torch.cat([v, new])
+        v = v_rows.extended(new)
         image = times(new, matrix)
         border = w @ image.T
         gram = torch.cat([torch.cat([gram, border], dim=1), torch.cat([border.T, image @ image.T], dim=1)])
-        w = torch.cat([w, image])
+        w = w_rows.extended(image)
         u = orthonormal(torch.linalg.eigh(gram).eigenvectors[:, -k:].T @ w)
         z = times(u, matrix.T)
         captured.append(float(z.square().sum()))
@@ -146,6 +147,25 @@ def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float)
         *(k, list(matrix.shape), _MAX_STEPS, excess / max(total - captured[-1], _NOISE * total), tolerance),
     )
     return u, z
+
+
+class _Rows:
+    """Rows to which others are added, mostly without a copy of those that are there: there is room for `more`."""
+
+    def __init__(self, more: int) -> None:
+        self._more, self._count = more, 0
+        self._memory: Tensor | None = None
+
+    def extended(self, new: Tensor) -> Tensor:
+        """All rows, the new ones last: a view."""
+        start, self._count = self._count, self._count + len(new)
+        if self._memory is None or self._count > len(self._memory):
+            grown = new.new_empty(self._count + self._more, new.shape[1])
+            if self._memory is not None:
+                grown[:start] = self._memory[:start]
+            self._memory = grown
+        self._memory[start : self._count] = new
+        return self._memory[: self._count]
 
 
 def _excess(captured: Sequence[float], total: float) -> float:
