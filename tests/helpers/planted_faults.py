@@ -41,7 +41,7 @@ FAULTS = [
         "cpu/select.py", "kth.bits).view(np.float32)), kth.quota", "kth.bits).view(np.float32)), kth.equal", "tests/cpu"
     ),
     Fault("cpu/overlap.py", "opposed=((shared - agreeing) / 2)", "opposed=((shared + agreeing) / 2)", "tests/compare"),
-    Fault("loops/tile_loops.py", "share += s0 if agrees0 else F0", "share += s0", "tests/loops tests/cpu"),
+    Fault("loops/tile_loops.py", "share + own if agrees else share", "share + own", "tests/loops tests/cpu"),
     Fault(
         "lowrank/auto_scale.py",
         "if merged_norm == 0:\n        return 1.0",
