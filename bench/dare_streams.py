@@ -1,17 +1,22 @@
 """DARE in the drop-in: torch's random stream, which gives PEFT's masks, beside Philox and stock PEFT.
 
-    python -m bench.dare_streams
+    python -m bench.dare_streams [--output bench/results]
 
-Processor seconds of one thread, the least of several rounds.
+Processor seconds of one thread, the least of several rounds; written to dare_streams.csv.
 """
 
+import argparse
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from bench.harness import machine
+from bench.reporting.files import write_csv
 
 NAMES, WEIGHTS = ["sql", "chat", "ads"], [2.0, 1.0, 1.0]
 WORK = (("dare_linear", 88, 3), ("dare_linear_svd", 2, 2))  # (type, layers of 2048 x 2048, rounds)
@@ -45,13 +50,20 @@ def stock(model: Any, *arguments: Any, **options: Any) -> None:
 def main() -> None:
     from merge_engine.peft_backend import add_weighted_adapter
 
+    parser = argparse.ArgumentParser(prog="python -m bench.dare_streams", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), help="folder to write into")
+    options = parser.parse_args()
+    known = {"machine": machine.processor()} | machine.versions(("torch", "peft", "merge-engine"))
+    rows: list[dict[str, Any]] = []
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for combination, layers, rounds in WORK:
         model = model_of(layers)
         ways = {rng: seconds(model, add_weighted_adapter, combination, rounds, rng=rng) for rng in ("torch", "philox")}
         ways["PEFT"] = seconds(model, stock, combination, rounds)
+        rows += [known | {"type": combination, "layers": layers, "rng": way, "processor": s} for way, s in ways.items()]
         print(f"{combination}, {layers} layers:", ", ".join(f"{way} {took:.2f} s" for way, took in ways.items()))
+    write_csv(options.output / "dare_streams.csv", list(rows[0]), rows)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,20 @@ in between. It needs 2.7 GB of disk for three adapters in bfloat16 and their res
 """
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench.harness import machine
 from bench.harness.inputs import LAYERS, RANK, SCALING, TINY_LLAMA, Shapes, factors, llama
+from bench.reporting.files import write_csv
 from merge_engine.files.safetensors_writer import SafetensorsWriter
 
 MODELS = {"Llama-70B": (llama(8192, 1024, 28672), 80), "TinyLlama": (TINY_LLAMA, LAYERS)}  # shapes and layers
@@ -59,6 +63,16 @@ def child(code: str, *arguments: str) -> str:
     return subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def _add(row: dict[str, Any], folder: Path) -> None:
+    """Put a row into large_model.csv, in place of one of the same work."""
+    path, work = folder / "large_model.csv", ("model", "layers", "adapters", "method")
+    others: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            others = [each for each in csv.DictReader(file) if any(each[key] != str(row[key]) for key in work)]
+    write_csv(path, list(row), [*others, row])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.large_model", description=__doc__.split("\n")[0])
     parser.add_argument("--model", choices=MODELS, default="Llama-70B")
@@ -67,6 +81,7 @@ def main() -> None:
     parser.add_argument("--method", default="tsv")
     parser.add_argument("--scale", default="auto")
     parser.add_argument("--folder", type=Path, help="where files are made, and removed (default: a temporary folder)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="put a row into DIR/large_model.csv, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         shapes, layers = MODELS[options.model]
@@ -86,6 +101,11 @@ def main() -> None:
         child("import torch")
         importing = time.perf_counter() - started
         copying = float(child(COPY, sources, str(Path(folder, "copy")), str(written)))
+        if options.output is not None:
+            row = {"model": options.model, "layers": layers, "adapters": options.adapters, "method": options.method}
+            row |= {"seconds": whole, "processor": found["processor"], "peak_gb": found["peak_gb"]}
+            row |= {"importing": importing, "copying": copying}
+            _add({"machine": machine.processor()} | machine.versions(("torch", "merge-engine")) | row, options.output)
         print(f"{options.model}, {layers} layers, {options.adapters} adapters of rank {RANK}, {options.method}:")
         print(f"  whole process  {whole:.1f} s, {found['processor']:.1f} s of CPUs, peak {found['peak_gb']:.2f} GB")
         print(f"  kept energy    {found['energy']:.6f}")

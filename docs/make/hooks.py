@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import commands  # noqa: E402
+import figures  # noqa: E402
 import measured  # noqa: E402
 
 SHOWN = ("*.png", "*.csv")  # of bench/results
@@ -39,7 +40,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links from docs/ to files of the repository lead to where the site has them."""
+    """Links from docs/ to files of the repository lead to where the site has them; figures lose their marks."""
+    markdown = figures.MARK.sub(r"\3", markdown)
     if "/" in page.file.src_uri:
         return markdown
     return _LINK.sub(lambda found: MOVED.get(found[0], found[0].removeprefix("../")), markdown)

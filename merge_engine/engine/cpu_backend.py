@@ -35,7 +35,8 @@ class TorchBackend:
         return self.name if door.installed() else f"{self.name} without Numba"
 
     def groups(self, plan: Plan) -> list[list[ModulePlan]]:
-        door.loops(sum(module.cost for module in plan.mine))  # all that there is to do
+        if not plan.by_factors:
+            door.loops(sum(module.cost for module in plan.mine))  # all that there is to do
         return [[module] for module in plan.mine]
 
     def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Any]], side: str) -> list[Source]:

@@ -1,5 +1,6 @@
 """Which loops have machine code on disk, in the folder that Numba keeps it in; and a process that puts it there."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -28,9 +29,10 @@ def is_kept(name: str) -> bool:
 def keep(name: str) -> None:
     """Mark that the module's machine code is on disk, all of it."""
     if FOLDER is not None and not is_kept(name):
-        for old in FOLDER.glob(f"{name}.*.complete"):
-            old.unlink(missing_ok=True)
-        (FOLDER / _mark(name)).touch()
+        with contextlib.suppress(OSError):  # without a mark there is one more look at the disk
+            for old in FOLDER.glob(f"{name}.*.complete"):
+                old.unlink(missing_ok=True)
+            (FOLDER / _mark(name)).touch()
 
 
 @functools.cache
