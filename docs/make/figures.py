@@ -140,9 +140,10 @@ for _type in ("ties", "dare_ties"):
         f"into_{_type}": ratio("mergekit-yaml", "merge-engine", **_work),
         f"into_{_type}_ours": time(contestant="merge-engine", **_work),
         f"into_{_type}_mergekit": time(contestant="mergekit-yaml", **_work),
-        f"into_{_type}_memory": amount("peak_mib", GIB, 1 / 1024, contestant="merge-engine", **_work),
-        f"into_{_type}_mergekit_memory": amount("peak_mib", GIB, 1 / 1024, contestant="mergekit-yaml", **_work),
     }
+    for _who in ("merge-engine", "mergekit-yaml") if _type == "ties" else ():
+        _key = f"into_ties_{_who.replace('-', '_')}_memory"
+        FIGURES[_key] = amount("peak_mib", GIB, 1 / 1024, contestant=_who, **_work)
 for _name, _part in {
     "whole": "whole",
     "thresholds": "thresholds",
@@ -155,11 +156,9 @@ for _name, _grid in {"scales": "ties, density x scale", "weights": "ties, densit
     FIGURES[f"many_{_name}"] = ratio("singly", "merge_many", **_of("many", f"{_grid} 8x r16 1 layers d0.2 fp32"))
 for _name, _what in {"factors": "ties of factors", "linear": "linear", "ties": "ties"}.items():
     _work = _of("session", f"{_what}, other weights 8x r16 1 layers d0.2 fp32")
-    FIGURES |= {
-        f"session_{_name}": ratio("singly", "Session", **_work),
-        f"session_{_name}_ours": time(contestant="Session", **_work),
-        f"session_{_name}_singly": time(contestant="singly", **_work),
-    }
+    FIGURES[f"session_{_name}"] = ratio("singly", "Session", **_work)
+    if _name == "linear":
+        FIGURES |= {f"session_linear_{_who}": time(contestant=_who, **_work) for _who in ("singly", "Session")}
 for _name in (
     "linear|linear, auto|tsv|tsv, auto|tsv, auto, rank 8|iso_c|actmat|actmat, ridge .3|magnitude_prune d=.2|ties d=.2|"
     "ties d=.2, rank 8|ties d=.5, knots|dare_linear d=.2|dare_ties d=.5|linear, factors|ties d=.5, factors"
