@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from merge_engine.errors import OutputError, writing
+from merge_engine.files.local_names import shown_name, shown_names
 from merge_engine.files.locate import hub_ids
 from merge_engine.files.safetensors_writer import SafetensorsWriter
 from merge_engine.formats.adapter import KEY_PREFIX, Adapter, Expert, Module, saves, short_name
@@ -165,9 +166,9 @@ class AdapterWriter:
         licence = agreed_licence([adapter.path for adapter in self._adapters])
         card = Card(
             "Merged LoRA adapter",
-            f"Made by merge-engine{f' for the base model `{base}`' if base else ''} from:",
+            f"Made by merge-engine{f' for the base model `{shown_name(base)}`' if base else ''} from:",
             "adapter",
-            list(zip(sources, weights, strict=True)),
+            list(zip(shown_names(sources), weights, strict=True)),
             made_by,
             front_matter(
                 hub_ids([base, *sources]), "adapter", self.library, ["lora", "merge", "merge-engine"], licence

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import writing
+from merge_engine.files.local_names import shown_name, shown_names
 from merge_engine.files.locate import hub_ids
 from merge_engine.files.shards import INDEX_FILE, Layout
 from merge_engine.formats.checkpoint import MODEL_CONFIG, Checkpoint
@@ -81,9 +82,9 @@ def _card(base: Checkpoint, plan: Plan, made_by: Mapping[str, Any], added: Mappi
     return (
         Card(
             "Merged model",
-            f"Made by merge-engine: `{base.source}` with these merged into it:",
+            f"Made by merge-engine: `{shown_name(base.source)}` with these merged into it:",
             "input",
-            list(zip(sources, plan.weights, strict=True)),
+            list(zip(shown_names(sources), plan.weights, strict=True)),
             made_by,
             front_matter(hub_ids([base.source, *sources]), "merge", "transformers", ["merge", "merge-engine"], licence),
             use_of_model(base.config, base.companions()),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from merge_engine.errors import writing
+from merge_engine.files.local_names import names_of_paths, renamed, shown_names
 from merge_engine.files.locate import hub_ids
 from merge_engine.files.shards import INDEX_FILE
 from merge_engine.formats.checkpoint import MODEL_CONFIG, Checkpoint
@@ -83,7 +84,8 @@ def write_files(job: WholeJob, folder: Path) -> None:
     use = use_of_model(json.loads(str(files[MODEL_CONFIG])), files)
     seed = f" --seed {job.seed}" if job.seed else ""
     repeats = f"{MERGEKIT_FILE}{seed}" if MERGEKIT_FILE in files and not job.published else ""
-    files[CARD] = merge_card([each.source for each in job.sources], front, recipe, use, repeats)
+    told = renamed(recipe, names_of_paths([recipe]))
+    files[CARD] = merge_card(shown_names(each.source for each in job.sources), front, told, use, repeats)
     for name, content in files.items():
         with writing(folder / name):
             (folder / name).parent.mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ _IN_HERE = "In this folder, or with its path in place of `.`:"
 class Card:
     """What a model card says.
 
-    front: the front matter, for the hub: see `front_matter`. inputs: where each input came from, and its weight.
+    front: the front matter, for the hub: see `front_matter`. inputs: what each input is called, and its weight.
     recipe: {field: value}, resolved. more: lines after the recipe. use: lines on how to load the output.
     """
 

@@ -176,12 +176,22 @@ def test_a_result_is_pushed_with_a_card_of_its_new_place(llamas, tmp_path, capsy
     (commit,) = pretended_hub.commits
     on_disk = bytes_of(tmp_path / "out")
     assert commit.repo == "user/merged" and commit.files.keys() == on_disk.keys()
-    assert {name for name in on_disk if commit.files[name] != on_disk[name]} == {"README.md"}
+    told = {"README.md", "adapter_config.json", "merge_report.json", "recipe.yaml"}
+    assert {name for name in on_disk if commit.files[name] != on_disk[name]} == told
+    root = str(llamas[0].parent).encode()
+    assert all(root in on_disk[name] for name in told) and not any(root in sent for sent in commit.files.values())
     card = commit.files["README.md"].decode()
     assert 'PeftModel.from_pretrained(model, "user/merged")' in card and "--lora-modules merged=user/merged" in card
+    assert 'from_pretrained("base")' in card and "| sql | 1.0 |" in card
+    sent = {name: commit.files[name].decode() for name in told}
+    assert yaml.safe_load(sent["recipe.yaml"])["adapters"] == ["sql", "chat", "ads"]
+    config, local = json.loads(sent["adapter_config.json"]), json.loads(on_disk["adapter_config.json"])
+    assert config == local | {"base_model_name_or_path": "base"}
     code, out, err = run_cli(capsys, "merge", *llamas[1], "-o", "model", "--into", llamas[0], "--push", "user/model")
     assert (code, err) == (0, "") and out.endswith("model: pushed to https://huggingface.co/user/model\n")
-    assert 'from_pretrained("user/model")' in pretended_hub.commits[1].files["README.md"].decode()
+    files = pretended_hub.commits[1].files
+    assert 'from_pretrained("user/model")' in files["README.md"].decode()
+    assert not any(root in files[name] for name in files) and yaml.safe_load(files["recipe.yaml"])["into"] == "base"
 
 
 def test_a_push_that_cannot_be_is_refused_before_the_merge(llamas, tmp_path, capsys, pretended_hub):

@@ -227,7 +227,7 @@ def test_the_report_and_the_card(tmp_path):
     assert yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]) == told
     sources = {"adapters": [str(tmp_path / name) for name in ("one", "two")]}
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text()) == sources | told
-    assert f"| {tmp_path / 'one'} | 0.5 |" in card
+    assert "| one | 0.5 |" in card and str(tmp_path) not in card
 
 
 def test_factors_of_a_wrong_shape_or_name(tmp_path):
