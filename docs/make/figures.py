@@ -169,6 +169,23 @@ for _name in (
         f"demo_{_key}_scale": amount("best_scale", "{:g}", name=_name),
         f"demo_{_key}_tuned": amount("best_mean", "{:.1f}", name=_name),
     }
+_svd_merge, _svd_merge_of = "kohya's svd_merge", _of("svd_merge", "linear 3x r32 3072x3072 d0.2 fp32")
+for _type in ("linear", "ties"):
+    _work = _of("image", f"{_type} 3x r32 19 layers of Flux d0.2 bf16")
+    FIGURES |= {
+        f"image_{_type}": time(contestant="merge-engine", **_work),
+        f"image_{_type}_cpu": amount("processor", "{:.0f} s", contestant="merge-engine", **_work),
+        f"image_{_type}_memory": amount("peak_mib", GIB, 1 / 1024, contestant="merge-engine", **_work),
+    }
+    if _type == "linear":
+        _whole = {"contestant": f"{_svd_merge}, extrapolated from one layer", **_work}
+        FIGURES["image_svd_merge"] = amount("seconds", "{:.1f} hours", 1 / 3600, **_whole)
+FIGURES |= {
+    "svd_merge": time(contestant=_svd_merge, **_svd_merge_of),
+    "svd_merge_ours": time(contestant="merge-engine", **_svd_merge_of),
+    "image_matmul": amount("matmul_gflop_s", "{:.0f}", contestant=_svd_merge, **_svd_merge_of),
+    "matmul": amount("matmul_gflop_s", "{:.0f}", contestant="tiled", **TIES),
+}
 for _type in ("dare_linear", "dare_linear_svd"):
     for _way in ("PEFT", "torch", "philox"):
         FIGURES[f"{_type}_{_way}"] = amount("processor", "{:.2f} s", type=_type, rng=_way)

@@ -4,7 +4,7 @@ import csv
 from itertools import groupby
 from pathlib import Path
 
-REPORTS = ("cpu", "epyc")
+REPORTS = ("cpu", "epyc", "image")
 
 
 def page(folder: Path) -> str:
