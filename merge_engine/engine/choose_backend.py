@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -14,6 +15,7 @@ from merge_engine.runtime.processes import gpu
 from merge_engine.version import __version__
 
 BACKENDS = ("auto", "triton", "torch")
+_MISSING = "not installed"
 VARIABLE = "MERGE_ENGINE_BACKEND"
 
 
@@ -26,8 +28,8 @@ def choose(name: str | None = None) -> Backend:
     name = name or os.environ.get(VARIABLE) or "auto"
     if name not in BACKENDS:
         raise RecipeError(f"backend: wanted one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "torch":
-        return TorchBackend()
+    if name == "torch" or (name == "auto" and not torch.cuda.is_available()):
+        return TorchBackend()  # without Triton's import, of 0.2 s
     device, reason = triton_device()
     if device is None or (name == "auto" and device.type == "cpu"):
         if name == "triton":
@@ -40,6 +42,9 @@ def choose(name: str | None = None) -> Backend:
 
 def triton_device() -> tuple[torch.device | None, str]:
     """(where Triton's kernels can run, why): this process's GPU (`ranks.gpu`), the CPU if interpreted, or None."""
+    if not (torch.cuda.is_available() or "triton" in sys.modules or os.environ.get("TRITON_INTERPRET")):
+        if (found := _version("triton")) != _MISSING:  # to import it would take 0.2 s, and 3.9 reports leaks at the end
+            return None, f"triton {found} sees no CUDA or ROCm device"
     try:
         import triton
     except ImportError as error:
@@ -81,4 +86,4 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return _MISSING

@@ -1,6 +1,7 @@
 """Which backend merges, and why."""
 
 import builtins
+import sys
 
 import pytest
 import torch
@@ -89,3 +90,13 @@ def test_which_gpus_the_kernels_have_a_launch_for():
 
     assert all(map(has_launch, ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "cpu")))
     assert not any(map(has_launch, ("sm_75", "gfx1100", "gfx1201")))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="triton is imported here")
+def test_without_a_gpu_triton_is_not_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert choose().name == "torch"
+    assert triton_device()[1].endswith("sees no CUDA or ROCm device")
+    assert "triton" not in sys.modules
