@@ -4,9 +4,16 @@ A message names the subject (file, adapter, tensor), what was wanted and what wa
 ``sql: lora_B of model.layers.3.self_attn.q_proj is [2048, 8], wanted rank 16 from adapter_config.json``.
 """
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_LONGEST = 2000  # letters of a message that are printed
+_values = reprlib.Repr()
+_values.maxstring = _values.maxother = 100
+_values.maxlevel = 2
 
 
 class MergeError(ValueError):
@@ -27,6 +34,21 @@ class OutputError(MergeError):
 
 class ModelError(MergeError):
     """A full model that is missing, damaged, or does not fit what is to be merged with it or into it."""
+
+
+def shown(value: Any, *, quoted: bool = True) -> str:
+    """The ``repr`` of a value from a file, of which a large or deep one is shortened. quoted: text, too."""
+    return _values.repr(value) if quoted or not isinstance(value, str) else value
+
+
+def shortened(text: str) -> str:
+    """A message, of which a long one is cut in the middle."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} ... {text[-495:]}"
+
+
+def printable(text: str) -> str:
+    """One line for a terminal: what a file calls its tensors may hold any letter, as one that clears the screen."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 @contextmanager

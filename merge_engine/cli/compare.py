@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.cli.options import add_command, given_options
-from merge_engine.cli.parser import split_list
+from merge_engine.cli.parser import show, split_list
 from merge_engine.errors import OutputError, RecipeError
 
 COMPARE_EXAMPLES = """\
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     if "html" in files and find_spec("matplotlib") is None:
         raise RecipeError("html: needs matplotlib; wanted: pip install 'merge-engine[report]'")
     result = interference(**given)
-    print(result.table())
+    show(result.table())
     if "json" in files:
         write_text(files["json"], json.dumps(result.as_dict(), allow_nan=False) + "\n")
     if "html" in files:

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from merge_engine.cli.options import add_command
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, printable
 
 INFO_EXAMPLES = """\
 examples:
@@ -73,15 +73,15 @@ def _figures(source: str) -> dict[str, Any]:
 
 
 def _show(adapter: dict[str, Any]) -> None:
-    modules = adapter["modules"]
+    modules = [{**module, "module": printable(module["module"])} for module in adapter["modules"]]
     ranks = sorted({module["rank"] for module in modules})
-    print(f"{adapter['name']}: {adapter['path']}")
+    print(printable(f"{adapter['name']}: {adapter['path']}"))
     print(f"  family      {adapter['family']}")
-    print(f"  base model  {adapter['base_model']}")
+    print(printable(f"  base model  {adapter['base_model']}"))
     print(f"  modules     {len(modules)}, rank {', '.join(map(str, ranks))}")
     print(f"  size        {adapter['bytes'] / 1e6:.2f} MB")
     if adapter["others"]:
-        print(f"  others      {', '.join(adapter['others'])}")
+        print(f"  others      {', '.join(map(printable, adapter['others']))}")
     width = max((len(module["module"]) for module in modules), default=6)
     print(f"  {'module':{width}}  {'kind':9}  {'delta':>15}  rank  scaling  norm of delta")
     for module in modules:

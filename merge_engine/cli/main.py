@@ -6,6 +6,7 @@ reported in one line; 130 interrupted; 141 the reader of the output has gone, as
 
 import gc
 import io
+import logging
 import os
 import sys
 import warnings
@@ -14,8 +15,8 @@ from typing import Any
 
 from merge_engine.cli import compare, completion, demo, info, merge, merge_models, normalize, recommend, search, serve
 from merge_engine.cli.options import as_flag
-from merge_engine.cli.parser import Parser
-from merge_engine.errors import MergeError
+from merge_engine.cli.parser import Parser, Printable
+from merge_engine.errors import MergeError, printable, shortened
 from merge_engine.version import __version__
 
 COMMANDS = (merge, merge_models, normalize, info, compare, recommend, search, serve, demo, completion)
@@ -31,6 +32,8 @@ def command() -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Printable())
     code = main()
     gc.freeze()  # so that the interpreter does not collect at its end
     return code
@@ -52,11 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at its end
         return 141
     except OSError as error:
-        print(f"merge-engine: error: {error}", file=sys.stderr)
+        print(f"merge-engine: error: {printable(str(error))}", file=sys.stderr)
         return 1
     except MergeError as error:
-        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"merge-engine: error: {rank}{as_flag(str(error), options)}", file=sys.stderr)
+        several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+        rank = f"rank {os.environ['RANK']}: " if several else ""
+        print(f"merge-engine: error: {printable(shortened(rank + as_flag(str(error), options)))}", file=sys.stderr)
         return 2
     return code or 0
 
@@ -75,4 +79,4 @@ def make_parser() -> Parser:
 
 
 def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    print(f"merge-engine: warning: {message}", file=sys.stderr)
+    print(f"merge-engine: warning: {printable(shortened(str(message)))}", file=sys.stderr)

@@ -20,7 +20,7 @@ from merge_engine.cli.options import (
     take_push,
 )
 from merge_engine.cli.result import Result, result_of
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, printable
 from merge_engine.rules.choices import CHOICES, KINDS
 
 MERGE_EXAMPLES = """\
@@ -173,7 +173,7 @@ def _several(adapters: Any, output: Any, given: dict[str, Any], result: Result) 
             file=sys.stderr,
         )
         for row in outcome.failed:
-            print(f"  {row.trial.name}: {row.error}", file=sys.stderr)
+            print(printable(f"  {row.trial.name}: {row.error}"), file=sys.stderr)
     return 1 if outcome.failed else 0
 
 

@@ -2,14 +2,30 @@
 
 import argparse
 import difflib
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
+from merge_engine.errors import printable
+
 LISTS = ("--weights", "--density", "--sweep")  # options that take several values
 _END = "\n"  # between values that were joined; no value holds it
 _INVALID = re.compile(r"argument (?P<flag>[^:]+): (?P<text>.*)", re.DOTALL)
+
+
+def show(text: str) -> None:
+    """Print a table or a text, with what a terminal would obey escaped."""
+    print("\n".join(map(printable, text.split("\n"))))
+
+
+class Printable(logging.Formatter):
+    """Warnings that are logged, each on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a warning."""
+        return printable(super().format(record))
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         found = _INVALID.fullmatch(message)
         if found:
             message = f"{found['flag'].split('/')[-1]}: {found['text']}"
-        print(f"merge-engine: error: {message}; see {self.prog} --help", file=sys.stderr)
+        print(printable(f"merge-engine: error: {message}; see {self.prog} --help"), file=sys.stderr)
         raise SystemExit(2)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.cli.options import add_command, given_options
+from merge_engine.cli.parser import show
 from merge_engine.errors import OutputError
 
 RECOMMEND_EXAMPLES = """\
@@ -33,6 +34,6 @@ def run(options: argparse.Namespace) -> None:
     if path is not None and path.exists() and not overwrite:
         raise OutputError(f"{path} already exists; pass --overwrite to replace it")
     found = recommend(given["adapters"])
-    print(found.text())
+    show(found.text())
     if path is not None:
         write_text(path, json.dumps(found.as_dict(), allow_nan=False, indent=2) + "\n")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from merge_engine.cli.parser import Printable, show
+
 
 class Result:
     """Facts by name, and the lines that say them."""
@@ -21,7 +23,7 @@ class Result:
         """Print the line, unless facts are wanted; these are taken note of."""
         self.facts |= facts
         if not self._as_json:
-            print(text)
+            show(text)
 
 
 @contextmanager
@@ -49,7 +51,7 @@ def _noted() -> Iterator[list[str]]:
     noted: list[str] = []
     shown, logger = warnings.showwarning, logging.getLogger("merge_engine")
 
-    def show(message: Any, *rest: Any, **more: Any) -> None:
+    def note(message: Any, *rest: Any, **more: Any) -> None:
         noted.append(str(message))
         shown(message, *rest, **more)
 
@@ -59,9 +61,10 @@ def _noted() -> Iterator[list[str]]:
             super().emit(record)
 
     handler = Note(sys.stderr)
+    handler.setFormatter(Printable())
     handler.setLevel(logging.WARNING)
     logger.addHandler(handler)
-    warnings.showwarning = show
+    warnings.showwarning = note
     try:
         yield noted
     finally:

@@ -13,7 +13,8 @@ from merge_engine.cli.options import (
     take_evaluation,
     take_output,
 )
-from merge_engine.errors import RecipeError
+from merge_engine.cli.parser import show
+from merge_engine.errors import RecipeError, printable
 
 SEARCH_EXAMPLES = """\
 examples:
@@ -72,8 +73,8 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"merge-engine: interrupted; run the same command again to go on with {output}", file=sys.stderr)
         return 130
-    print(found.table())
+    show(found.table())
     print(found.where())
     for trial in found.failed:
-        print(f"merge-engine: trial {trial.number} failed: {trial.error}", file=sys.stderr)
+        print(printable(f"merge-engine: trial {trial.number} failed: {trial.error}"), file=sys.stderr)
     return 1 if found.failed else 0

@@ -122,7 +122,7 @@ def _of(name: str, values: Any, number: int, count: int, default: float | None) 
 
 def _named(model: str, base: str | None) -> str:
     """The model, or the base with an adapter on it."""
-    if not (Path(os.path.expanduser(model)) / "adapter_config.json").is_file():
+    if not os.path.isfile(Path(os.path.expanduser(model)) / "adapter_config.json"):
         return model
     if base is None:
         raise RecipeError(f"base: {model} is an adapter; wanted the model that it is on (--base), got none")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from merge_engine.errors import OutputError
-from merge_engine.files.locate import is_hub_id
+from merge_engine.files.locate import answer, is_hub_id
 
 
 def check_push(repo: str, token: str | None = None) -> None:
@@ -14,7 +14,7 @@ def check_push(repo: str, token: str | None = None) -> None:
     if not isinstance(repo, str) or not is_hub_id(repo):
         raise OutputError(f"push: wanted a hub id user/repo, got {repo!r}")
     try:
-        huggingface_hub.HfApi(token=token).whoami()
+        answer(huggingface_hub.HfApi(token=token).whoami)
     except Exception as failure:
         raise OutputError(f"push: the hub does not say who asks: {_first_line(failure)}") from failure
 
@@ -40,7 +40,7 @@ def push(
             for name, file in zip(names, files, strict=True)
         ]
         api = huggingface_hub.HfApi(token=token)
-        address = api.create_repo(repo, private=private, exist_ok=True)
+        address = answer(lambda: api.create_repo(repo, private=private, exist_ok=True))
         api.create_commit(repo, operations, commit_message="A merge by merge-engine")
     except Exception as failure:  # the hub raises its own, httpx's and OS errors
         raise OutputError(f"{path} is complete, but could not be pushed to {repo}: {_first_line(failure)}") from failure

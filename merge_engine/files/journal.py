@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import OutputError, writing
+from merge_engine.errors import OutputError, shown, writing
 
 _PREFIX = ".journal."
 
@@ -92,6 +92,7 @@ def remove_journal(folder: Path) -> None:
 def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     old, new = found.get(key), wanted.get(key)
     if isinstance(old, dict) and isinstance(new, dict):
-        part = next(part for part in sorted(old.keys() | new.keys()) if old.get(part) != new.get(part))
+        parts = sorted(old.keys() | new.keys())
+        part = next(part for part in parts if (part in old, old.get(part)) != (part in new, new.get(part)))
         return f"{key} ({part})" if isinstance(old.get(part), dict) else _difference(part, old, new)
-    return f"{key} (it was {old}, now {new})"
+    return f"{key} (it was {shown(old, quoted=False)}, now {shown(new, quoted=False)})"

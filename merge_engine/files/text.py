@@ -1,12 +1,13 @@
 """Text files: YAML and JSON that give no key twice, and files that appear whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import RecipeError, writing
+from merge_engine.errors import MergeError, RecipeError, writing
 from merge_engine.files.working import flush
 
 
@@ -52,6 +53,17 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise TwiceError(next(key for key in table if keys.count(key) > 1))
     return table
+
+
+def read_object(file: Path, owner: str, error: type[MergeError]) -> dict[str, Any]:
+    """The object in a JSON file, in UTF-8. Raises `error`, which names the owner, where there is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as failure:
+        raise error(f"{owner}: {file.name} cannot be read: {failure}") from failure
+    if not isinstance(value, dict):
+        raise error(f"{owner}: {file.name} holds a {type(value).__name__}, wanted an object")
+    return value
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from io import FileIO
@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from merge_engine.errors import AdapterError
-from merge_engine.files.dtypes import STORED_DTYPES
+from merge_engine.errors import AdapterError, shown
+from merge_engine.files.dtypes import DTYPE_NAMES, STORED_DTYPES
 from merge_engine.files.text import TwiceError, unique_keys
 from merge_engine.runtime.memory import new_tensor
 
 _MAX_HEADER = 100_000_000  # the format's own limit
+_DIMENSIONS = 64  # as many as NumPy and torch's operators take
+_ELEMENTS = 2**60  # of sizes and their products, without those that are 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
     header, size = _read_header(path, subject)
     length = len(header)
     try:
-        entries: dict[str, Any] = json.loads(header, object_pairs_hook=unique_keys)
+        entries: dict[str, Any] = json.loads(header.decode(), object_pairs_hook=unique_keys)
         entries.pop("__metadata__", None)
         tensors = {}
         spans = []
@@ -140,6 +142,10 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
             start, end = entry["data_offsets"]
             if not all(type(number) is int and number >= 0 for number in (start, end, *entry["shape"])):
                 raise ValueError("shapes and offsets are whole numbers")
+            if not key.encode() or not _is_possible(entry["shape"]):
+                raise AdapterError(
+                    f"{subject}: tensor {key!r} is {shown(entry['shape'])}, wanted a name, and a shape that torch has"
+                )
             tensor = StoredTensor(key, path, tuple(entry["shape"]), dtype, 8 + length + start)
             if tensor.nbytes != end - start:
                 raise AdapterError(
@@ -166,13 +172,18 @@ def open_safetensors(path: Path, subject: str) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _is_possible(shape: Sequence[int]) -> bool:
+    """Whether torch can have a tensor of a shape, which may have no elements."""
+    return len(shape) <= _DIMENSIONS and math.prod(size for size in shape if size) < _ELEMENTS
+
+
 def safetensors_metadata(path: Path, subject: str) -> dict[str, str]:
     """The ``__metadata__`` of a .safetensors file; empty where it has none.
 
     Raises AdapterError where the header is damaged, or holds metadata other than text.
     """
     try:
-        metadata = json.loads(_read_header(path, subject)[0]).get("__metadata__") or {}
+        metadata = json.loads(_read_header(path, subject)[0].decode()).get("__metadata__") or {}
     except (ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, AdapterError):
             raise
@@ -246,11 +257,28 @@ def open_bin(path: Path, subject: str) -> dict[str, StoredTensor]:
         raise AdapterError(f"{subject}: {path.name} holds a {type(loaded).__name__}, wanted named tensors")
     tensors = {}
     for key, tensor in loaded.items():
-        if not isinstance(key, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise AdapterError(f"{subject}: {key} in {path.name} is a {type(tensor).__name__}, wanted a dense tensor")
+        what = _what_is_not_dense(tensor)
+        if not isinstance(key, str) or what is not None:
+            raise AdapterError(
+                f"{subject}: {shown(key, quoted=False)} in {path.name} is {what or 'no name'}, wanted a dense tensor"
+            )
+        tensor = tensor.resolve_conj().resolve_neg()
         if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             raise AdapterError(
                 f"{subject}: {key} in {path.name} is {list(tensor.shape)}, more than the file has bytes for"
             )
         tensors[key] = StoredTensor(key, path, tuple(tensor.shape), tensor.dtype, mapped=tensor)
     return tensors
+
+
+def _what_is_not_dense(tensor: Any) -> str | None:
+    """What an entry of a .bin file is, where it is no tensor with its values in memory, of a dtype that files have."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.is_meta:
+        return "a meta tensor, which has no values"
+    if tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided:
+        return "quantized" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
+    if tensor.dtype not in DTYPE_NAMES:
+        return str(tensor.dtype)
+    return None if _is_possible(tensor.shape) else f"of shape {shown(list(tensor.shape))}"

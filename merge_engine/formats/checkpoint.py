@@ -4,7 +4,7 @@ A folder with ``config.json`` and the weights: ``model.safetensors``, its shards
 likewise (through ``torch.load(weights_only=True)``).
 """
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from merge_engine.errors import ModelError
-from merge_engine.files.locate import find
+from merge_engine.errors import ModelError, shown
+from merge_engine.files.locate import find, leads_out
+from merge_engine.files.text import read_object
 from merge_engine.files.weights import StoredTensor, open_bin, open_safetensors, open_sharded
 from merge_engine.formats.licence import CARD
 
@@ -70,7 +71,10 @@ class Checkpoint:
         return sorted({tensor.file for tensor in self.tensors.values()})
 
     def companions(self) -> dict[str, Path]:
-        """{name: file} of the files that belong to the model beside config.json and weights: see COMPANIONS."""
+        """{name: file} of the files that belong to the model beside config.json and weights: see COMPANIONS.
+
+        Raises ModelError where one is a link that leads out of the model: it would be copied into the output.
+        """
         folders = [self.path, *(self.path / Path(pattern).parent for pattern in COMPANIONS if "/" in pattern)]
         found = {
             str(file.relative_to(self.path)): file
@@ -79,12 +83,24 @@ class Checkpoint:
             for file in folder.iterdir()
             if file.is_file() and file.suffix not in _WEIGHT_SUFFIXES
         }
-        return {name: found[name] for name in sorted(found) if any(fnmatchcase(name, like) for like in COMPANIONS)}
+        chosen = [name for name in sorted(found) if any(fnmatchcase(name, like) for like in COMPANIONS)]
+        for name in chosen:
+            check_inside(found[name], self.path, self.name)
+        return {name: found[name] for name in chosen}
 
     @property
     def ties_embeddings(self) -> bool:
         """Whether the output head is the input embedding: as config.json says, else whether the files hold no head."""
         return _ties(self.config, self.tensors)
+
+
+def check_inside(file: Path, folder: Path, owner: str) -> None:
+    """Raise ModelError where a file that is to be copied is a link that leads out of its folder."""
+    if leads_out(file, folder):
+        raise ModelError(
+            f"{owner}: {file} is a link to {os.path.realpath(file)}, outside of its folder; wanted the file itself, "
+            "which is copied beside the weights"
+        )
 
 
 def is_head(key: str) -> bool:
@@ -124,12 +140,11 @@ def _read_config(path: Path, name: str) -> dict[str, Any]:
                 f"{name}: {path} is an adapter (adapter_config.json), wanted a full model ({MODEL_CONFIG})"
             )
         raise ModelError(f"{name}: {path} has no {MODEL_CONFIG}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: {MODEL_CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{name}: {MODEL_CONFIG} holds a {type(config).__name__}, wanted an object")
+    config = read_object(file, name, ModelError)
+    for part in (config, config.get("text_config")):
+        size = part.get("vocab_size") if isinstance(part, dict) else None
+        if size is not None and (type(size) is not int or size < 0):
+            raise ModelError(f"{name}: vocab_size is {shown(size)} in {MODEL_CONFIG}, wanted a number of tokens")
     if config.get("quantization_config"):
         raise ModelError(f"{name}: {MODEL_CONFIG} has a quantization_config, wanted a model that is not quantized")
     return config

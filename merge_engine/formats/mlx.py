@@ -6,7 +6,6 @@ Experts (SwitchLinear) have ``lora_a [E, r, N]`` and ``lora_b [E, M, r]``, ``del
 one module for each. The configuration has one scale and one rank for all.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.errors import AdapterError
+from merge_engine.errors import AdapterError, shown
+from merge_engine.files.text import read_object
 from merge_engine.files.weights import DerivedTensor, StoredTensor, open_safetensors
 from merge_engine.formats.adapter import Adapter, Expert, Factor, Module, short_name
 from merge_engine.formats.families import MLX
@@ -59,19 +59,17 @@ def open_mlx(path: Path, source: str, name: str) -> Adapter:
     if not modules:
         raise AdapterError(f"{name}: {ADAPTERS_FILE} holds no LoRA tensors, wanted <module>.lora_a and <module>.lora_b")
     modules = {module: modules[module] for module in sorted(modules)}
+    if not isinstance(config.get("model"), str | None):
+        raise AdapterError(f"{name}: model is {shown(config['model'])} in {ADAPTER_CONFIG}, wanted a str")
     config = {**config, "base_model_name_or_path": config.get("model")}
     return Adapter(name, source, path, config, modules, {}, pairs, family=MLX)
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
-    try:
-        config = json.loads((path / ADAPTER_CONFIG).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{name}: {ADAPTER_CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{name}: {ADAPTER_CONFIG} holds a {type(config).__name__}, wanted an object")
+    config = read_object(path / ADAPTER_CONFIG, name, AdapterError)
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
+        kind = shown(kind, quoted=False)
         reason = {"dora": "DoRA rescales the base weight", "full": "it holds whole weights"}.get(kind, "it is unknown")
         raise AdapterError(f"{name}: fine_tune_type is {kind!r}, wanted lora: {reason}; {_FUSE}")
     return config
@@ -83,14 +81,14 @@ def _rank_and_scale(config: Mapping[str, Any], name: str) -> tuple[int, float]:
         raise AdapterError(f"{name}: {ADAPTER_CONFIG} has no lora_parameters, wanted a table with rank and scale")
     rank, scale, keys = parameters.get("rank"), parameters.get("scale"), parameters.get("keys")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise AdapterError(f"{name}: rank of lora_parameters is {rank!r}, wanted a positive integer")
+        raise AdapterError(f"{name}: rank of lora_parameters is {shown(rank)}, wanted a positive integer")
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not abs(scale) < 2.0**63:
-        raise AdapterError(f"{name}: scale of lora_parameters is {scale!r}, wanted a number")
+        raise AdapterError(f"{name}: scale of lora_parameters is {shown(scale)}, wanted a number")
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
-        raise AdapterError(f"{name}: keys of lora_parameters is {keys!r}, wanted a list of names")
+        raise AdapterError(f"{name}: keys of lora_parameters is {shown(keys)}, wanted a list of names")
     layers = config.get("num_layers", -1)
     if not isinstance(layers, int) or isinstance(layers, bool):
-        raise AdapterError(f"{name}: num_layers is {layers!r}, wanted a whole number")
+        raise AdapterError(f"{name}: num_layers is {shown(layers)}, wanted a whole number")
     return rank, float(scale)
 
 

@@ -15,7 +15,7 @@ from merge_engine.errors import AdapterError, RecipeError, writing
 from merge_engine.files.folder import place_folder
 from merge_engine.formats.adapter import Adapter, common_dtype, short_name
 from merge_engine.formats.biases import BIAS
-from merge_engine.formats.checkpoint import COMPANIONS
+from merge_engine.formats.checkpoint import COMPANIONS, check_inside
 from merge_engine.formats.families import PEFT
 from merge_engine.formats.open import open_adapter
 from merge_engine.formats.peft_writer import AdapterWriter
@@ -110,5 +110,6 @@ def _short(scaling: float) -> bool:
 def _copy_files(source: Path, folder: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in _KEPT_FILES):
+            check_inside(file, source, source.name)
             with writing(folder / file.name):
                 shutil.copyfile(file, folder / file.name)

@@ -43,7 +43,7 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     name, path = find(source, revision, ADAPTER_CONFIG, _FILES, ("adapter_model*", ADAPTERS_FILE), AdapterError)
     if is_mlx(path):
         return open_mlx(path, str(source), name)
-    if not Path(os.path.expanduser(source)).is_dir() and not any((path / file).exists() for file in _FILES[:2]):
+    if not os.path.isdir(os.path.expanduser(source)) and not any((path / file).exists() for file in _FILES[:2]):
         raise AdapterError(
             f"{source} has no {ADAPTER_CONFIG}; a LoRA in one file is given as {source}:file.safetensors"
         )
@@ -84,8 +84,8 @@ def _single_file(source: str | Path, revision: str | None) -> Path | None:
     if file is not None or not isinstance(source, str | Path):
         return file if file is None or file.name not in _DESCRIBED else None
     folder = Path(os.path.expanduser(source))
-    described = any((folder / name).exists() for name in (ADAPTER_CONFIG, "config.json", *_DESCRIBED))
-    return None if described or not folder.is_dir() else only_file(folder, AdapterError)
+    described = any(os.path.exists(folder / name) for name in (ADAPTER_CONFIG, "config.json", *_DESCRIBED))
+    return None if described or not os.path.isdir(folder) else only_file(folder, AdapterError)
 
 
 def open_adapters(sources: Iterable[str | Path | Adapter]) -> list[Adapter]:

@@ -1,6 +1,5 @@
 """The configuration of a PEFT LoRA adapter: which fields decide what its factors mean, and which forbid a merge."""
 
-import json
 import logging
 import math
 import os
@@ -8,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import AdapterError
+from merge_engine.errors import AdapterError, printable, shown
+from merge_engine.files.text import read_object
 from merge_engine.formats.ways_out import OTHER_METHODS, STARTS, way_out
 from merge_engine.rules.matching import Pattern
 
@@ -49,8 +49,14 @@ OF_FOLDERS = {
     "lora_bias": "its bias is not part of the delta",
     "target_parameters": "LoRA on bare parameters is not supported",
 }
-_TYPES = {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list, "base_model_name_or_path": str}
-_TYPES |= {"target_parameters": list}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(["rank_pattern", "alpha_pattern", "auto_mapping"], dict),
+    **dict.fromkeys(["modules_to_save", "target_parameters"], list),
+    **dict.fromkeys(["base_model_name_or_path", "revision", "task_type"], str),
+    **dict.fromkeys(["use_rslora", "fan_in_fan_out", "lora_bias", "use_dora"], bool),
+    "trainable_token_indices": (list, dict),
+    "init_lora_weights": (bool, str),
+}
 _LARGEST = 2**63  # JSON may hold Infinity, NaN and integers of any size
 
 
@@ -69,12 +75,7 @@ def read_config(path: Path, name: str) -> dict[str, Any]:
         if (path / "config.json").is_file():
             raise AdapterError(f"{name}: {path} is a full model (config.json), wanted an adapter ({ADAPTER_CONFIG})")
         raise AdapterError(f"{name}: {path} has no {ADAPTER_CONFIG}")
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{name}: {ADAPTER_CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{name}: {ADAPTER_CONFIG} holds a {type(config).__name__}, wanted an object")
+    config = read_object(file, name, AdapterError)
     check_config(config, name)
     return config
 
@@ -99,14 +100,18 @@ def rank_and_scaling(config: dict[str, Any], name: str) -> Callable[[str], tuple
 
 def check_config(config: dict[str, Any], name: str, refused: Mapping[str, str] = REFUSED) -> None:
     if config.get("peft_type") != "LORA":
-        method = config.get("peft_type")
+        method = shown(config.get("peft_type"), quoted=False)
         raise AdapterError(f"{name}: peft_type is {method}, wanted LORA{way_out(OTHER_METHODS, method)}")
     for key, reason in refused.items():
         if config.get(key) not in (None, False, "none", [], {}):
             raise AdapterError(f"{name}: {key} is set in {ADAPTER_CONFIG}; {reason}")
     for key, kind in _TYPES.items():
-        if config.get(key) is not None and not isinstance(config[key], kind):
-            raise AdapterError(f"{name}: {key} is {config[key]!r} in {ADAPTER_CONFIG}, wanted a {kind.__name__}")
+        value = config.get(key)
+        texts = kind is not list or value is None or (isinstance(value, list) and all(map(_is_text, value)))
+        if not texts or (value is not None and not isinstance(value, kind)):
+            wanted = " or a ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            wanted += " of names" if kind is list else ""
+            raise AdapterError(f"{name}: {key} is {shown(value)} in {ADAPTER_CONFIG}, wanted a {wanted}")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
         raise AdapterError(
@@ -114,16 +119,20 @@ def check_config(config: dict[str, Any], name: str, refused: Mapping[str, str] =
         )
     for key in config.keys() - READ - KEPT - RESET - REFUSED.keys():
         if config[key]:
-            logger.warning("%s: %s in %s is not known and ignored", name, key, ADAPTER_CONFIG)
+            logger.warning("%s: %s in %s is not known and ignored", name, printable(key), ADAPTER_CONFIG)
     _check_number(config.get("r", 8), "r", name, int)
     _check_number(config.get("lora_alpha", 8), "lora_alpha", name, int | float)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _check_number(value: Any, key: str, name: str, kind: Any) -> None:
     number = isinstance(value, kind) and not isinstance(value, bool) and abs(value) < _LARGEST
     if not number or (kind is int and value < 1):
         wanted = "a positive integer" if kind is int else "a number"
-        raise AdapterError(f"{name}: {key} is {value!r} in {ADAPTER_CONFIG}, wanted {wanted}")
+        raise AdapterError(f"{name}: {key} is {shown(value)} in {ADAPTER_CONFIG}, wanted {wanted}")
 
 
 def _patterns(config: dict[str, Any], key: str, name: str) -> list[tuple[Pattern, Any]]:

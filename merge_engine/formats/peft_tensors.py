@@ -53,6 +53,8 @@ def sort_tensors(
         if ending and key.startswith(KEY_PREFIX):
             side = _SIDES[ending]
             module = key[len(KEY_PREFIX) : -len(ending)]
+            if not module:
+                raise AdapterError(f"{name}: tensor {key} names no module, wanted {KEY_PREFIX}<module>{ending}")
             sides = factors.setdefault(module, {})
             if side in sides:
                 raise AdapterError(f"{name}: {module} has two {side} factors, of a linear layer and of an embedding")

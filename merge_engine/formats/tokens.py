@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from merge_engine.errors import AdapterError
+from merge_engine.errors import AdapterError, shown
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import KEY_PREFIX, TOKENS, Adapter, short_name
+
+LARGEST = 2**63  # of an index
 
 
 def token_layer(key: str) -> str:
@@ -28,11 +30,11 @@ def tokens_of(adapter: Adapter, key: str) -> list[int]:
     if isinstance(given, dict):
         names = sorted((name for name in given if layer.endswith(name)), key=len)
         given = given[names[-1]] if names else None
-    whole = isinstance(given, list) and all(isinstance(token, int) and token >= 0 for token in given)
+    whole = isinstance(given, list) and all(type(token) is int and 0 <= token < LARGEST for token in given)
     if not whole or len(set(given)) != len(given) or len(stored.shape) != 2 or stored.shape[0] != len(given):
         raise AdapterError(
             f"{adapter.name}: {key} is {list(stored.shape)}, wanted a row for each of trainable_token_indices, "
-            f"which are {given!r}"
+            f"which are {shown(given)}"
         )
     return list(given)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from merge_engine.engine.plan import Plan
-from merge_engine.errors import writing
+from merge_engine.errors import ModelError, writing
 from merge_engine.files.local_names import shown_name, shown_names
 from merge_engine.files.locate import hub_ids
 from merge_engine.files.shards import INDEX_FILE, Layout
+from merge_engine.files.text import read_object
 from merge_engine.formats.checkpoint import MODEL_CONFIG, Checkpoint
 from merge_engine.formats.licence import CARD, agreed_licence
 from merge_engine.formats.use import use_of_model
@@ -38,8 +39,10 @@ def write_companions(
         with writing(folder / name):
             (folder / name).parent.mkdir(exist_ok=True)
             if union is not None and union.added and name in WITH_TOKENS:
-                value = WITH_TOKENS[name](json.loads(file.read_bytes()), union)
-                (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                value = WITH_TOKENS[name](read_object(file, base.name, ModelError), union)
+                (folder / name).write_text(
+                    json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace"
+                )
             else:
                 shutil.copyfile(file, folder / name)
     recipe = plan.recipe.as_dict()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merge_engine.engine.plan import Plan, make_plan
 from merge_engine.errors import MergeError, ModelError, RecipeError
-from merge_engine.files.locate import SINGLE, is_hub_id
+from merge_engine.files.locate import SINGLE, SilenceError, is_hub_id
 from merge_engine.files.shards import Layout, lay_out
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter
@@ -87,15 +87,17 @@ def open_input(source: str | Path) -> Input:
     folder = Path(os.path.expanduser(source))
     if str(source).endswith(SINGLE):
         return open_adapter(source)
-    if not folder.exists() and not is_hub_id(str(source)):
+    if not os.path.exists(folder) and not is_hub_id(str(source)):
         wanted = "a folder with adapter_config.json or config.json, or a hub id user/repo"
         raise ModelError(f"{source} does not exist, wanted {wanted}")
-    if not folder.exists():  # a hub id, which does not say what it is
+    if not os.path.exists(folder):  # a hub id, which does not say what it is
         try:
             return open_adapter(source)
-        except MergeError:
+        except MergeError as failure:
+            if isinstance(failure.__cause__, SilenceError):  # asking again would take as long
+                raise
             return open_checkpoint(source)
-    return open_adapter(source) if (folder / "adapter_config.json").is_file() else open_checkpoint(source)
+    return open_adapter(source) if os.path.isfile(folder / "adapter_config.json") else open_checkpoint(source)
 
 
 def make_job(

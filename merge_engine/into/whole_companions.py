@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from merge_engine.errors import writing
+from merge_engine.errors import ModelError, writing
 from merge_engine.files.local_names import names_of_paths, renamed, shown_names
 from merge_engine.files.locate import hub_ids
 from merge_engine.files.shards import INDEX_FILE
+from merge_engine.files.text import read_object
 from merge_engine.formats.checkpoint import MODEL_CONFIG, Checkpoint
 from merge_engine.formats.licence import CARD, agreed_licence
 from merge_engine.formats.use import use_of_model
@@ -57,12 +58,12 @@ def companions_of(
         files |= {name: file for name, file in rows.donor.companions().items() if name.startswith(_TOKENIZER)}
         for name, change in WITH_TOKENS.items():
             if rows.added and name in files:
-                value = change(json.loads(Path(files[name]).read_bytes()), rows)
+                value = change(read_object(Path(files[name]), donor.name, ModelError), rows)
                 files[name] = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     if template is not None and "tokenizer_config.json" in files:
         files = {name: file for name, file in files.items() if not name.startswith("chat_template")}
         held = files["tokenizer_config.json"]
-        settings = json.loads(held if isinstance(held, str) else held.read_bytes())
+        settings = json.loads(held) if isinstance(held, str) else read_object(held, donor.name, ModelError)
         settings.pop("chat_template", None)
         files["tokenizer_config.json"] = json.dumps(settings | {"chat_template": template}, indent=2) + "\n"
         files[TEMPLATE_FILE] = template
@@ -145,7 +146,7 @@ def _followed(
 
 def _of_layer(model: Checkpoint, section: str | None, key: str, number: int, donors: list[Any]) -> Any:
     """The entry of a layer, in its own model's list where that has one."""
-    found = model.config if section is None else model.config.get(section) or {}
-    own = found.get(key)
+    found = model.config if section is None else model.config.get(section)
+    own = found.get(key) if isinstance(found, dict) else None
     values = own if isinstance(own, list) and number < len(own) else donors
     return values[min(number, len(values) - 1)]

@@ -1,12 +1,12 @@
 """Chat templates of mergekit's recipes: "auto", a name, or the template itself."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import RecipeError
+from merge_engine.errors import ModelError, RecipeError
+from merge_engine.files.text import read_object
 from merge_engine.formats.checkpoint import Checkpoint
 
 _CHATML = (
@@ -59,10 +59,13 @@ def _template_of(folder: Path) -> str | None:
     """A model's default chat template."""
     own = folder / "chat_template.jinja"
     if own.is_file():
-        return own.read_text(encoding="utf-8")
+        try:
+            return own.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder.name}: {own.name} cannot be read: {error}") from error
     file = folder / "tokenizer_config.json"
-    held: Any = json.loads(file.read_bytes()) if file.is_file() else {}
-    found = held.get("chat_template")
+    found: Any = read_object(file, folder.name, ModelError).get("chat_template") if file.is_file() else None
     if isinstance(found, list):
-        return next((each["template"] for each in found if each.get("name") == "default"), None)
+        named = [each for each in found if isinstance(each, dict) and each.get("name") == "default"]
+        found = named[0].get("template") if named else None
     return found if isinstance(found, str) else None

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.errors import ModelError
+from merge_engine.errors import ModelError, shown
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
 _SHOWN = 8  # tokens that a message names
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_LARGEST = 1 << 24  # of an index, and so of the rows that are made of tokens
+_LISTS = {"tokenizer_config.json": "additional_special_tokens", "special_tokens_map.json": "additional_special_tokens"}
 # How an added token is found in text, where a file has only its string: as transformers adds a plain token.
 _PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
 
@@ -174,8 +176,8 @@ def read_tokenizer(model: Checkpoint) -> Tokenizer:
     try:
         whole = _json(file)
         for token, index, entry in _entries(model.path, whole):
-            if type(token) is not str or type(index) is not int or index < 0:
-                raise ValueError(f"{token!r} has the index {index!r}")
+            if type(token) is not str or type(index) is not int or not 0 <= index < _LARGEST:
+                raise ValueError(f"{shown(token)} has the index {shown(index)}, wanted one below {_LARGEST}")
             if found.setdefault(token, index) != index:
                 raise ModelError(f"{model.name}: its tokenizer has {token} at {found[token]} and at {index}")
             if at.setdefault(index, token) != token:
@@ -183,6 +185,9 @@ def read_tokenizer(model: Checkpoint) -> Tokenizer:
             if entry is not None:
                 added.setdefault(token, {key: entry[key] for key in _PLAIN if key in entry})
         rules = _rules(whole.get("model") or {})
+        for name, key in _LISTS.items():  # which are extended, where vocabularies are united
+            if not isinstance(_json(model.path / name).get(key) or [], list):
+                raise ValueError(f"{key} of {name} is no list")
     except ModelError:
         raise
     except _UNREADABLE as error:
@@ -217,7 +222,7 @@ def _json(file: Path) -> dict[str, Any]:
     """The content of a JSON file, empty if there is no such file. Raises ValueError where it is no object."""
     if not file.is_file():
         return {}
-    value = json.loads(file.read_bytes())
+    value = json.loads(file.read_text(encoding="utf-8-sig"))
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} holds a {type(value).__name__}, wanted an object")
     return value

@@ -150,7 +150,9 @@ def _part(name: str, value: Any, flags: int, depth: int) -> _Step:
         return _repeat(least, most, tree, flags, depth)
     if name in ("ASSERT", "ASSERT_NOT"):
         direction, tree = value
-        back = tree.getwidth()[0] if direction < 0 else 0
+        back, most = tree.getwidth() if direction < 0 else (0, 0)
+        if back != most:
+            raise re.error("look-behind requires fixed-width pattern")
         return _look(_sequence(tree, flags, depth - 1), back, direction < 0, name == "ASSERT")
     if name == "FAILURE":
         return lambda run, at: 0

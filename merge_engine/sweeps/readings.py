@@ -20,7 +20,8 @@ _NUMBER = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|nan|inf(?:inity)?)"
 _LONE = re.compile(rf"(?i)\s*({_NUMBER})\s*%?\s*")
 _NAMED = re.compile(rf"(?i)\s*([\w][\w ./,@-]*?)\s*[:=]\s*({_NUMBER})\s*%?\s*")
 _INSIDE = re.compile(rf"(?i)(?<![\w.]){_NUMBER}(?!\w|\.\d)")
-_SEPARATED = re.compile(r"(?<![\w.])[-+]?\d+(?:[.']\d+)*,\d[\d.,']*")  # 1,234.5: may be 1234.5 or two numbers
+_SEPARATED = re.compile(r"(?<![\d.])[-+]?\d+(?:[.']\d+)*,\d[\d.,']*")  # 1,234.5: may be 1234.5 or two numbers
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 _SHOWN = 160  # letters of an output in a message
 
 
@@ -49,9 +50,13 @@ def metrics_matched(pattern: re.Pattern[str], printed: str) -> Metrics:
     Raises MergeError if it matches nowhere, what it matches is no number, or two matches of a name differ.
     """
     found: Metrics = {}
-    for match in pattern.finditer(_ESCAPE.sub("", printed)):
+    printed = _ESCAPE.sub("", printed)
+    for match in pattern.finditer(printed):
         for name, text in match.groupdict().items():
             if text is not None:
+                whole = _around(printed, *match.span(name))
+                if _THOUSANDS.fullmatch(whole) and whole != text:
+                    raise MergeError(f"evaluate: pattern: {name}: {whole} may be one number or two, got {text!r} of it")
                 _put(found, name, _number(text, f"evaluate: pattern: {name}"))
     if not found:
         raise MergeError(f"evaluate: wanted a match of {pattern.pattern!r}, got {_shown(printed.split(chr(10)))}")
@@ -139,11 +144,7 @@ def _from_lines(lines: list[str]) -> Metrics | None:
     """``name: X`` lines up to the last line; a last line that is a number; or the only number of all lines."""
     named = [match for match in map(_NAMED.fullmatch, lines) if match]
     last = lines[-1] if lines else ""
-    unclear = _SEPARATED.search(last)
-    if unclear:
-        raise MergeError(
-            f"evaluate: {unclear[0]} may be one number or two; wanted digits and a point, got {_cut(last)!r}"
-        )
+    _check_clear(last)
     if _NAMED.fullmatch(last):
         found: Metrics = {}
         for match in named:
@@ -158,7 +159,27 @@ def _from_lines(lines: list[str]) -> Metrics | None:
     if len(numbers) > 1:
         wanted = 'wanted a last line "score: X", JSON, or a number'
         raise MergeError(f"evaluate: {wanted}, got {len(numbers)} numbers that could be it: {_shown(lines)}")
+    for line in lines:
+        _check_clear(line)
     return {SCORE: _number(numbers[0], f"evaluate: {SCORE}")} if numbers else None
+
+
+def _around(text: str, start: int, end: int) -> str:
+    """A part of a text with the digits, points and commas on both its sides."""
+    while start and text[start - 1] in "0123456789.,":
+        start -= 1
+    while end < len(text) and text[end] in "0123456789.,":
+        end += 1
+    return text[start:end].rstrip(".,")
+
+
+def _check_clear(line: str) -> None:
+    """Raise MergeError for a line with a number such as 1,234.5."""
+    unclear = _SEPARATED.search(line)
+    if unclear:
+        raise MergeError(
+            f"evaluate: {unclear[0]} may be one number or two; wanted digits and a point, got {_cut(line)!r}"
+        )
 
 
 def _flat(table: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -20,6 +20,7 @@ from merge_engine.sweeps.goal import Goal, parse_metrics
 from merge_engine.sweeps.readings import Metrics, metrics_matched, metrics_of, metrics_printed, metrics_written
 
 TAIL = 1 << 20  # bytes of an output that are kept, the last ones
+LEFT_BEHIND = 5.0  # seconds for which what a program has started may still write, when the program has ended
 
 
 @dataclass(frozen=True)
@@ -152,22 +153,20 @@ def _printed(words: Sequence[str], folder: Path, timeout: float | None) -> str:
         raise MergeError(f"evaluate: {arguments[0]} cannot be run: {error.strerror}") from error
     assert process.stdout is not None and process.stderr is not None
     tails = _Tail(process.stdout), _Tail(process.stderr)
-    until = None if timeout is None else time.monotonic() + timeout
     finished = False
     try:
-        process.wait(timeout)
-        for tail in tails:  # a process that the program left behind may still hold its output open
-            tail.join(None if until is None else max(0.0, until - time.monotonic()))
-        finished = not any(tail.is_alive() for tail in tails)
-    except subprocess.TimeoutExpired:
-        pass
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout)
+            finished = True
+        for tail in tails if finished else ():  # what the program left behind may still hold its output open
+            tail.join(LEFT_BEHIND)
     finally:
-        if not finished:
-            with contextlib.suppress(ProcessLookupError):
+        if not finished or any(tail.is_alive() for tail in tails):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            for tail in tails:
-                tail.join()
+            for tail in tails:  # one that a process in another session holds open is never read to its end
+                tail.join(LEFT_BEHIND)
     if not finished:
         raise MergeError(f"evaluate: not done in {timeout:g} s")
     printed, errors = (tail.text() for tail in tails)

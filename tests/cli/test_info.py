@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from command_line import run_cli
+from lora_files import save_factors
 
 from merge_engine.cli.main import main
 from merge_engine.engine.choose_backend import VARIABLE
@@ -58,3 +59,14 @@ def test_info_of_dora_and_experts(tmp_path, capsys):
     assert [line.split()[-1] for line in lines if "q_proj" in line][:2] == ["DoRA", "DoRA"]
     (row,) = [line.split() for line in lines if "layers.1.mlp.experts.down_proj.2 " in line]
     assert row[1:6] == ["linear", "16", "x", "12", "4"] and float(row[-1]) > 0
+
+
+def test_letters_of_a_file_that_a_terminal_would_obey_are_escaped(tmp_path, capsys):
+    factors = {"layers.\x1b[2J\n.x": (torch.ones(1, 2), torch.ones(3, 1))}
+    save_factors(tmp_path / "a", factors, base_model_name_or_path="\u202ebase\r")
+    code, out, _ = run_cli(capsys, "info", tmp_path / "a")
+    assert code == 0 and "layers.\\x1b[2J\\n.x" in out and "\\u202ebase\\r" in out
+    assert out.replace("\n", "").isprintable()
+    save_factors(tmp_path / "a", factors, {"\x1b[2J": torch.ones(2)})
+    code, _, errors = run_cli(capsys, "info", tmp_path / "a")
+    assert code == 2 and errors.startswith("merge-engine: error: a: tensor \\x1b[2J is unknown")

@@ -1,9 +1,14 @@
 """Where an adapter or a model is."""
 
+import socket
+
+import huggingface_hub
 import pytest
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from merge_engine.errors import AdapterError
+from merge_engine.errors import AdapterError, OutputError
+from merge_engine.files import locate
+from merge_engine.files.hub import check_push
 from merge_engine.files.locate import is_hub_id
 from merge_engine.formats.open import open_adapters
 
@@ -24,3 +29,15 @@ def test_a_hub_id_is_what_the_hub_takes_for_one(source):
 def test_a_home_of_nobody_is_a_folder_that_does_not_exist():
     with pytest.raises(AdapterError, match=r"^~nobody_has_this_name/a does not exist, wanted a folder"):
         open_adapters(["~nobody_has_this_name/a"])
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(locate, "PATIENCE", 0.3)
+        real = huggingface_hub.HfApi
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda **options: real(endpoint=address, **options))
+        with pytest.raises(AdapterError, match=r"^user/repo is no local folder .*: it has not answered in 0\.3 s$"):
+            open_adapters(["user/repo"])
+        with pytest.raises(OutputError, match=r"^push: the hub does not say who asks: it has not answered in 0\.3 s$"):
+            check_push("user/repo", token="hf_x")

@@ -41,6 +41,14 @@ def test_a_truncated_file_at_every_kind_of_place(tmp_path):
         (b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}', "is damaged"),
         (b'{"x": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', "is damaged"),
         (b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "overlap or leave holes"),
+        (
+            b'{"x": {"dtype": "F32", "shape": [9223372036854775808, 0], "data_offsets": [0, 0]}}',
+            "a shape that torch has",
+        ),
+        (b'{"x": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}' % b",".join([b"1"] * 65), "that torch has"),
+        (b'{"": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "tensor '' is .*wanted a name"),
+        (b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', r"is damaged \(UnicodeEncodeError"),
+        ('{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'.encode("utf-16"), r"is damaged \(Unicode"),
     ],
 )
 def test_a_damaged_header(tmp_path, header, match):
@@ -91,6 +99,36 @@ def test_a_bin_file_that_is_damaged_or_runs_code(tmp_path, monkeypatch, content)
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     refused(path.parent, match=r"a: adapter_model.bin is damaged or holds more than tensors")
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # kinds of tensors that torch calls beta or old
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8), "quantized"),
+        (lambda: torch.ones(2, 2, device="meta"), "a meta tensor, which has no values"),
+        (lambda: torch.ones(2, 2).to_sparse(), "sparse"),
+        (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "nested"),
+        (lambda: torch.ones(2, 2).to(torch.float8_e4m3fnuz), "torch.float8_e4m3fnuz"),
+        (lambda: torch.ones(2, 2, dtype=torch.complex128), "torch.complex128"),
+        (lambda: torch.ones([1] * 65), r"of shape \[1, 1, 1, 1, 1, 1, \.\.\.\]"),
+    ],
+)
+def test_a_bin_file_of_other_tensors(tmp_path, make, what):
+    path = saved(tmp_path / "a", r=4, safe_serialization=False) / "adapter_model.bin"
+    torch.save({**torch.load(path), "base_model.model.lm_head.weight": make()}, path)
+    try:
+        torch.load(path, weights_only=True)
+    except Exception:
+        what = "wanted a file for torch.load"  # some kinds are refused by torch
+    refused(path.parent, match=rf"^a: .*{what}")
+
+
+def test_values_that_are_conjugated_when_they_are_read(tmp_path):
+    value = torch.tensor([[1 + 2j, 3 - 1j]], dtype=torch.complex64)
+    torch.save({"x": value.conj()}, tmp_path / "x.bin")
+    read = open_bin(tmp_path / "x.bin", "x")["x"].read()
+    assert torch.equal(torch.view_as_real(read), torch.view_as_real(value.conj().resolve_conj()))
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,34 @@ def test_malicious_indexes(tmp_path, index, message):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "sql"}
 
 
+@pytest.mark.parametrize("config", [{"vocab_size": "5"}, {"vocab_size": -1}, {"text_config": {"vocab_size": True}}])
+def test_a_number_of_tokens_that_is_none(tmp_path, config):
+    base = save_model(tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"^base: vocab_size is .* in config\.json, wanted a number of tokens"):
+        open_checkpoint(base)
+
+
+def test_a_link_that_leads_out_of_a_base_is_not_copied(tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    base = save_model(tmp_path / "base")
+    (base / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=r"^base: \S+tokenizer\.model is a link to \S+secret, outside of its folder"):
+        open_checkpoint(base).companions()
+    (base / "tokenizer.model").unlink()
+    (base / "tokenizer.model").symlink_to("config.json")
+    assert "tokenizer.model" in open_checkpoint(base).companions()
+
+
+def test_links_of_the_hubs_cache_are_copied(tmp_path):
+    for name in ("snapshots", "blobs"):
+        (tmp_path / "models--user--base" / name).mkdir(parents=True)
+    snapshot = save_model(tmp_path / "models--user--base" / "snapshots" / "abc")
+    (tmp_path / "models--user--base" / "blobs" / "1").write_text("{}")
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/1")
+    assert "tokenizer.json" in open_checkpoint(snapshot).companions()
+
+
 @pytest.mark.parametrize("text", ["not JSON", "[1]", "[" * 100_000, ""])
 def test_malicious_configurations(tmp_path, text):
     base = save_model(tmp_path / "base")

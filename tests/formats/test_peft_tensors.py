@@ -119,6 +119,11 @@ def change_shape(key: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], N
             r"a: tensor model.x.lora_A.weight is unknown, wanted base_model.model",
         ),
         (change_shape("base_model.model.x", 4), r"a: tensor base_model.model.x is unknown"),
+        (
+            change_shape("base_model.model.lora_A.weight", 4, 2),
+            r"a: tensor base_model.model.lora_A.weight names no module",
+        ),
+        (change_shape("base_model.model..lora_A.weight", 4, 2), r"a: tensor .*\.\.lora_A.weight names no module"),
         (change_shape(f"{KEY}.lora_A.default.weight", 4, 2), r"a: tensor .*lora_A.default.weight is unknown"),
         (change_shape(f"{KEY}.lora_magnitude_vector", 32), r"a: tensor .*lora_magnitude_vector is DoRA's"),
         (change_shape(f"{KEY}.lora_B.bias", 31), r"a: .*lora_B.bias is \[31\], wanted \[32\]"),

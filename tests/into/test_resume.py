@@ -81,6 +81,16 @@ def test_a_line_of_the_journal_that_says_nothing_is_passed_over(base, three, tmp
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "want")
 
 
+def test_a_journal_of_another_merge_that_lacks_a_field(base, three, tmp_path, monkeypatch):
+    journal = unfinished(base, three, tmp_path, monkeypatch)
+    first, *others = journal.read_text().splitlines()
+    entry = json.loads(first)
+    assert entry["merge"]["recipe"].pop("energy") is None
+    journal.write_text("\n".join([json.dumps(entry), *others]) + "\n")
+    with pytest.raises(OutputError, match=r"with another energy \(it was None, now None\)"):
+        merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["in the first run", "while resuming"])
 def test_finished_tensors_survive_an_error_while_reading(base, three, tmp_path, monkeypatch, first):
     merge_engine.merge_into(base, three, tmp_path / "want", shard_size=900)

@@ -81,6 +81,19 @@ def narrow(base, chat):
     save_file({**weights_of(chat), KEYS[0]: torch.zeros(4, WIDTH + 1)}, chat / "model.safetensors")
 
 
+def far_away(base, chat):
+    write_tokenizer(chat, numbered("to", "be", "or") | {"<z>": 2**40})
+
+
+def no_such_piece(base, chat):
+    pieces = [["to", 0.0], ["be", 0.0], ["or", 0.0]]
+    rewrite(chat, "tokenizer.json", model={"type": "Unigram", "vocab": pieces, "unk_id": 9})
+
+
+def no_list(base, chat):
+    (chat / "special_tokens_map.json").write_text('{"additional_special_tokens": 5}')
+
+
 def nothing(base, chat):
     save_file({"model.norm.weight": torch.zeros(WIDTH)}, chat / "model.safetensors")
 
@@ -101,6 +114,12 @@ def not_finite(base, chat):
         (no_object, "chat: its tokenizer files cannot be read: ValueError: tokenizer_config.json holds a list, wanted"),
         (no_content, "chat: its tokenizer files cannot be read: KeyError: 'content'"),
         (no_number, "chat: its tokenizer files cannot be read: ValueError: '<z>' has the index '3'"),
+        (
+            far_away,
+            "chat: its tokenizer files cannot be read: ValueError: '<z>' has the index 1099511627776, wanted one",
+        ),
+        (no_such_piece, "chat: its tokenizer files cannot be read: IndexError: list index out of range"),
+        (no_list, "chat: its tokenizer files cannot be read: ValueError: additional_special_tokens of special_tokens_"),
         (no_tokens, "chat: tokenizer.json has no tokens"),
         (too_many, "chat: its tokenizer has <z> at 4, wanted an index below 4, the rows of "),
         (too_many_in_the_base, "base: its tokenizer has even at 4, wanted an index below 4, the rows of "),

@@ -91,6 +91,8 @@ def test_the_table_of_the_harness_gives_values_and_never_their_errors():
         ("loss 1,234.5", "1,234.5 may be one number or two"),
         ("score: 1,234.5", "1,234.5 may be one number or two"),
         ("1,234", "1,234 may be one number or two"),
+        ("USD1,234.5", "1,234.5 may be one number or two"),
+        ("USD1,234.5\ndone", "1,234.5 may be one number or two"),
         ("12,5 is it\nno number here", "got 2 numbers that could be it"),
         ("score: 0.5\n0.7", "wanted one score, got 0.5 and 0.7"),
         ('{"acc": 0.5', "looks like JSON and is not"),
@@ -114,6 +116,8 @@ def test_a_regular_expression_names_its_metrics():
         metrics_matched(pattern, "nothing")
     with pytest.raises(MergeError, match=r"acc: wanted a number of digits and a point, got '1,234\.5'"):
         metrics_matched(pattern, "acc=1,234.5")
+    with pytest.raises(MergeError, match=r"acc: 1,234\.5 may be one number or two, got '234\.5' of it"):
+        metrics_matched(re.compile(r"acc=.*?(?P<acc>[0-9.]+)$"), "acc=1,234.5")
 
 
 def test_values_of_functions():

@@ -1,14 +1,17 @@
 """Scores: a program or a function measures a folder."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from merge_engine.errors import MergeError, RecipeError
+from merge_engine.sweeps import score
 from merge_engine.sweeps.goal import Goal
 from merge_engine.sweeps.score import TAIL, command, function
 
@@ -107,6 +110,14 @@ def test_a_timeout_stops_all_that_the_command_started(tmp_path):
         command("sh -c 'sleep 600 & echo $! > \"$0/pid\"; wait' {path}", 0.5).score(tmp_path)
     status = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.mark.parametrize("start", ["sleep 600 &", "setsid sleep 600 &"])
+def test_a_process_that_is_left_behind_is_not_waited_for(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(score, "LEFT_BEHIND", 0.2)
+    assert command(f"sh -c '{start} echo $! > \"$0/pid\"; echo 0.5' {{path}}").score(tmp_path) == 0.5
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 def test_true_is_no_number_of_seconds():
