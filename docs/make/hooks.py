@@ -41,7 +41,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links from docs/ to files of the repository lead to where the site has them; figures lose their marks."""
-    markdown = figures.MARK.sub(r"\3", markdown)
+    if ROOT / "docs" / page.file.src_uri in figures.PAGES:  # contributing.md shows a mark
+        markdown = figures.MARK.sub(r"\3", markdown)
     if "/" in page.file.src_uri:
         return markdown
     return _LINK.sub(lambda found: MOVED.get(found[0], found[0].removeprefix("../")), markdown)
