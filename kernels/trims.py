@@ -102,7 +102,7 @@ def _search(
     reached, length = memory(1, torch.int64, torch.zeros), memory(1, torch.int32, torch.zeros)
     keys, places = memory(longest, torch.int32), memory(longest, torch.int32)
     sampled = tiles * (area // every)
-    chunk = CHUNK if device.type == "cuda" else triton.next_power_of_2(sampled)
+    chunk = CHUNK if device.type != "cpu" else triton.next_power_of_2(sampled)
     sample = torch.full((tensors, -(-sampled // chunk) * chunk), LOWEST.value, dtype=torch.int16, device=device)
     task = {"scaling_ptr": source.scaling.contiguous(), **task_arguments(source, precision, launch)}
     _sample_kernel[(tensors * tiles,)](sample, samples=tiles, length=sample.shape[1], EVERY=every, **task)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from merge_engine.kernels.launch import Launch
 from merge_engine.kernels.search import BINS, DEVIATIONS
 from merge_engine.kernels.source import Dense
-from merge_engine.kernels.trims import CHUNK, TILES_A_PROGRAM, sample_of
+from merge_engine.kernels.trims import CHUNK, TILES_A_PROGRAM, list_length, sample_of
 
 from bench.static import recompression
 from bench.static.cost import Cost, costs, occupancy, seconds, sweep_seconds
@@ -150,6 +151,7 @@ def merge_row(found: dict[str, Cost], target: str, model: str, method: str, adap
             total["small"] += many * adapters * small
     merge = max(total["code"], total["tensor"])
     launched = {"ties": 2 + len(SEARCH), "dare_ties": 2, "linear": 0}[method]
+    compiled = compiles(model, method)
     limits = {"sweeps": total["sweeps"], "merge": merge, "write": total["HBM"]}
     kernels = total["sweeps"] + total["small"] + max(merge, total["HBM"])
     host = 0.0 if summed else groups * (launched * LAUNCH_SECONDS + OPERATORS * OPERATOR_SECONDS)
@@ -171,10 +173,23 @@ def merge_row(found: dict[str, Cost], target: str, model: str, method: str, adap
         cut_seconds=total["cut"],
         cut_host_seconds=total["cut on the host"],
         seconds=whole,
-        compiles=launched,
-        compile_seconds=launched * COMPILE_SECONDS,
-        first_seconds=whole + launched * COMPILE_SECONDS,
+        compiles=compiled,
+        compile_seconds=compiled * COMPILE_SECONDS,
+        first_seconds=whole + compiled * COMPILE_SECONDS,
     )
+
+
+def compiles(model: str, method: str) -> int:
+    """How many kernels are compiled for a whole merge: tests/kernels/test_compiles.py counts them.
+
+    Of a search the sample's kernel depends on which elements it takes, and three others on the length of a list.
+    """
+    if method != "ties":
+        return {"dare_ties": 2, "linear": 0}[method]
+    tensors = [Dense(torch.empty(1, 1, rows, columns, device="meta")) for rows, columns, _ in MODELS[model][0]]
+    samples = {sample_of(tensor, Launch(64, 64, 16, 4))[1] for tensor in tensors}
+    lengths = {list_length(tensor.x.numel()) for tensor in tensors}
+    return 2 + len(SEARCH) - 4 + len(samples) + 3 * len(lengths)
 
 
 def search_seconds(found: dict[str, Cost], target: str, rows: int, columns: int) -> tuple[float, float]:
