@@ -1,6 +1,6 @@
 """What a backend must do: merge the task tensors of a group of modules. The engine knows no more of one."""
 
-from collections.abc import Hashable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -89,6 +89,14 @@ class Backend(Protocol):
         base: on the CPU, one [M, N] of any strides for each module; its memory may be taken for the result. dtype: of
         the result, with a base; float32 without one. Computed in float32 and rounded once.
         """
+        ...
+
+    def staged(self, tensor: Tensor) -> Tensor:
+        """A base as `merge` and `add_product` read it soonest, on the CPU; called by the thread that reads."""
+        ...
+
+    def home(self, merged: Tensor) -> Callable[[], Tensor]:
+        """Start to copy a result to the CPU. What is returned waits for the copy, on any thread, and gives it."""
         ...
 
     def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:

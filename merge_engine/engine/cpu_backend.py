@@ -1,6 +1,6 @@
 """Merges tile by tile on the CPU, by compiled loops or torch's operators: one module at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,12 @@ class TorchBackend:
             onto = _onto(base[0], dtype, in_place=not looked_at)
         how = {"scale": scale, "tied": spec.tied, **onto}
         return [merge_deltas(group.packed, spec.weights, spec.keeps, spec.rule, **how)]
+
+    def staged(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def home(self, merged: Tensor) -> Callable[[], Tensor]:
+        return lambda: merged
 
     def add_product(self, A: Tensor, B: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
         source, onto = Product(A, B, 1.0), _onto(base, dtype, in_place=True)

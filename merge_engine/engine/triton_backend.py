@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge_engine.cpu.merge_several import working_bytes
 from merge_engine.engine.backend import Group, Known
+from merge_engine.engine.copies import Copies, SameMemory, StreamCopies
 from merge_engine.engine.plan import ModulePlan, Plan, Task
 from merge_engine.errors import MergeError
 from merge_engine.kernels import merge as kernels
@@ -30,20 +31,20 @@ T = TypeVar("T", Lora, Dense)
 
 
 class TritonBackend:
-    """See `backend.Backend`. device: where the kernels run, the CPU if they are interpreted.
+    """See `backend.Backend`. device: where the kernels run, the CPU if they are interpreted. copies: to it and back.
 
-    Factors are packed in pinned memory by the reading thread and copied on a stream of their own, so that one group's
-    copies overlap with the launches of the group before it. Launched on the current stream; what a merge gives is
-    complete for any thread that reads it on the default one.
+    Factors and tensors of a base are put into pinned memory by the reading thread and copied on a stream of their own,
+    so that one group's copies overlap with the launches of the group before it. Launched on the current stream; what a
+    merge gives is complete for any thread that reads it on the default one.
     """
 
     name = "triton"
     merges_several = False  # plans one after the other: a launch takes many modules of one plan
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, copies: Copies | None = None) -> None:
         self.device = device
         self.cuts_groups = device.type != "cpu"  # on a GPU, small operators cost more than their arithmetic
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copies = copies or (StreamCopies(device) if device.type == "cuda" else SameMemory())
 
     @property
     def identity(self) -> str:
@@ -75,14 +76,14 @@ class TritonBackend:
     def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Task]], side: str) -> Source:
         """Slabs of the group in host memory, pinned if they go to a GPU."""
         if any(isinstance(task, Difference) for tasks in factors for task in tasks):
-            return self._moved(_pack_dense(group, factors), pin=True)
+            return self._staged(_pack_dense(group, factors))
         pairs = [[_readable(cast(Pair, task)) for task in tasks] for tasks in factors]
         if side == "delta":
-            return self._moved(pack(pairs, [module.scalings for module in group]), pin=True)
+            return self._staged(pack(pairs, [module.scalings for module in group]))
         index = "AB".index(side)
         dtype = reduce(torch.promote_types, (pair[index].dtype for pair in pairs[0]))
         x = torch.stack([pair[index].to(dtype) for row in pairs for pair in row])
-        return self._moved(Dense(x.unflatten(0, (len(pairs), -1))), pin=True)
+        return self._staged(Dense(x.unflatten(0, (len(pairs), -1))))
 
     def model_trims(self, plan: Plan, side: str) -> Trims:
         """Thresholds that span the model. All factors of this process's modules are on the device at once."""
@@ -156,8 +157,14 @@ class TritonBackend:
             )
             waiting.append(part.part(part.modules[half:], _modules(part.packed, half, None)))
             waiting.append(part.part(part.modules[:half], _modules(part.packed, 0, half)))
-        self._complete()
+        self.copies.complete()
         return merged
+
+    def staged(self, tensor: Tensor) -> Tensor:
+        return self.copies.staged(tensor)
+
+    def home(self, merged: Tensor) -> Callable[[], Tensor]:
+        return self.copies.down(merged)
 
     def specs(self, groups: Sequence[Group], known: Sequence[Known]) -> Sequence[Group]:
         return groups
@@ -183,15 +190,9 @@ class TritonBackend:
         under = self._stacked(base)
         return self._merge(group, scale=scale, base=under, out=self._empty(under[None], dtype))
 
-    def _complete(self) -> None:
-        """Wait for a caller's own stream: the threads that cut results do not know of it, and use the default one."""
-        if self.copies is not None:
-            stream = torch.cuda.current_stream(self.device)
-            if stream != torch.cuda.default_stream(self.device):
-                stream.synchronize()
-
     def _stacked(self, base: Sequence[Tensor]) -> Tensor:
-        stacked = torch.stack(list(base)).to(self.device)
+        there = self.copies.up(base)
+        stacked = there[0][None].contiguous() if len(there) == 1 else torch.stack(there)
         return stacked if stacked.dtype in PACKED else stacked.float()
 
     def _empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,30 +218,20 @@ class TritonBackend:
         )
         return list(merged[0].unbind())
 
-    def _on_device(self, packed: Source) -> Source:
-        """A copy on the device, made on the copy stream; what is launched next on the current stream waits for it."""
-        if self.copies is None:
-            return packed
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self.copies):
-            source = self._moved(packed)
-        current.wait_stream(self.copies)
-        parts = (source.A, source.B, source.scaling) if isinstance(source, Lora) else (source.x, source.base)
-        for tensor in parts:
-            if tensor is not None:
-                tensor.record_stream(current)
-        return source
+    def _on_device(self, packed: T) -> T:
+        """A copy on the device; what is launched next on the current stream waits for it."""
+        names = _tensors_of(packed)
+        copies = self.copies.up([getattr(packed, name) for name in names])
+        return replace(packed, **dict(zip(names, copies, strict=True)))
 
-    def _moved(self, source: T, *, pin: bool = False) -> T:
-        if self.copies is None:
-            return source
+    def _staged(self, source: T) -> T:
+        return replace(source, **{name: self.copies.staged(getattr(source, name)) for name in _tensors_of(source)})
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory() if pin else tensor.to(self.device, non_blocking=True)
 
-        if isinstance(source, Lora):
-            return replace(source, A=move(source.A), B=move(source.B), scaling=move(source.scaling))
-        return replace(source, x=move(source.x), base=None if source.base is None else move(source.base))
+def _tensors_of(source: Source) -> list[str]:
+    if isinstance(source, Lora):
+        return ["A", "B", "scaling"]
+    return ["x"] if source.base is None else ["x", "base"]
 
 
 def _pack_dense(group: Sequence[ModulePlan], tasks: Sequence[list[Task]]) -> Dense:

@@ -1,8 +1,9 @@
 """Writes the tensors of a merged model: each is read once, merged in float32, rounded once and written to its place."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,16 +39,17 @@ from merge_engine.runtime.processes import Ranks
 from merge_engine.runtime.progress import Bar
 from merge_engine.runtime.threads import ahead, threads
 
+GROUP_BYTES = 1 << 26  # of the base, in a group: three are read or merged at a time
 Figures = dict[str, Mapping[str, float]]  # by module; see `engine.cut.Finished`
 Load = tuple[list[Tensor], Loaded]  # the base tensors of a group as [M, N], and its tasks
 MergedTensors = Iterator[tuple[ModulePlan, Tensor]]
 
 
 class Item(NamedTuple):
-    """A tensor on its way to the disk; merged: None where it is copied from the base."""
+    """A tensor on its way to the disk; merged: waits for it and gives it, None where it is copied from the base."""
 
     keys: list[str]
-    merged: Tensor | None
+    merged: Callable[[], Tensor] | None
     cost: int  # elements, as the progress bar counts them
 
 
@@ -89,7 +91,7 @@ def _items(
     """
     groups = [
         group
-        for group in backend.groups(job.plan)
+        for group in within(backend.groups(job.plan), partial(_base_bytes, job), GROUP_BYTES)
         if not all(done.issuperset(job.keys_of(module.name)) for module in group)
     ]
     copies = [key for key in keys if key not in job.module_of and key not in done]
@@ -98,10 +100,38 @@ def _items(
     by_factors = _by_factors(job)
     merged = _factors_onto(job, backend, loads, ready, figures) if by_factors else _onto(job, backend, loads, ready)
     for number, (module, tensor) in enumerate(merged):
-        yield Item(job.keys_of(module.name), job.targets[module.name].tensor(tensor.cpu()), module.cost)
+        arrived = partial(_arrived, job, module, backend.home(tensor))
+        del tensor  # else a result of the group before would be held while the next is merged
+        yield Item(job.keys_of(module.name), arrived, module.cost)
         yield from (Item([key], None, 0) for key in copies[number::count])
     if not groups:
         yield from (Item([key], None, 0) for key in copies)
+
+
+def within(
+    groups: Iterable[Sequence[ModulePlan]], nbytes: Callable[[ModulePlan], int], most: int
+) -> list[Sequence[ModulePlan]]:
+    """The groups, cut so that the modules of each take at most so many bytes, or are one."""
+    cut: list[Sequence[ModulePlan]] = []
+    for group in groups:
+        start, held = 0, 0
+        for i, module in enumerate(group):
+            if i > start and held + nbytes(module) > most:
+                cut.append(group[start:i])
+                start, held = i, 0
+            held += nbytes(module)
+        cut.append(group[start:])
+    return cut
+
+
+def _base_bytes(job: IntoJob, module: ModulePlan) -> int:
+    """Host memory that a module's whole matrices take: the base's, and those of full models."""
+    models = sum(isinstance(job.plan.adapters[number], Finetuned) for number in module.adapters)
+    return module.rows * module.columns * job.targets[module.name].stored.dtype.itemsize * (1 + models)
+
+
+def _arrived(job: IntoJob, module: ModulePlan, home: Callable[[], Tensor]) -> Tensor:
+    return job.targets[module.name].tensor(home())
 
 
 def _load(job: IntoJob, backend: Backend, group: Sequence[ModulePlan]) -> Load:
@@ -110,7 +140,7 @@ def _load(job: IntoJob, backend: Backend, group: Sequence[ModulePlan]) -> Load:
     for module in group:
         target = job.targets[module.name]
         stored = target.stored
-        bases.append(target.matrix(read_finite(stored, job.base.name) if mixed else stored.read()))
+        bases.append(backend.staged(target.matrix(read_finite(stored, job.base.name) if mixed else stored.read())))
     return bases, load_group(job.plan, backend, group, bases)
 
 
@@ -175,11 +205,12 @@ def _dtype(job: IntoJob, group: Sequence[ModulePlan]) -> torch.dtype:
 
 def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int:
     """Write a tensor to its places, and to the journal that it is finished. Returns its cost."""
+    merged = None if item.merged is None else item.merged()
     for key in item.keys:
         slot, position, digest = job.layout.slots[key], 0, xxh3_128()
-        for piece in job.pieces(key, item.merged):
-            same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
-            data = tensor_bytes(piece if same else cast(piece, slot, merged=item.merged is not None))
+        for piece in job.pieces(key, merged):
+            same = merged is None and piece.dtype == slot.dtype  # copied byte for byte
+            data = tensor_bytes(piece if same else cast(piece, slot, merged=merged is not None))
             digest.update(data)
             files.write(slot, position, data)
             position += data.nbytes
@@ -228,7 +259,8 @@ def estimate(job: IntoJob, backend: Backend) -> float:
         ready = Preparation({side: {} for side in one.sides}, dict.fromkeys(one.sides, 1))
         for _ in range(2):  # the first time includes loading compiled code
             start = time.perf_counter()
-            for _ in _items(sample, [], set(), backend, ready, {}):
-                pass
+            for item in _items(sample, [], set(), backend, ready, {}):
+                if item.merged is not None:
+                    item.merged()
         seconds += (time.perf_counter() - start) * work_of(job.plan) / work_of(sample.plan)
     return seconds

@@ -9,6 +9,7 @@ from merge_engine.kernels.trims import trims
 
 from bench.first_contact import checks
 from merge_engine.cpu.mask import keep_mask
+from merge_engine.engine.copies import StreamCopies
 
 SHAPES = [
     pytest.param((48, 64), id="small"),
@@ -84,3 +85,16 @@ def test_two_devices_give_equal_bits(device: torch.device) -> None:
 def test_out_of_memory_halves_the_group(device: torch.device) -> None:
     """Really out of memory, with all that a failed attempt leaves behind."""
     assert "out of memory with 8 modules" in checks.out_of_memory_halves(checks.Place(device, (4096, 4096)))
+
+
+@pytest.mark.gpu
+def test_copies_wait_for_what_they_copy(device: torch.device) -> None:
+    """To the device, by a product that takes a while, and back, each way on a stream of its own."""
+    copies = StreamCopies(device)
+    x = torch.randint(-4, 5, (2048, 2048)).float()  # whole numbers: products are exact
+    late = []
+    for i in range(8):
+        (there,) = copies.up([copies.staged(x + i)])
+        late.append(copies.down(there @ there))
+    for i, arrived in enumerate(late):
+        assert torch.equal(arrived(), (x + i) @ (x + i))
