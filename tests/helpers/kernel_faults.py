@@ -1,5 +1,7 @@
 """Kernels with known bugs, which ttsem must find: only then does it mean something that it finds none in ours.
 
+Four small ones, and copies of ours with one line changed.
+
     pip install --no-deps --ignore-requires-python ttsem==0.1.0
     python -m ttsem.sanitize tests/helpers/kernel_faults.py        (prints what was found; fails if one is missed)
     TRITON_INTERPRET=0 python -m ttsem.sanitize pytest tests/kernels -q        (finds nothing)
@@ -7,13 +9,20 @@
 This is run by hand, and pytest does not collect it; ttsem is no dependency.
 """
 
+import importlib
+import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 @triton.jit
@@ -53,17 +62,93 @@ def found(kernel: Callable[..., None], out: Tensor) -> str | None:
     return "NaN in the result" if bool(out.isnan().any()) else None
 
 
+class Planted(NamedTuple):
+    """Lines of our kernels, and what they become. search: "trims", or "model" for thresholds that span a model."""
+
+    file: str
+    old: str
+    new: str
+    search: str = "trims"
+
+
+_MERGE = "left, right = tl.split"
+AS_THEY_ARE = [Planted("merge.py", _MERGE, _MERGE, search) for search in ("trims", "model")]  # with no fault
+_OUTPUT = "join(left, right).reshape(BLOCK_M, BLOCK_N)"
+PLANTED = [
+    Planted("task_tile.py", "b = tl.load(b_ptrs, mask=mask_m[:, None], other=0.0)", "b = tl.load(b_ptrs)"),
+    Planted("task_tile.py", "a = tl.load(a_ptrs, mask=mask_n[None, :], other=0.0)", "a = tl.load(a_ptrs)"),
+    Planted("search.py", "number * (BLOCK_M * BLOCK_N // EVERY)", "0 * number"),
+    Planted(
+        "search.py",
+        'tl.atomic_add(reached_ptr + slot, reached.to(tl.int64), sem="relaxed")',
+        "tl.store(reached_ptr + slot, tl.load(reached_ptr + slot) + reached.to(tl.int64))",
+    ),
+    Planted("search.py", 'tl.atomic_add(length_ptr + slot + 0 * keys, 1, mask=keys >= 0, sem="relaxed")', "0 * keys"),
+    Planted("search.py", "tl.store(state + HELD, held)", "tl.store(state_ptr + HELD, held)"),
+    Planted("finish.py", "keys_ptr + slot * LIST,", "keys_ptr + slot * LIST + LIST,"),
+    Planted("finish.py", "tl.store(row_ptr + slot, row)", "tl.store(row_ptr + slot + 1, row)"),
+    Planted("terms.py", "tl.store(terms, gain.to(tl.int32, bitcast=True), mask=mask)", "tl.store(terms, slot)"),
+    Planted("merge.py", f"{_OUTPUT}, mask=mask)", f"{_OUTPUT})"),
+    Planted("select.py", "mask = ((row + offs_m < M) & (counts > 0)) != 0", "mask = offs_m >= 0", "model"),
+]
+
+
+def planted(number: int, fault: Planted, folder: Path) -> str | None:
+    """What ttsem says of a search and a merge by a copy of our kernels with the fault; None if nothing."""
+    package = f"kernels_{number}"
+    shutil.copytree(KERNELS, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    changed = folder / package / fault.file
+    text = changed.read_text()
+    if fault.old not in text:
+        raise ValueError(f"{fault.file} has no {fault.old!r}")
+    changed.write_text(text.replace(fault.old, fault.new))
+    try:
+        return merged_by(package, fault.search)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def merged_by(package: str, search: str) -> str | None:
+    """A `ties` of two modules with many ties by the kernels of a package: None where no number is NaN."""
+    names = "source", "launch", "trims", "select", "merge"
+    source, launch, trims, select, merge = (importlib.import_module(f"{package}.{name}") for name in names)
+    generator = torch.Generator().manual_seed(1)
+
+    def factor(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).float()
+
+    # More tiles than one program takes of a task tensor.
+    pairs = [[(factor(8, 102), factor(45, 8)) for _ in range(2)] for _ in range(2)]
+    lora, small = source.pack(pairs, [[0.5, 1.0]] * 2), launch.Launch(16, 16, 16, 4)
+    kept = torch.full((1, 2, 2), 1000)
+    if search == "trims":
+        keep = trims.trims(lora, kept, launch=small)
+    else:
+        (keep,) = select.model_trims([lora], torch.full((1, 2), 2000), launches=[small])
+    out = merge.merge_deltas(lora, [[1.0, 0.5]], keep, elect="total", divisor="count", launch=small)
+    return "NaN in the result" if bool(out.isnan().any()) else None
+
+
 def main() -> int:
     missed = 0
+
+    def tell(name: str, said: str | None, wanted: bool = True) -> None:
+        nonlocal missed
+        missed += (said is None) == wanted
+        sys.stdout.write(f"{name}: {(said or ('NOT FOUND' if wanted else 'nothing')).splitlines()[0][:200]}\n")
+
     for kernel, out in (
         (_reads_past_the_end, torch.zeros(1000)),
         (_writes_past_the_end, torch.zeros(1000)),
         (_races, torch.zeros(256)),
         (_adds_to_what_was_never_written, torch.empty(1000)),
     ):
-        said = found(kernel, out)
-        missed += said is None
-        sys.stdout.write(f"{kernel.__name__}: {(said or 'NOT FOUND').splitlines()[0][:200]}\n")
+        tell(kernel.__name__, found(kernel, out))
+    with TemporaryDirectory() as folder:
+        sys.path.insert(0, folder)
+        for number, fault in enumerate((*AS_THEY_ARE, *PLANTED)):
+            said = planted(number, fault, Path(folder))
+            tell(f"{fault.file} ({fault.search}): {fault.new}", said, wanted=fault.old != fault.new)
     return missed
 
 
