@@ -229,7 +229,8 @@ def _alone(
     return first, row, column
 
 
-@triton.jit(do_not_specialize=["modules", "adapters"])
+# Rows and columns lie where the number of slots puts them.
+@triton.jit(do_not_specialize=["modules", "adapters"], do_not_specialize_on_alignment=["row_ptr", "column_ptr"])
 def _finish_kernel(
     value_ptr,  # int32 [recipes, modules, adapters]: bits of a float32
     row_ptr,  # int32, likewise

@@ -41,7 +41,19 @@ def _put_trim(terms, value_ptr, row_ptr, column_ptr, slots, mask):
     tl.store(terms + 2, tl.load(column_ptr + slots, mask=mask, other=0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["slots", "tensors", "adapters"])
+# Trims and weights lie where the numbers of recipes, modules and adapters put them.
+@triton.jit(
+    do_not_specialize=["slots", "tensors", "adapters"],
+    do_not_specialize_on_alignment=[
+        "weights_ptr",
+        "value_ptr",
+        "row_ptr",
+        "column_ptr",
+        "top_value_ptr",
+        "top_row_ptr",
+        "top_column_ptr",
+    ],
+)
 def _terms_kernel(
     terms_ptr,  # int32 [recipes, modules, adapters, TERMS]
     scaling_ptr,  # float32 [modules, adapters]
