@@ -44,7 +44,7 @@ class TritonBackend:
     def __init__(self, device: torch.device, copies: Copies | None = None) -> None:
         self.device = device
         self.cuts_groups = device.type != "cpu"  # on a GPU, small operators cost more than their arithmetic
-        self.copies = copies or (StreamCopies(device) if device.type == "cuda" else SameMemory())
+        self.copies: Copies = copies or (StreamCopies(device) if device.type == "cuda" else SameMemory())
 
     @property
     def identity(self) -> str:
