@@ -60,6 +60,10 @@ class Decompositions:
         """What the iteration for a merged delta begins with."""
         return first_space(rows, shape, k)
 
+    def norms(self, work: Work) -> tuple[float, ...]:
+        """|tau_t|_F of the adapters."""
+        return work.norms()
+
 
 def recompress(plan: Plan, backend: Backend, work: Work) -> tuple[ModulePlan, Finished]:
     """One module of the result."""
@@ -71,8 +75,9 @@ def cut(plan: Plan, backend: Backend, work: Work, known: Decompositions | None =
 
     Raises RecipeError, naming the module, where numbers overflow float32.
     """
+    known = known or Decompositions()
     with about(work.module.name):
-        return finished(plan, work, _factors(plan, backend, work, known or Decompositions()))
+        return finished(plan, work, _factors(plan, backend, work, known), known)
 
 
 class CutFactors(NamedTuple):
@@ -84,7 +89,7 @@ class CutFactors(NamedTuple):
     values: Tensor | None = None
 
 
-def finished(plan: Plan, work: Work, found: CutFactors) -> Finished:
+def finished(plan: Plan, work: Work, found: CutFactors, known: Decompositions) -> Finished:
     """A module that was cut to some factors, on the CPU, with what else there is to say of it.
 
     Raises RecipeError, naming the module, where a factor overflows float32.
@@ -95,7 +100,7 @@ def finished(plan: Plan, work: Work, found: CutFactors) -> Finished:
     if values is not None and energy < LOW:
         figures[ENOUGH_RANK] = rank_that_keeps(ENOUGH, values)
     squared_norm = product_norm(A, B) ** 2 if values is None else float(values[: len(A)].square().sum())
-    norms = work.norms() if plan.recipe.scale == "auto" else ()
+    norms = known.norms(work) if plan.recipe.scale == "auto" else ()
     lost = 0.0 if plan.by_factors else rounding_of(work.module, norms)
     return Finished(LowRank(A.cpu(), B.cpu(), energy), squared_norm, norms, figures, lost)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import (
     CutFactors,
+    Decompositions,
     Finished,
     cut,
     finished,
@@ -89,7 +90,7 @@ def cut_group(plan: Plan, backend: Backend, works: Sequence[Work]) -> list[Finis
                 results[i] = cut(plan, backend, work)
             else:
                 with about(work.module.name):
-                    results[i] = finished(plan, work, each)
+                    results[i] = finished(plan, work, each, Decompositions())
     return [results[i] for i in range(len(works))]
 
 

@@ -209,7 +209,7 @@ def _narrow(combination: Tensor, stacked: Tensor, *, turned: bool = False) -> Te
     for start in range(0, n, _AT_A_TIME):
         some = combination @ stacked[:, start : start + _AT_A_TIME]
         if turned:
-            out[start : start + _AT_A_TIME] = some.T
+            out[start : start + _AT_A_TIME] = some.float().T
         else:
             out[:, start : start + _AT_A_TIME] = some
     return out

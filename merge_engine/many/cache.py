@@ -21,6 +21,7 @@ class Cache:
         self._merge = 0
         # {key: (value, bytes, number of the merge that used it last)}, the least recently used first
         self._entries: OrderedDict[Hashable, tuple[Any, int, int]] = OrderedDict()
+        self._cheap: set[Hashable] = set()
         self._making: dict[Hashable, Future[Any]] = {}
         self._lock = Lock()
 
@@ -29,6 +30,8 @@ class Cache:
         with self._lock:
             self._merge += 1
             self.limit = limit
+            for key in [key for key in self._cheap if self._entries[key][2] < self._merge - 1]:
+                self._drop(key)
             while self.held > limit:
                 self._drop_oldest()
 
@@ -58,11 +61,13 @@ class Cache:
         making.set_result(made)
         return made
 
-    def put(self, key: Hashable, value: Any, nbytes: int) -> None:
+    def put(self, key: Hashable, value: Any, nbytes: int, *, cheap: bool = False) -> None:
         """Keep a value if there is room."""
         with self._lock:
             if key not in self._entries:
                 self._keep(key, value, nbytes)
+                if cheap and key in self._entries:
+                    self._cheap.add(key)
 
     def find(self, key: Hashable) -> Any:
         """The value of a key, or None."""
@@ -73,6 +78,7 @@ class Cache:
         """Forget everything."""
         with self._lock:
             self._entries.clear()
+            self._cheap.clear()
             self.held = 0
 
     def _used(self, key: Hashable) -> Any:
@@ -92,5 +98,9 @@ class Cache:
             self.held += nbytes
 
     def _drop_oldest(self) -> None:
-        _, (_, nbytes, _) = self._entries.popitem(last=False)
+        self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: Hashable) -> None:
+        _, nbytes, _ = self._entries.pop(key)
+        self._cheap.discard(key)
         self.held -= nbytes

@@ -210,7 +210,7 @@ def _finished(backend: Backend, pool: Pool, job: Step) -> tuple[Step, FinishedOr
     made = _attempt(lambda: cut(plan, backend, state, pool.decompositions(plan, module)))
     if not pool.keeps_results or isinstance(made, Exception):
         return job, made, False
-    pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors))
+    pool.cache.put(_result_key(job.member), made, _result_bytes(made.factors), cheap=plan.by_factors)
     return job, made, True
 
 

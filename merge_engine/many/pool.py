@@ -15,7 +15,7 @@ from merge_engine.engine.backend import Backend, Known
 from merge_engine.engine.cut import Decompositions
 from merge_engine.engine.joint import Joined, Joint
 from merge_engine.engine.plan import ModulePlan, Plan, make_joint, make_plan
-from merge_engine.engine.prepare import Preparation, prepare
+from merge_engine.engine.prepare import Preparation, Work, prepare
 from merge_engine.errors import RecipeError
 from merge_engine.files.weights import StoredTensor
 from merge_engine.formats.adapter import Adapter
@@ -144,6 +144,10 @@ class _KeptDecompositions(Decompositions):
         make = partial(super().start, rows, shape, k)
         key = ("space", self.adapters, self.module.name, self.module.rank, k)
         return self.cache.get(key, make, lambda found: found.nbytes)
+
+    def norms(self, work: Work) -> tuple[float, ...]:
+        key = ("norms", self.adapters, self.module.name)
+        return self.cache.get(key, work.norms, lambda norms: 64 + 32 * len(norms))
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,19 @@ def test_the_cache_keeps_what_the_last_two_merges_used():
     assert (cache.find("a"), cache.find("d"), cache.held) == (None, "D", 4)
 
 
+def test_what_is_cheap_to_make_goes_when_a_merge_has_not_used_it():
+    cache = Cache(0)
+    cache.begin(100)
+    for key in "abc":
+        cache.put(key, key, 4, cheap=key != "c")
+    cache.begin(100)
+    assert cache.find("a") == "a"
+    cache.begin(100)
+    assert (cache.find("a"), cache.find("b"), cache.find("c"), cache.held) == ("a", None, "c", 8)
+    cache.clear(), cache.begin(100)
+    assert cache.held == 0
+
+
 def test_the_cache_makes_a_value_once_for_all_who_ask():
     cache, asked, made = Cache(100), Barrier(3), []
     go = Event()

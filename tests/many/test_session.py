@@ -10,6 +10,7 @@ from grids import GRID, OWNED, W, alone, bits, counting, identical
 from merge_engine.engine import cpu_backend as engine_cpu_backend
 from merge_engine.engine import cpu_thresholds as engine_cpu_keeps
 from merge_engine.engine import cut as engine_cut
+from merge_engine.engine import plan as engine_plan
 from merge_engine.engine.merge import merge
 from merge_engine.errors import OutputError, RecipeError
 from merge_engine.many import merge_many as many_merge_many
@@ -149,6 +150,22 @@ def test_a_result_is_kept_when_it_is_made(alike):
             assert len(sums) == len(set(sums)) > 0
         session.merge(method="ties", density=0.3)
         assert len([key for key in kept if key[0] == "result"]) == 2 * len(sums)
+        for weights in ([1, 2, 3], [3, 2, 1], [2, 2, 1]):
+            session.merge(method="linear", weights=weights)
+        results = [key for key in kept if key[0] == "result"]
+        assert len(results) == 3 * len(sums)  # those of ties, and of the last two sums
+        assert not set(results) & set(sums)
+
+
+def test_norms_of_adapters_are_computed_once(alike, monkeypatch):
+    """Of every adapter and module, for scale="auto" with any method and weights."""
+    asked, original = [], engine_plan.product_norm
+    monkeypatch.setattr(engine_plan, "product_norm", lambda A, B: asked.append(1) or original(A, B))
+    with Session(alike, backend="torch") as session:
+        for method in ("linear", "tsv", "actmat"):
+            for weights in ([1, 2, 3], [3, 1, 1]):
+                session.merge(method=method, weights=weights, scale="auto")
+        assert len(asked) == sum(len(module.adapters) for module in session._pool.bind({}).modules)
 
 
 def test_a_short_text_of_a_session(alike):
