@@ -45,11 +45,21 @@ def add_to(commands: Any) -> None:
         "default: method, weights, gain, ridge and density",
     )
     add("--fixed", nargs="+", metavar="FIELD=VALUE", help="what all trials have, as rank=16")
-    add("--groups", type=int, default=1, metavar="N", help="groups of layers with weights of their own; default: 1")
+    add(
+        "--groups",
+        type=_groups,
+        default=1,
+        metavar="N",
+        help="groups of layers with weights of their own, or kinds: a gain for each kind of module; default: 1",
+    )
     add("--sampler", choices=("tpe", "cmaes", "random"), default="tpe", help="Optuna's sampler; default: tpe")
     add("--seed", type=int, default=0, help="seed of the sampler; default: 0")
     add("--memory", metavar="SIZE", default="4GB", help="limit for this process; default: 4GB")
     add("--backend", choices=("auto", "torch", "triton"), help="triton (GPU), torch (CPU) or auto; default: auto")
+
+
+def _groups(text: str) -> int | str:
+    return text if text == "kinds" else int(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,9 +8,15 @@ reported`` on the one that it reports: choose by the first, quote the second. Wi
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from merge_engine.demo import run
+from merge_engine.errors import MergeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from merge_engine.engine.output import Merged
 
 SAMPLES = {"tuning": run.TUNING, "reported": run.REPORTED}
 
@@ -24,24 +30,45 @@ def score(adapter: Path | None, sample: str = "tuning") -> dict[str, float]:
     return figures | {"mean": run._mean(figures)}
 
 
-def scorer(sample: str = "tuning", count: int | None = None) -> Callable[[Path], dict[str, float]]:
-    """`score` as a function of the folder, for a search: the own adapters are measured once.
+def scorer(sample: str | int = "tuning", count: int | None = None) -> "Callable[[Path | Merged], dict[str, float]]":
+    """`score` as a function of a folder, or of a merge in memory, for a search: all but the merge is loaded once.
 
-    count: sequences of each task; default: that of the demo.
+    sample: the name of one, or the seed of another. count: sequences of each task; default: that of the demo.
     """
-    run._require()
-    seed, counts = SAMPLES[sample], run.COUNT if count is None else dict.fromkeys(run.COUNT, count)
-    with run._quiet():
-        own = run._own_marks(seed, counts[seed])
+    import torch
 
-    def measure(adapter: Path) -> dict[str, float]:
+    run._require()
+    seed = SAMPLES[sample] if isinstance(sample, str) else sample
+    count = run.COUNT.get(seed, run.COUNT[run.REPORTED]) if count is None else count
+    with run._quiet():
+        own, model = run._own_marks(seed, count), run._load()
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    base = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+    @torch.inference_mode()
+    def measure(adapter: "Path | Merged") -> dict[str, float]:
         with run._quiet():
-            model: Any = run._load(adapter)
-            model.merge_adapter()  # into the base: so it answers in half the time
-            figures = run._relative(run._marks(model, seed, counts[seed]), own)
+            deltas = _deltas(adapter)
+            for name, layer in layers.items():
+                layer.weight.copy_(base[name] + deltas.pop(name, 0.0))
+            if deltas:
+                raise MergeError(f"demo: wanted modules of its base, got {next(iter(deltas))}")
+            figures = run._relative(run._marks(model, seed, count), own)
         return figures | {"score": run._mean(figures)}
 
     return measure
+
+
+def _deltas(adapter: "Path | Merged") -> "dict[str, Tensor]":
+    """{module: B @ A}."""
+    from merge_engine.engine.output import Merged
+    from merge_engine.formats.open import open_adapters
+
+    if isinstance(adapter, Merged) and adapter.path is None:
+        return {name: B @ A for name, (A, B, _) in adapter.modules.items()}
+    (opened,) = open_adapters([adapter.path if isinstance(adapter, Merged) else adapter])
+    factors = {name: opened.factors(name) for name in opened.modules}
+    return {name: opened.modules[name].scaling * (B.float() @ A.float()) for name, (A, B) in factors.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

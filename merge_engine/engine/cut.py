@@ -159,7 +159,7 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     """
     A, B, energy = result.factors
     squared_norm = result.squared_norm / energy if energy > 0 else 0.0
-    scale = scale_of(recipe, result.norms, squared_norm, result.rounding)
+    scale = scale_of(recipe, name, result.norms, squared_norm, result.rounding)
     if recipe.scale == "auto":
         result = result._replace(figures={**result.figures, SCALE: scale})
     if scale == 1:
@@ -170,15 +170,15 @@ def scaled(result: Finished, recipe: Recipe, name: str) -> Finished:
     return result._replace(factors=LowRank(A, scaled_B, energy))
 
 
-def scale_of(recipe: Recipe, norms: Sequence[float], squared_norm: float, rounding: float) -> float:
-    """The recipe's scale; for "auto", that of `lowrank.auto_scale`, or 0 where adapters cancel but for rounding.
+def scale_of(recipe: Recipe, name: str, norms: Sequence[float], squared_norm: float, rounding: float) -> float:
+    """The recipe's scale of a module; for "auto" that of `auto_scale`, or 0 where adapters cancel but for rounding.
 
     norms: |tau_t|_F, for "auto" only. squared_norm: |merged|_F^2 before the cut to a rank. rounding: as in `Finished`.
     """
     if recipe.scale != "auto":
         return recipe.scale
     norm = math.sqrt(squared_norm)
-    return 0.0 if 0 < norm <= rounding else auto_scale(norms, norm, recipe.gain)
+    return 0.0 if 0 < norm <= rounding else auto_scale(norms, norm, recipe.gain_for(name))
 
 
 def rounding_of(module: ModulePlan, norms: Sequence[float]) -> float:

@@ -258,6 +258,7 @@ def _plan_module(name: str, adapters: Sequence[Adapter | Finetuned], recipe: Rec
         rank = min(recipe.rank, first.rows, first.columns)
     names = [adapter.name for adapter in adapters]
     weights, densities = recipe.weights_for(names, name), recipe.densities_for(name, names)
+    recipe.gain_for(name)  # raises RecipeError where a table has none
     return ModulePlan(
         name=name,
         rows=first.rows,

@@ -172,7 +172,7 @@ def _scaled_onto(work: Work, base: Tensor, dtype: torch.dtype, recipe: Recipe) -
     delta = work.merged["delta"]
     with threads(1):  # on several threads the sum would differ in its last bits
         norms = work.norms()
-        scale = scale_of(recipe, norms, squared_norm(delta), rounding_of(work.module, norms))
+        scale = scale_of(recipe, work.module.name, norms, squared_norm(delta), rounding_of(work.module, norms))
     return delta.mul_(scale).add_(base.to(delta.device)).to(dtype)
 
 

@@ -10,6 +10,7 @@ from typing_extensions import TypedDict
 
 from merge_engine.rules.patterns import BlockWeights
 
+Gain = float | Mapping[str, float]
 Density = float | Sequence[float] | Mapping[str, float | Sequence[float]]
 
 
@@ -21,7 +22,7 @@ class RecipeFields(TypedDict, total=False):
     density: Density | None
     space: Literal["delta", "factors", "core", "knots"]
     scale: float | Literal["auto"]
-    gain: float
+    gain: Gain
     election: str
     scope: str | None
     trim_ties: str | None

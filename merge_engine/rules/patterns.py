@@ -6,12 +6,13 @@ A pattern matches a whole name, its end after a dot, or, of kohya's names, which
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from merge_engine.errors import RecipeError
 from merge_engine.rules.matching import Pattern
 
 _BEFORE = r"(.*\.|lora_(prior_)?[a-z]+\d?_+|lycoris_)?"
+T = TypeVar("T")
 BlockWeights = Mapping[str, Mapping[str, float]]  # {adapter: {pattern: weight}}
 
 
@@ -25,6 +26,14 @@ def compiled(field: str, pattern: Any) -> Pattern:
 @cache
 def _compiled(field: str, pattern: str) -> Pattern:
     return Pattern(_BEFORE, pattern, f"{field}: pattern {pattern[:100]!r}", RecipeError)
+
+
+def first_match(field: str, table: Mapping[str, T], module: str) -> T:
+    """The value of the first pattern that matches the module. Raises RecipeError, which names the field, for none."""
+    for pattern, value in table.items():
+        if compiled(field, pattern).match(module):
+            return value
+    raise RecipeError(f"{field}: no pattern of {', '.join(table)} matches {module}; '.*' matches the rest")
 
 
 def block_tables(given: Any) -> dict[str, dict[str, Any]] | None:

@@ -10,10 +10,10 @@ import torch
 from merge_engine.errors import RecipeError
 from merge_engine.rules.choices import BALANCES, RANKS, SAVED, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
-from merge_engine.rules.fields import Density
+from merge_engine.rules.fields import Density, Gain
 from merge_engine.rules.guesses import by_name, density_hint, did_you_mean, fields_of, word
 from merge_engine.rules.methods import GAMMA, MASK, METHODS, MIN_TASKS, looks_at, methods_with, refuses
-from merge_engine.rules.patterns import BlockWeights, block_tables, compiled, in_blocks
+from merge_engine.rules.patterns import BlockWeights, block_tables, compiled, first_match, in_blocks
 from merge_engine.rules.rule import Rule, make_rule
 
 LARGEST = torch.finfo(torch.float32).max
@@ -34,7 +34,8 @@ class Recipe:
         of all of them, and "core" U^T delta V [K, K'] in both common spaces: small matrices, and a result that is an
         exact adapter.
     scale: lambda, multiplies the result: a number, or "auto": for each module gain * mean norm of the deltas / norm of
-        the merged delta before it is cut. gain: 1.0, only with scale="auto".
+        the merged delta before it is cut. gain: 1.0, only with scale="auto"; a number, or a table {module pattern:
+        number}, as {"q_proj": 2, ".*": 1}, in which the first match counts.
     election: sign of the sum ("total"), or of the sum of signs ("frequency").
     convention: "peft", "mergekit" or "paper" (see `rule.Convention`); scope and trim_ties override what it says.
     seed: of the random drops, 0 <= seed < 2**64.
@@ -68,7 +69,7 @@ class Recipe:
     density: Density | None = None
     space: Literal["delta", "factors", "core", "knots"] = "delta"
     scale: float | Literal["auto"] = 1.0
-    gain: float = 1.0
+    gain: Gain = 1.0
     election: str = "total"
     scope: str | None = None
     trim_ties: str | None = None
@@ -151,8 +152,8 @@ class Recipe:
             if isinstance(self.scale, str) and "auto" in self.scale.lower():
                 raise RecipeError(f"scale: wanted a number or 'auto', got {self.scale!r}")
             object.__setattr__(self, "scale", _finite("scale", self.scale))
-        for name in ("gain", "ridge"):
-            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        object.__setattr__(self, "ridge", _finite("ridge", self.ridge))
+        object.__setattr__(self, "gain", _checked_gain(self.gain))
         if self.gain != 1 and self.scale != "auto":
             raise RecipeError(f"gain: multiplies scale='auto', wanted that with it, got scale {self.scale!r}")
         if self.ridge < 0:
@@ -250,12 +251,7 @@ class Recipe:
             return _of_module("module_densities", self.module_densities, module, adapters)
         density = self.density
         if isinstance(density, Mapping):
-            found = [value for pattern, value in density.items() if compiled("density", pattern).match(module)]
-            if not found:
-                raise RecipeError(
-                    f"density: no pattern of {', '.join(density)} matches {module}; '.*' matches the rest"
-                )
-            density = found[0]
+            density = first_match("density", density, module)
         if density is None:
             density = DEFAULT_DENSITY
         if isinstance(density, Sequence):
@@ -263,6 +259,20 @@ class Recipe:
                 raise RecipeError(f"density: wanted one number or {len(adapters)}, got {len(density)}")
             return tuple(density)
         return (density,) * len(adapters)
+
+    def gain_for(self, module: str) -> float:
+        """The gain in this module. Raises RecipeError where no pattern matches."""
+        return first_match("gain", self.gain, module) if isinstance(self.gain, Mapping) else self.gain
+
+
+def _checked_gain(gain: Any) -> Gain:
+    if not isinstance(gain, Mapping):
+        return _finite("gain", gain)
+    if not gain:
+        raise RecipeError("gain: wanted a number, or a table of patterns and numbers, got an empty one")
+    for pattern in gain:
+        compiled("gain", pattern)
+    return {pattern: _finite(f"gain: {pattern}", number) for pattern, number in gain.items()}
 
 
 def _checked_weights(weights: Any) -> Any:

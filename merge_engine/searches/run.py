@@ -30,7 +30,7 @@ def search(
     space: Mapping[str, Any] | None = None,
     fixed: Mapping[str, Any] | None = None,
     trials: int = 60,
-    groups: int = 1,
+    groups: int | str = 1,
     sampler: str = "tpe",
     seed: int = 0,
     in_memory: bool = False,
@@ -52,7 +52,8 @@ def search(
         call goes on from what is there; processes that call it at the same time share the trials.
     space: {field of a recipe: a list of values, or (lowest, highest)}; weights are one number for each adapter.
         None: `space.DEFAULT`. fixed: fields that all trials have. With neither a scale, it is "auto".
-    trials: finished ones, all processes and earlier runs counted. groups: of successive layers, with own weights.
+    trials: finished ones, all processes and earlier runs counted. groups: of successive layers, with own weights; or
+        "kinds": each kind of module (q_proj, up_proj ...) has a gain of its own.
     sampler: "tpe", "cmaes" or "random". seed: of the sampler. metric, combine, best, timeout: as in `sweep`.
     memory: what this process may hold. An error in a trial is in its row, and counts as a trial.
 
@@ -85,7 +86,7 @@ def run(
     space: Mapping[str, Any] | None,
     fixed: Mapping[str, Any],
     trials: int,
-    groups: int = 1,
+    groups: int | str = 1,
     sampler: str = "tpe",
     seed: int = 0,
     in_memory: bool = False,

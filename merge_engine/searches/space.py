@@ -22,6 +22,9 @@ DEFAULT: dict[str, Any] = {
     "ridge": (0.1, 10.0),
     "density": (0.1, 0.9),
 }
+KINDS = "kinds"  # groups of this name: the modules of each kind
+OF_KINDS: dict[str, Any] = {"method": ["tsv"], "gain": (0.5, 4.0)}  # what is varied with them
+MOST_KINDS = 32
 SOBER = ("linear", "tsv", "actmat")  # the first trials: these with scale="auto" and every weight 1
 _PLAIN = {"weights": 1.0, "gain": 1.0, "scale": 1.0, "ridge": 1.0, "density": 0.2}
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
@@ -33,12 +36,14 @@ class Space:
 
     varied: {field of a recipe: a list of values, or (lowest, highest)}. fixed: fields that all trials have.
     adapters: their names. groups: {name of a group of layers: its modules}; with none, weights count everywhere.
+    kinds: of modules, by the ends of their names, that have a gain of their own; with none, one gain counts everywhere.
     """
 
     varied: Mapping[str, Any]
     fixed: Mapping[str, Any]
     adapters: tuple[str, ...]
     groups: Mapping[str, Sequence[str]]
+    kinds: tuple[str, ...] = ()
 
     def suggest(self, span: Callable[[str, float, float, bool], float], one_of: Callable[..., Any]) -> Values:
         """The values of one trial; span(name, low, high, by ratio) and one_of(name, choices) draw them."""
@@ -57,6 +62,9 @@ class Space:
             if field == "weights":
                 for name in self._weights():
                     draw(name, over)
+            elif field == "gain" and self.kinds and self._counts(method, field):
+                for kind in self.kinds:
+                    draw(_gain(kind), over)
             elif field != "method" and self._counts(method, field):
                 draw(field, over)
         return values
@@ -69,6 +77,8 @@ class Space:
         if self.automatic:
             recipe["scale"] = "auto"
         recipe |= {name: value for name, value in values.items() if name in self.varied}
+        if "gain" in self.varied and self.kinds and self._counts(method, "gain"):
+            recipe["gain"] = {re.escape(kind): values[_gain(kind)] for kind in self.kinds}
         if "weights" not in self.varied:
             return recipe
         if not self.groups:
@@ -80,10 +90,14 @@ class Space:
         return recipe | {"module_weights": tables}
 
     def sober(self) -> list[Values]:
-        """The values of the first trials: the defaults that the README names, as far as they are in this space."""
+        """The values of the first trials: the defaults that the README names, as far as they are in this space.
+
+        With gains of kinds, one trial more has the middle of every span: the same gain for all.
+        """
         methods = self.varied.get("method", [self.fixed.get("method", Recipe.method)])
         first = [method for method in SOBER if method in methods] or list(methods[:1])
-        return [self.suggest(self._plain, self._first(method)) for method in first]
+        trials = [self.suggest(self._plain, self._first(method)) for method in first]
+        return [*trials, self.suggest(_middle, self._first(first[-1]))] if self.kinds else trials
 
     @property
     def automatic(self) -> bool:
@@ -99,7 +113,7 @@ class Space:
             "varied": varied,
             "fixed": dict(self.fixed),
             "groups": {name: len(m) for name, m in self.groups.items()},
-        }
+        } | ({"kinds": list(self.kinds)} if self.kinds else {})
 
     def _method(self, values: Mapping[str, Any]) -> str:
         return str(values.get("method", self.fixed.get("method", Recipe.method)))
@@ -114,7 +128,7 @@ class Space:
         return [_weight(adapter, group) for group in groups for adapter in self.adapters]
 
     def _plain(self, name: str, low: float, high: float, _: bool) -> float:
-        field = "weights" if name.startswith("weight of ") else name
+        field = next((field for field in ("weights", "gain") if name.startswith(f"{field.rstrip('s')} of ")), name)
         return min(max(_PLAIN.get(field, low), low), high)
 
     @staticmethod
@@ -127,14 +141,16 @@ def make_space(
     fixed: Mapping[str, Any],
     adapters: Sequence[str],
     modules: Sequence[str],
-    groups: int = 1,
+    groups: int | str = 1,
 ) -> Space:
     """The space of a search. varied: None for `DEFAULT`, without what is fixed and what no method looks at.
 
-    groups: how many groups of successive layers have weights of their own.
+    groups: how many groups of successive layers have weights of their own; or "kinds": each kind of module has a gain
+        of its own, and `OF_KINDS` is the default.
     Raises RecipeError for unknown fields, spans that are none, and values that no recipe takes.
     """
-    over = dict(varied) if varied is not None else {name: each for name, each in DEFAULT.items() if name not in fixed}
+    default = OF_KINDS if groups == KINDS else DEFAULT
+    over = dict(varied) if varied is not None else {name: each for name, each in default.items() if name not in fixed}
     if varied is None and "scale" in fixed and fixed["scale"] != "auto":
         over.pop("gain", None)
     known = [field.name for field in fields(Recipe) if field.name not in ("module_weights", "module_densities")]
@@ -151,7 +167,9 @@ def make_space(
         if method not in METHODS:
             raise RecipeError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
     over = {name: each for name, each in over.items() if any(looks_at(method, name) for method in methods)}
-    space = Space(over, dict(fixed), _unique(adapters), _groups(modules, groups) if "weights" in over else {})
+    kinds = _kinds(modules, over) if groups == KINDS else ()
+    parts = _groups(modules, groups) if groups != KINDS and "weights" in over else {}
+    space = Space(over, dict(fixed), _unique(adapters), parts, kinds)
     for values in space.sober():
         Recipe.from_mapping(space.recipe(values))
     for end in (0, -1):  # a span's ends, too, must be values that a recipe takes
@@ -182,6 +200,10 @@ def parse_space(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _middle(name: str, low: float, high: float, by_ratio: bool) -> float:
+    return math.sqrt(low * high) if by_ratio else (low + high) / 2
+
+
 def _end_of_span(end: int, name: str, low: float, high: float, by_ratio: bool) -> float:
     return (low, high)[end]
 
@@ -203,10 +225,20 @@ def _checked(name: str, over: Any) -> Any:
     return over
 
 
-def _groups(modules: Sequence[str], count: int) -> dict[str, list[str]]:
+def _kinds(modules: Sequence[str], over: Mapping[str, Any]) -> tuple[str, ...]:
+    """The ends of the modules' names, from the last part that is no number: q_proj, to_out.0."""
+    if "gain" not in over:
+        raise RecipeError(f"groups: {KINDS} have gains of their own, wanted a span of gain, got none")
+    kinds = sorted(set(map(_kind, modules)))
+    if len(kinds) > MOST_KINDS:
+        raise RecipeError(f"groups: wanted modules of up to {MOST_KINDS} kinds, got {len(kinds)}, as {kinds[0]}")
+    return tuple(kinds)
+
+
+def _groups(modules: Sequence[str], count: Any) -> dict[str, list[str]]:
     """Modules by successive layers, in `count` groups of nearly equal numbers of layers; those without one alone."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise RecipeError(f"groups: wanted a whole number of at least 1, got {count!r}")
+        raise RecipeError(f"groups: wanted {KINDS!r}, or a whole number of at least 1, got {count!r}")
     if count == 1:
         return {}
     layers: dict[int, list[str]] = {}
@@ -226,6 +258,16 @@ def _groups(modules: Sequence[str], count: int) -> dict[str, list[str]]:
 
 def _weight(adapter: str, group: str | None) -> str:
     return f"weight of {adapter}" + (f" in {group}" if group else "")
+
+
+def _kind(module: str) -> str:
+    parts = module.split(".")
+    last = max((place for place, part in enumerate(parts) if not part.isdecimal()), default=0)
+    return ".".join(parts[last:])
+
+
+def _gain(kind: str) -> str:
+    return f"gain of {kind}"
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

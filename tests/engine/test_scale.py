@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+import yaml
 from command_line import run_cli
-from dense_merges import U32, WEIGHTS, auto, dense_merge, factors_of, product, save_zoo, sizes_of, tasks_of
+from dense_merges import SHAPES, U32, WEIGHTS, auto, dense_merge, factors_of, product, save_zoo, sizes_of, tasks_of
 from lora_files import save_factors
 
 import merge_engine
@@ -39,7 +40,7 @@ def check(merged, zoo, tasks, recipe, gain=1.0):
     sizes, norms = sizes_of(zoo, recipe.get("weights", WEIGHTS)), norms_of(tasks)
     assert merged.figures.keys() == plain.keys()
     for name, dense in plain.items():
-        scale = auto(norms[name], dense, gain)
+        scale = auto(norms[name], dense, gain[name] if isinstance(gain, dict) else gain)
         # Rounding of factors and of merged elements is a share of what is summed up; drops have divided that by 0.4.
         lost = 20 * U32 * sizes[name]
         assert float((product(merged.modules[name]) - scale * dense).norm()) <= lost * max(1.0, abs(scale)), name
@@ -55,6 +56,24 @@ def test_every_method_in_every_space(zoo, tasks, method, space, weights):
         recipe |= {"density": 0.4, "seed": 3}
     rank = {} if METHODS[method].kind == "stacked" else {"rank": 10**6}
     check(merge_engine.merge(zoo, gain=-1.5, **recipe, **rank), zoo, tasks, recipe, -1.5)
+
+
+@pytest.mark.parametrize("method", ["linear", "tsv", "ties"])
+def test_modules_have_gains_of_their_own(zoo, tasks, method, tmp_path):
+    """By the first pattern that matches, in a merge, and in a session after one with another gain."""
+    table = {"q": 3.0, r"layers\.\d+\.up": -0.5, "layers.1.*": 0.25, ".*": 1}
+    gains = {name: 1.0 for name in SHAPES} | {"layers.0.q": 3.0, "layers.1.q": 3.0, "layers.0.up": -0.5}
+    gains |= {"layers.1.small": 0.25, "layers.1.own": 0.25, "layers.1.zero": 0.25}
+    recipe = {"method": method, "scale": "auto"} | ({"density": 0.4} if method == "ties" else {})
+    merged = merge_engine.merge(zoo, gain=table, rank=10**6, weights=WEIGHTS, **recipe)
+    check(merged, zoo, tasks, recipe, gains)
+    with merge_engine.Session(zoo) as session:
+        session.merge(gain=2.0, rank=10**6, weights=WEIGHTS, **recipe)
+        again = session.merge(gain=table, rank=10**6, weights=WEIGHTS, **recipe)
+    assert all(torch.equal(again.modules[name].B, merged.modules[name].B) for name in SHAPES)
+    merge_engine.merge(zoo, tmp_path / "out", gain=table, weights=WEIGHTS, **recipe)
+    told = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert told["gain"] == table
 
 
 @pytest.mark.parametrize("convention", ["mergekit", "paper"])

@@ -52,10 +52,10 @@ def test_base_and_the_textbook_rounded_once(zoo, tmp_path, recipe, dtype):
     recipe = {"weights": WEIGHTS, **recipe}
     if recipe["method"] == "dare_linear":
         recipe |= {"density": 0.5}
-    gain = {"gain": 0.5} if recipe.get("scale") == "auto" else {}
+    gain = {"gain": {"nothing": 9, ".*": 0.5}} if recipe.get("scale") == "auto" else {}
     result = merge_engine.merge_into(base, zoo, tmp_path / "out", **recipe, **gain)
     tasks = tasks_of(zoo)
-    dense = dense_merge(tasks, {**recipe, "method": recipe["method"].replace("cat", "linear")}, gain.get("gain", 1.0))
+    dense = dense_merge(tasks, {**recipe, "method": recipe["method"].replace("cat", "linear")}, 0.5 if gain else 1.0)
     merged, before, got = stored(dense), weights_of(base), weights_of(tmp_path / "out")
     assert got.keys() == before.keys() and result.merged == len(merged)
     half = torch.finfo(dtype).eps / 2

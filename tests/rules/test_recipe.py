@@ -50,6 +50,13 @@ def bad(**kwargs):
         bad(space="deltas", message="space: wanted one of delta, factors, core, knots, got 'deltas'"),
         bad(convention="peff", message="convention: wanted one of peft, mergekit, paper, got 'peff'"),
         bad(scale=float("inf"), message="scale: wanted a finite number, got inf"),
+        bad(scale="auto", gain={"k_proj": 2}, message="gain: no pattern of k_proj matches layers.0.q_proj;"),
+        bad(scale="auto", gain={"(": 2}, message=r"gain: pattern '\(' is no regular expression: "),
+        bad(scale="auto", gain={".*": "2"}, message=r"gain: \.\*: wanted a finite number, got '2'; write it as 2\.0"),
+        bad(
+            scale="auto", gain={}, message="gain: wanted a number, or a table of patterns and numbers, got an empty one"
+        ),
+        bad(gain={".*": 2}, message="gain: multiplies scale='auto', wanted that with it, got scale 1.0"),
         bad(scale=1e39, message=r"scale: wanted a number that float32 holds, got 1e\+39"),
         bad(weights=[1, 2, -1e300], message=r"weights: wanted a number that float32 holds, got -1e\+300"),
         bad(seed=True, message="seed: wanted a whole number from 0 to"),

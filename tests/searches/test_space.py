@@ -1,12 +1,13 @@
 """What a search varies, and the recipes that its values stand for, by hand."""
 
+import math
 import re
 
 import pytest
 
 from merge_engine.errors import RecipeError
 from merge_engine.rules.recipe import Recipe
-from merge_engine.searches.space import DEFAULT, make_space, parse_space
+from merge_engine.searches.space import DEFAULT, OF_KINDS, make_space, parse_space
 
 NAMES = ["sql", "chat"]
 MODULES = ["layers.0.q", "layers.1.q", "layers.2.q", "layers.10.q", "head"]
@@ -59,6 +60,27 @@ def test_groups_of_layers_have_their_own_weights():
     for count, message in [(5, "wanted at most 4"), (0, "wanted a whole number"), (True, "wanted a whole number")]:
         with pytest.raises(RecipeError, match=f"^groups: {message}"):
             make_space(None, {}, NAMES, MODULES, groups=count)
+
+
+def test_kinds_of_modules_have_gains_of_their_own():
+    modules = ["h.0.attn.q", "h.1.attn.q", "h.0.attn.to_out.0", "head", "h.12"]
+    space = make_space(None, {}, NAMES, modules, groups="kinds")
+    names = ["gain of h.12", "gain of head", "gain of q", "gain of to_out.0"]
+    assert space.varied == OF_KINDS
+    assert space.sober() == [{"method": "tsv", **dict.fromkeys(names, gain)} for gain in (1.0, math.sqrt(2.0))]
+    recipe = space.recipe({"method": "tsv"} | {name: float(number) for number, name in enumerate(names)})
+    assert recipe == {"method": "tsv", "scale": "auto", "gain": {r"h\.12": 0, "head": 1, "q": 2, r"to_out\.0": 3}}
+    assert [Recipe.from_mapping(recipe).gain_for(module) for module in modules] == [2, 2, 3, 1, 0]
+    both = make_space({"gain": (1.0, 2.0), "weights": (0.5, 2.0)}, {"method": "tsv"}, NAMES, modules, groups="kinds")
+    assert list(drawn(both, None)) == [*names, "weight of sql", "weight of chat"]
+    assert both.describe()["kinds"] == ["h.12", "head", "q", "to_out.0"]
+    assert "kinds" not in make_space(None, {}, NAMES, modules).describe()
+    for varied, names, message in [
+        ({"weights": (0.5, 2.0)}, modules, "kinds have gains of their own, wanted a span of gain, got none"),
+        (None, [f"lora_unet_{number}" for number in range(33)], "wanted modules of up to 32 kinds, got 33"),
+    ]:
+        with pytest.raises(RecipeError, match=f"^groups: {message}"):
+            make_space(varied, {}, NAMES, names, groups="kinds")
 
 
 def test_the_first_trials_are_sober():
