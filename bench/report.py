@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked: tuple[str, ...] = ("compiled",) * options.compile
     if options.mergekit:
         os.environ[PROGRAM] = options.mergekit
-        asked += ("mergekit-yaml", "mergekit") if HAS_MERGEKIT else ("mergekit-yaml",)
+        asked += ("mergekit-yaml", "mergekit-evolve", *(["mergekit"] if HAS_MERGEKIT else []))
     if options.device == "cpu":
         os.environ["MERGE_ENGINE_BACKEND"] = "torch"  # for the processes that are started, too
     warnings.simplefilter("ignore")

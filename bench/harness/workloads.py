@@ -168,6 +168,7 @@ WORKLOADS = [
         Workload("session", f"{what}, other weights", adapters=8, layers=1)
         for what in ("ties", "linear", "ties of factors")
     ),
+    *(Workload("trial", method, adapters=4, layers=LAYERS) for method in ("linear", "tsv", "actmat")),
     Workload("image", "ties", layers=19, model=FLUX, rank=32, dtype="bfloat16"),
     *(Workload("factors", method, layers=LAYERS) for method in FACTORS),
     Workload("many", "ties, density x weights", adapters=8, layers=1),

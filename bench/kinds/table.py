@@ -19,6 +19,7 @@ from bench.kinds import (
     session,
     svd_merge,
     threads,
+    trial,
     whole,
 )
 
@@ -39,4 +40,5 @@ KINDS: dict[str, Kind] = {
     "ranks": ranks.KIND,
     "many": many.KIND,
     "session": session.KIND,
+    "trial": trial.KIND,
 }
