@@ -164,11 +164,12 @@ WORKLOADS = [
     Workload("base", "dare_ties", layers=12, model=LLAMA_134M),
     Workload("ranks", "ties", layers=LAYERS),
     Workload("many", "ties, density x scale", adapters=8, layers=1),
+    Workload("trial", "linear", adapters=4, layers=LAYERS),
     *(
         Workload("session", f"{what}, other weights", adapters=8, layers=1)
         for what in ("ties", "linear", "ties of factors")
     ),
-    *(Workload("trial", method, adapters=4, layers=LAYERS) for method in ("linear", "tsv", "actmat")),
+    *(Workload("trial", method, adapters=4, layers=LAYERS) for method in ("tsv", "actmat")),
     Workload("image", "ties", layers=19, model=FLUX, rank=32, dtype="bfloat16"),
     *(Workload("factors", method, layers=LAYERS) for method in FACTORS),
     Workload("many", "ties, density x weights", adapters=8, layers=1),

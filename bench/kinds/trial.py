@@ -147,8 +147,8 @@ def _read(folder: Path, *names: str) -> list[torch.Tensor]:
 
 KIND = Kind(
     {
-        "Session": Entry(_in_memory, seconds=12, devices=("cpu",)),
-        "Session, to disk": Entry(_to_disk, seconds=14, devices=("cpu",)),
+        "Session": Entry(_in_memory, seconds=5, devices=("cpu",)),
+        "Session, to disk": Entry(_to_disk, seconds=7, devices=("cpu",)),
         "mergekit-evolve": Entry(_mergekit, seconds=30, ns=60, on_request=True, devices=("cpu",), methods=("linear",)),
     },
     _check,

@@ -59,7 +59,9 @@ def add_to(commands: Any) -> None:
 
 
 def _groups(text: str) -> int | str:
-    return text if text == "kinds" else int(text)
+    if text != "kinds" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"wanted kinds, or a whole number, got {text!r}")
+    return int(text) if text.isdecimal() else text
 
 
 def run(options: argparse.Namespace) -> int:
