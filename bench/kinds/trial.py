@@ -64,12 +64,12 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 
 @lru_cache
 def _inputs(work: Workload) -> tuple[Path, list[Path], list[list[float]]]:
-    """(base model, adapters of it, the weights of each trial)."""
-    folder, shapes = scratch_folder() / f"trial-{work.model}-{work.layers}", MODELS[work.model]
+    """(where the base model is if anyone needs it, adapters of it, the weights of each trial)."""
+    folder, shapes = scratch_folder() / f"trial-{work.model}-{work.layers}-{work.adapters}", MODELS[work.model]
     base, adapters = folder / "base", [folder / str(number) for number in range(work.adapters)]
-    make_base(base, work.layers, shapes)
     for seed, adapter in enumerate(adapters, 1):
-        make_adapter(adapter, seed, work.layers, shapes, base)
+        if not adapter.exists():
+            make_adapter(adapter, seed, work.layers, shapes, base)
     return base, adapters, [weights[: work.adapters] for weights in WEIGHTS]
 
 
@@ -103,6 +103,8 @@ def _to_disk(work: Workload, device: str) -> Contestant:
 def _mergekit(work: Workload, device: str) -> Contestant:
     base, adapters, weights = _inputs(work)
     output, cache = base.with_name("mergekit"), base.with_name("cache")
+    if not base.exists():
+        make_base(base, work.layers, MODELS[work.model])
 
     def run() -> Sample:
         program = shlex.split(os.environ.get(PROGRAM) or shutil.which("mergekit-yaml") or "")
@@ -149,7 +151,7 @@ KIND = Kind(
     {
         "Session": Entry(_in_memory, seconds=5, devices=("cpu",)),
         "Session, to disk": Entry(_to_disk, seconds=7, devices=("cpu",)),
-        "mergekit-evolve": Entry(_mergekit, seconds=30, ns=60, on_request=True, devices=("cpu",), methods=("linear",)),
+        "mergekit-evolve": Entry(_mergekit, seconds=30, ns=10, on_request=True, devices=("cpu",), methods=("linear",)),
     },
     _check,
     checking=0,

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.harness.agreement import Disagreement
-from bench.harness.inputs import SCALING
+from bench.harness.disk import make_base
+from bench.harness.inputs import MODELS, SCALING
 from bench.harness.workloads import Workload
 from bench.kinds import trial
 from bench.kinds.table import KINDS
@@ -19,6 +20,7 @@ def test_a_trial_is_timed_and_its_sum_is_checked(tiny: str, tmp_path: Path) -> N
     assert sample.seconds > 0 and sample.peak_mib > 50
 
     base, adapters, weights = trial._inputs(work)
+    make_base(base, work.layers, MODELS[tiny])
     name, stem = f"{trial.MODULE}.weight", f"base_model.model.{trial.MODULE}"
     merged = load_file(base / "model.safetensors")[name].double()
     for w, adapter in zip(weights[1], adapters, strict=True):
