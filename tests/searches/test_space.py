@@ -57,7 +57,7 @@ def test_groups_of_layers_have_their_own_weights():
         "head": [4, 5],
     }
     Recipe.from_mapping(recipe)
-    for count, message in [(5, "wanted at most 4"), (0, "wanted a whole number"), (True, "wanted a whole number")]:
+    for count, message in [(5, "wanted at most 4"), (0, "wanted 'kinds', or a whole number"), (True, "wanted 'kinds'")]:
         with pytest.raises(RecipeError, match=f"^groups: {message}"):
             make_space(None, {}, NAMES, MODULES, groups=count)
 
