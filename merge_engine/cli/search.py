@@ -59,8 +59,6 @@ def add_to(commands: Any) -> None:
 
 
 def _groups(text: str) -> int | str:
-    if text != "kinds" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"wanted kinds, or a whole number, got {text!r}")
     return int(text) if text.isdecimal() else text
 
 

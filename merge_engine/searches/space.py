@@ -149,6 +149,8 @@ def make_space(
         of its own, and `OF_KINDS` is the default.
     Raises RecipeError for unknown fields, spans that are none, and values that no recipe takes.
     """
+    if groups != KINDS and (isinstance(groups, bool) or not isinstance(groups, int) or groups < 1):
+        raise RecipeError(f"groups: wanted {KINDS!r}, or a whole number of at least 1, got {groups!r}")
     default = OF_KINDS if groups == KINDS else DEFAULT
     over = dict(varied) if varied is not None else {name: each for name, each in default.items() if name not in fixed}
     if varied is None and "scale" in fixed and fixed["scale"] != "auto":
@@ -168,7 +170,7 @@ def make_space(
             raise RecipeError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
     over = {name: each for name, each in over.items() if any(looks_at(method, name) for method in methods)}
     kinds = _kinds(modules, over) if groups == KINDS else ()
-    parts = _groups(modules, groups) if groups != KINDS and "weights" in over else {}
+    parts = _groups(modules, groups) if isinstance(groups, int) and "weights" in over else {}
     space = Space(over, dict(fixed), _unique(adapters), parts, kinds)
     for values in space.sober():
         Recipe.from_mapping(space.recipe(values))
@@ -235,10 +237,8 @@ def _kinds(modules: Sequence[str], over: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _groups(modules: Sequence[str], count: Any) -> dict[str, list[str]]:
+def _groups(modules: Sequence[str], count: int) -> dict[str, list[str]]:
     """Modules by successive layers, in `count` groups of nearly equal numbers of layers; those without one alone."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise RecipeError(f"groups: wanted {KINDS!r}, or a whole number of at least 1, got {count!r}")
     if count == 1:
         return {}
     layers: dict[int, list[str]] = {}

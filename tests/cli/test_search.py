@@ -34,7 +34,7 @@ def test_the_command_searches_and_goes_on(three, tmp_path, capsys):
         ([], "evaluate: wanted a command that scores a merge (--evaluate), got none"),
         (["--evaluate", "cat {path}", "--vary", "gain"], "--vary: wanted FIELD=LOW..HIGH"),
         (["--evaluate", "cat {path}", "--fixed", "rank=1,2"], "--fixed: rank: wanted one value, got 2"),
-        (["--evaluate", "cat {path}", "--groups", "kind"], "--groups: wanted kinds, or a whole number, got 'kind'"),
+        (["--evaluate", "cat {path}", "--groups", "kind"], "--groups: wanted 'kinds', or a whole number of"),
         (["--evaluate", "cat {path}", "--metric", "a=b"], "--metric: wanted NAME or NAME=WEIGHT"),
     ],
 )
