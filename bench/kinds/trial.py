@@ -126,7 +126,8 @@ def _check(work: Workload, results: Results, device: str) -> Mapping[str, float]
     pairs = [_read(adapter, f"{stem}.lora_A.weight", f"{stem}.lora_B.weight") for adapter in adapters]
     for name, folder in results.items():
         of_trial = weights[1] if name == "mergekit-evolve" else weights[-1]
-        exact = sum(w * SCALING * (B.double() @ A.double()) for w, (A, B) in zip(of_trial, pairs, strict=True))
+        products = [w * SCALING * (B.double() @ A.double()) for w, (A, B) in zip(of_trial, pairs, strict=True)]
+        exact = torch.stack(products).sum(0)
         if name == "mergekit-evolve":
             (under,), (got,) = (_read(each, f"{MODULE}.weight") for each in (base, folder))
             off, most = (got.double() - under.double() - exact).norm(), 2.0**-8 * len(adapters) * under.double().norm()

@@ -64,9 +64,11 @@ def _deltas(adapter: "Path | Merged") -> "dict[str, Tensor]":
     from merge_engine.engine.output import Merged
     from merge_engine.formats.open import open_adapters
 
-    if isinstance(adapter, Merged) and adapter.path is None:
-        return {name: B @ A for name, (A, B, _) in adapter.modules.items()}
-    (opened,) = open_adapters([adapter.path if isinstance(adapter, Merged) else adapter])
+    if isinstance(adapter, Merged):
+        if adapter.path is None:
+            return {name: B @ A for name, (A, B, _) in adapter.modules.items()}
+        adapter = adapter.path
+    (opened,) = open_adapters([adapter])
     factors = {name: opened.factors(name) for name in opened.modules}
     return {name: opened.modules[name].scaling * (B.float() @ A.float()) for name, (A, B) in factors.items()}
 
