@@ -1,5 +1,6 @@
 """How many times the kernels are compiled for a whole model, as Triton tells launches apart, without a GPU."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -17,6 +18,9 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from bench.static.gpus import MODELS
 from bench.static.rows import GROUP_BYTES, compiles
 
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="replaces the launch of interpreted kernels"
+)
 HOPPER = CUDABackend(GPUTarget("cuda", 90, 32))
 
 
