@@ -73,13 +73,15 @@ def _figures(source: str) -> dict[str, Any]:
 
 
 def _show(adapter: dict[str, Any]) -> None:
+    from merge_engine.runtime.memory import size_text
+
     modules = [{**module, "module": printable(module["module"])} for module in adapter["modules"]]
     ranks = sorted({module["rank"] for module in modules})
     print(printable(f"{adapter['name']}: {adapter['path']}"))
     print(f"  family      {adapter['family']}")
     print(printable(f"  base model  {adapter['base_model']}"))
     print(f"  modules     {len(modules)}, rank {', '.join(map(str, ranks))}")
-    print(f"  size        {adapter['bytes'] / 1e6:.2f} MB")
+    print(f"  size        {size_text(adapter['bytes'])}")
     if adapter["others"]:
         print(f"  others      {', '.join(map(printable, adapter['others']))}")
     width = max((len(module["module"]) for module in modules), default=6)

@@ -73,7 +73,9 @@ def add_to(commands: Any) -> None:
         "--rank", type=parse_rank, help="rank of the result: a number, or auto (the sum of the ranks); default: auto"
     )
     parser.add_argument(
-        "--energy", type=float, help="use the smallest rank, up to --rank, that keeps this share of the energy, as 0.9"
+        "--energy",
+        type=float,
+        help="use the smallest rank, up to --rank, that keeps this share of the energy, as 0.9; 1: all but rounding",
     )
     parser.add_argument(
         "--ranks",

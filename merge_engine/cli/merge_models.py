@@ -73,13 +73,13 @@ def say_pushed(merged: Any, repo: str | None, result: Result) -> None:
 
 def say_model(merged: Any, output: Any, result: Result) -> None:
     """A line about a merged full model; only rank 0 says it."""
+    from merge_engine.runtime.memory import size_text
+
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    what = (
-        f"{merged.inputs} inputs, {merged.merged} tensors merged, {merged.copied} copied, {merged.nbytes / 1e9:.3g} GB"
-    )
+    what = f"{merged.inputs} inputs, {merged.merged} tensors merged, {merged.copied} copied, {size_text(merged.nbytes)}"
     if merged.path is None:
-        shards = [f"  {name}  {nbytes / 1e6:.1f} MB" for name, nbytes in merged.shards.items()]
+        shards = [f"  {name}  {size_text(nbytes)}" for name, nbytes in merged.shards.items()]
         files = f"{len(shards)} file{'s' * (len(shards) > 1)}"
         text = "\n".join([f"{output}: would be {what} in {files}, in about {merged.seconds:.1f} s", *shards])
     else:

@@ -51,7 +51,8 @@ def merge(
     scope, trim_ties: None, as the convention says; "tensor" or "model"; "exact" or "keep".
     normalize, rescale: None, as the convention says; True or False; "density" or "l1".
     seed: 0, of random drops.
-    rank: "auto", the sum of the ranks, or a number of directions. energy: None, or a share from 0 to 1 to keep.
+    rank: "auto", the sum of the ranks, or a number of directions. energy: None, or a share from 0 to 1 to keep;
+        1 keeps all that is not rounding.
     ranks: "one" rank for all modules of what is written, or each its "own". dtype: None, that of the adapters.
     saved: None, or "average", "first": of saved layers that differ.
     gamma: 0.01, a share of elements, of breadcrumbs. mask: 0.4, a ratio, and min_tasks: 2, a number of adapters, of

@@ -14,6 +14,7 @@ from pathlib import Path
 from merge_engine.errors import OutputError, writing
 from merge_engine.files.journal import journals
 from merge_engine.files.working import Working, flush
+from merge_engine.runtime.memory import size_text
 
 # `overwrite` deletes a folder with all that is in it, so only folders with one of these files are replaced.
 _MODEL_FILES = ("adapter_config.json", "config.json", "merge_report.json")
@@ -156,7 +157,7 @@ def check_space(target: Path, required: int) -> None:
     """Raise OutputError where fewer than ``required`` bytes are free beside the target."""
     free = shutil.disk_usage(target.parent).free
     if required > free:
-        raise OutputError(f"{target} needs {required / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB is free")
+        raise OutputError(f"{target} needs {size_text(required, up=True)} of disk, {size_text(free)} is free")
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merge_engine.lowrank.batched_qr import gaussians, nearly_orthonormal_rows, orthonormal_rows
-from merge_engine.lowrank.small_svd import LowRank, check_request
+from merge_engine.lowrank.small_svd import ROUNDED, LowRank, asks_for_all, check_request
 
 PART_BYTES = 1 << 31  # of what is worked on at a time, in float64
 # From rank n / 12 on, or for a space of more than n / 4, the n eigenvectors of the Gram matrix are found sooner.
@@ -274,7 +274,13 @@ def _chosen(before: list[float], squares: list[float], total: float, request: _R
     captured = list(accumulate(squares[: request.k]))
     shares = [min(each / total, 1.0) if total > 0 else 1.0 for each in captured]
     rank = request.k
-    if request.energy is not None:
+    if asks_for_all(request.energy):
+        whole = max(1, sum(each > ROUNDED**2 * total for each in squares[: request.k]))
+        if whole < request.k:
+            rank, shares[whole - 1] = whole, 1.0
+        elif not request.enough:
+            return _NONE
+    elif request.energy is not None:
         if not request.enough and shares[-1] < request.energy:
             return _NONE
         rank = min(rank, 1 + sum(share < request.energy for share in shares))

@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 
 from merge_engine.lowrank.products import squared_norm, times
-from merge_engine.lowrank.small_svd import LowRank, check_request, leading, orthonormal, unfolded, upper
+from merge_engine.lowrank.small_svd import (
+    ROUNDED,
+    Leading,
+    LowRank,
+    asks_for_all,
+    check_request,
+    leading,
+    orthonormal,
+    unfolded,
+    upper,
+)
 from merge_engine.runtime.finite import finite
 
 logger = logging.getLogger(__name__)
@@ -64,7 +74,8 @@ def from_matrix(
     ``tolerance`` bounds the excess (|D - B A|_F^2 - best) / best, so the error itself is within tolerance / 2 of the
     best. The excess is estimated (`_excess`): a flat spectrum can deceive the estimate, and float32 hides what is below
     about 1e-8 |D|_F^2. A warning is logged where 24 steps do not reach the tolerance. With ``energy`` in (0, 1], k is
-    the smallest rank, up to the above, that keeps this share of |D|_F^2, or the above where none does. ``space`` is
+    the smallest rank, up to the above, that keeps this share of |D|_F^2, or the above where none does; with 1, or a
+    number within 2**-26 of it, the numerical rank of D: how many singular values are above 2**-21 |D|_F. ``space`` is
     `first_space`, or a function that returns what that would return.
 
     Method: block Krylov with Rayleigh-Ritz. The space V starts as the rows of ``start`` and 8 or more fixed Gaussian
@@ -91,23 +102,25 @@ def from_matrix(
 
     start = start.to(matrix.device, torch.float64)
     rank = min(rank, *matrix.shape)
-    k = rank if energy is None else min(rank, max(start.shape[0], 16))
+    whole = asks_for_all(energy)
+    share = None if whole else energy
+    k = rank if share is None else min(rank, max(start.shape[0], 16))
     while True:
         if k * _DENSE_FRACTION > min(matrix.shape):
-            left, right = _eigen(matrix, rank, math.inf if energy is None else energy * total)
+            left, right = _eigen(matrix, rank, math.inf if share is None else share * total)
             break
         left, right = _krylov(matrix, space(start, (matrix.shape[0], matrix.shape[1]), k), k, total, tolerance)
-        if energy is None or k == rank:
+        if share is None or k == rank:
             break
         # No later singular value is larger than the last one found, so a rank below this one will not do.
         squares = torch.linalg.eigvalsh(right @ right.T)
-        missing = energy * total - float(squares.sum())
+        missing = share * total - float(squares.sum())
         if missing <= 0:
             break
         least = k + missing / max(float(squares[0]), missing / rank)
         k = min(rank, max(2 * k, math.ceil(least)))
         start, space = right, first_space
-    return _cut(left, right, rank, energy, total=total)
+    return _cut(left, right, rank, share, total=total, whole=whole)
 
 
 # From here on vectors are rows, in float64: new ones are appended in memory, and BLAS multiplies few rows faster than
@@ -209,8 +222,16 @@ def _eigen(matrix: Tensor, k: int, enough: float) -> tuple[Tensor, Tensor]:
     return times(right, matrix), right
 
 
-def _cut(left: Tensor, right: Tensor, rank: int, energy: float | None, *, total: float) -> LowRank:
-    """left.T @ right [M, N] cut to the rank asked for; ``total`` is |D|_F^2."""
+def _cut(left: Tensor, right: Tensor, rank: int, energy: float | None, *, total: float, whole: bool) -> LowRank:
+    """left.T @ right [M, N] cut to the rank asked for; ``total`` is |D|_F^2. whole: to the numerical rank."""
     of_left, of_right = torch.geqrf(left.T), torch.geqrf(right.T)
     core = leading(upper(of_left) @ upper(of_right).T, rank, energy, total=total)
-    return unfolded(core, of_left, of_right)
+    return unfolded(_whole(core, total) if whole else core, of_left, of_right)
+
+
+def _whole(core: Leading, total: float) -> Leading:
+    """The core without what may be rounding alone; if there is such, all of |D|_F^2 is kept."""
+    k = max(1, int((core.s > ROUNDED * math.sqrt(total)).sum()))
+    if k == len(core.s) and total > 0:
+        return core
+    return core._replace(u=core.u[:, :k], s=core.s[:k], vh=core.vh[:k], kept=1.0)

@@ -10,6 +10,10 @@ from merge_engine.runtime.finite import finite
 
 # |u_i s| <= s: singular values up to this, B fits float32, and only beyond it is B looked at.
 _SURELY_FITS = 1e38
+# A singular value of a dense merged delta D of up to this share of |D|_F may be rounding alone: that of its elements to
+# float32, and of products with it (see `products.times`).
+ROUNDED = 2.0**-21
+_BLUR = 2.0**-26  # of |D|_F^2: how much products in float32 change the energy that a cut keeps
 Decomposed = tuple[Tensor, Tensor]  # reflectors of Q below R, and their factors, as LAPACK's geqrf packs them
 
 
@@ -47,6 +51,11 @@ def rank_that_keeps(share: float, values: Tensor) -> int:
     """The smallest rank that keeps this share of the energy of a matrix with these singular values, descending."""
     squares = (values / (float(values[0]) or 1.0)).square().cumsum(0)
     return 1 + int((squares < share * squares[-1]).sum())
+
+
+def asks_for_all(energy: float | None) -> bool:
+    """Whether the numerical rank is asked for: energy 1, or what products in float32 cannot tell from it."""
+    return energy is not None and energy > 1 - _BLUR
 
 
 def product_norm(A: Tensor, B: Tensor) -> float:

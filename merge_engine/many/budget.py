@@ -16,6 +16,7 @@ from merge_engine.engine.cut import (
 )
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import RecipeError
+from merge_engine.runtime.memory import size_text
 
 # Bytes that do not depend on the merge: a process that has imported torch, triton and Numba and has merged something
 # small holds some 450 MB; the rest is what allocators keep.
@@ -51,7 +52,8 @@ def room(plans: Sequence[Plan], backend: Backend, memory: int, *, in_memory: boo
         if free >= 0:
             more = min(len(plans) - 1, free // (2 * another))
             return Room(1 + more, workers, free - more * another)
-    raise RecipeError(f"memory: wanted at least {(memory - free) / 1e9:.2f}GB for this merge, got {memory / 1e9:.2f}GB")
+    wanted = size_text(memory - free, up=True)
+    raise RecipeError(f"memory: wanted at least {wanted} for this merge, got {size_text(memory)}")
 
 
 def result_bytes(plan: Plan) -> int:

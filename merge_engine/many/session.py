@@ -18,6 +18,7 @@ from merge_engine.formats.adapter import Adapter
 from merge_engine.many.one_pass import merged_modules
 from merge_engine.many.pool import Pool
 from merge_engine.rules.fields import BoundFields
+from merge_engine.runtime.memory import size_text
 
 _SHOWN = 4  # adapters that a repr names
 
@@ -75,7 +76,7 @@ class Session:
         names = [adapter.name for adapter in pool.adapters]
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         modules = len({module for adapter in pool.adapters for module in adapter.modules})
-        cache = f"cache {pool.cache.held / 1e9:.2f} of {pool.cache.limit / 1e9:.2f}GB"
+        cache = f"cache {size_text(pool.cache.held)} of {size_text(pool.cache.limit)}"
         return f"Session({len(names)} adapters: {shown}; {modules} modules; {cache})"
 
     def __enter__(self) -> "Session":

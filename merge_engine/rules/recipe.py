@@ -40,7 +40,8 @@ class Recipe:
     convention: "peft", "mergekit" or "paper" (see `rule.Convention`); scope and trim_ties override what it says.
     seed: of the random drops, 0 <= seed < 2**64.
     rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: the smallest rank up to
-        that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is.
+        that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is. energy 1 keeps every
+        direction that is not rounding alone: the numerical rank of the merged delta.
     ranks: of what is written: "one": all modules have the largest rank of any of them, by rows of zeros in A and
         columns of zeros in B, as servers want it; "own": each has its own, in a rank_pattern.
     dtype: of the written factors: "float32", "float16", "bfloat16", or None for the adapters' own.

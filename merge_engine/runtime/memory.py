@@ -84,13 +84,26 @@ def scratch(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32)
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def size_text(nbytes: int, *, up: bool = False) -> str:
+    """Bytes as "3.21 GB", or "12 bytes": in the largest unit of which there is one, rounded down, or up.
+
+    Of two sizes the larger one, rounded up, never reads like the smaller one, rounded down.
+    """
+    for unit in ("TB", "GB", "MB", "KB"):
+        if nbytes >= _UNITS[unit]:
+            hundredth = _UNITS[unit] // 100
+            hundreds = -(-nbytes // hundredth) if up else nbytes // hundredth
+            return f"{hundreds // 100}.{hundreds % 100:02} {unit}"
+    return f"{nbytes} bytes"
+
+
 def parse_size(size: int | str, option: str) -> int:
     """Bytes in a size such as "5GB" or "200MB" (powers of 1000, as transformers counts), or in a plain number.
 
     Raises RecipeError, which names ``option``, where it is no size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B|)", str(size).strip().upper())
-    parsed = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    parsed = round(float(match[1]) * _UNITS[match[2]]) if match else 0
     if parsed < 1:
         raise RecipeError(f"{option}: wanted a size such as 5GB or 200MB, got {size!r}")
     return parsed

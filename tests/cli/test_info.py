@@ -22,7 +22,8 @@ def test_info_shows_what_an_adapter_is(three, capsys):
         line = next(line for line in out.splitlines() if name in line)
         assert line.split()[1:-1] == ["linear", "24", "x", "40", "4", "2"]
         assert float(line.split()[-1]) == pytest.approx(2 * (B.double() @ A.double()).norm().item(), rel=1e-3)
-    assert "base model  base" in out and "modules     2, rank 4" in out and "size        0.00 MB" in out
+    assert "base model  base" in out and "modules     2, rank 4" in out
+    assert adapter.size_bytes == 2048 and "size        2.04 KB" in out
 
 
 def test_info_system_says_which_and_why(capsys, monkeypatch):

@@ -129,7 +129,7 @@ def test_a_file_is_never_replaced(tmp_path, overwrite):
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path):
     with (
-        pytest.raises(OutputError, match=r"out needs 1000000000\.00 GB of disk, \d+\.\d\d GB is free"),
+        pytest.raises(OutputError, match=r"out needs 1000000\.00 TB of disk, \d+\.\d\d [GT]B is free"),
         place_folder(tmp_path / "a" / "out", required_bytes=10**18),
     ):
         pytest.fail("the block ran")

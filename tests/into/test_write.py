@@ -21,6 +21,7 @@ from merge_engine.formats.open import open_adapter
 from merge_engine.into.job import make_job
 from merge_engine.into.write import _costs, _share
 from merge_engine.rules.recipe import Recipe
+from merge_engine.runtime.memory import size_text
 
 
 def command(base, adapters, out, *options):
@@ -189,7 +190,7 @@ def test_several_processes_and_the_command_write_the_same_union(toys, capsys, fo
     assert main([*words, "-o", str(base.parent / "dry"), "--dry-run"]) == 0
     want = union_folder(toys, shard_size=60)
     total = sum(file.stat().st_size for file in want.glob("*.safetensors"))
-    assert f"{total / 1e9:.3g} GB" in capsys.readouterr().out and not (base.parent / "dry").exists()
+    assert f" copied, {size_text(total)} in " in capsys.readouterr().out and not (base.parent / "dry").exists()
     done = forks.ranks(2, [*words, "-o", base.parent / "two"])
     assert done.codes == [0, 0], done.err
     assert bytes_of(base.parent / "two") == bytes_of(want)

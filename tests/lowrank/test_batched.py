@@ -281,6 +281,23 @@ def test_energy_chooses_the_rank_of_each_matrix(energy, rank):
         assert abs(result.energy - float(kept[k - 1])) <= slack
 
 
+@pytest.mark.parametrize("rank", [5, 20, 200])
+def test_energy_1_is_the_numerical_rank_of_each_matrix(rank):
+    whole = [7, 12, SIDE]
+    matrices = torch.stack(
+        [with_spectrum(260, SIDE, SPECTRA[kind]) for kind in ("rank 7", "rank 12, repeated", "geometric")]
+    )
+    cuts = cut_matrices(matrices, STARTS["random"].expand(3, -1, -1), rank, 1.0)
+    for i, (matrix, own) in enumerate(zip(matrices, whole, strict=True)):
+        result = cuts.of(i)
+        if result is None:  # left to `from_matrix`: there may be more directions than were looked for
+            assert own > 24 < rank
+            continue
+        check_form(result, 260, SIDE, min(rank, own))
+        assert result.energy == 1 or rank <= own
+        check_energy(result, matrix, 1e-7)
+
+
 def test_a_wide_start_is_reduced_to_random_sums():
     """Of 300 rows, which as one space would take the Gram matrix."""
     matrix, start = ties_delta(512, 768)

@@ -173,6 +173,20 @@ def test_energy_chooses_the_rank_of_a_matrix(kind, energy):
         check_energy(result, matrix, 1e-7)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("energy", [1.0, 1 - 2.0**-30])
+@pytest.mark.parametrize(("kind", "whole"), [("rank 7", 7), ("rank 12, repeated", 12), ("geometric", SIDE)])
+def test_energy_1_is_the_numerical_rank_on_any_number_of_threads(kind, whole, energy, count):
+    """Singular values down to 1e-4 of the largest are kept, though they are 1e-8 of its energy; rounding is not."""
+    matrix = with_spectrum(260, SIDE, SPECTRA[kind])
+    with threads(count):
+        for rank in (5, 16, 40, SIDE):
+            result = from_matrix(matrix, STARTS["random"], rank, energy)
+            check_form(result, 260, SIDE, min(rank, whole))
+            assert result.energy == 1 or rank <= whole
+            check_energy(result, matrix, 1e-7)
+
+
 def test_energy_is_found_by_growing_blocks(monkeypatch):
     """40 of 1000 vectors keep 99 %: the space grows from 16 to 40 or more, and no Gram matrix is made."""
     spectrum = torch.cat([torch.full((40,), 1.0), torch.full((960,), 0.02)])

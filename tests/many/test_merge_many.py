@@ -137,7 +137,7 @@ WRONG = [
     ({"names": [""]}, r"^names: wanted the name of a folder, got ''$"),
     ({"names": ["taken"]}, r"taken already exists; pass overwrite to replace it$"),
     ({"memory": "much"}, r"^memory: wanted a size such as 5GB or 200MB, got 'much'$"),
-    ({"memory": "100MB"}, r"^memory: wanted at least 0\.\d\dGB for this merge, got 0\.10GB$"),
+    ({"memory": "100MB"}, r"^memory: wanted at least \d+\.\d\d MB for this merge, got 100\.00 MB$"),
 ]  # fmt: skip
 
 

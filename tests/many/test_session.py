@@ -170,7 +170,7 @@ def test_norms_of_adapters_are_computed_once(alike, monkeypatch):
 
 def test_a_short_text_of_a_session(alike):
     with Session(alike) as session:
-        assert repr(session).startswith(f"Session({len(alike)} adapters: a, b, ") and "; cache 0.00 of " in repr(
+        assert repr(session).startswith(f"Session({len(alike)} adapters: a, b, ") and "; cache 0 bytes of " in repr(
             session
         )
     assert repr(session) == "Session(closed)"

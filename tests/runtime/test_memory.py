@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from merge_engine.errors import RecipeError
 from merge_engine.runtime import memory as runtime_memory
-from merge_engine.runtime.memory import HUGE, KEPT, new_tensor, parse_size
+from merge_engine.runtime.memory import HUGE, KEPT, new_tensor, parse_size, size_text
 
 needs_huge_pages = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="large tensors are torch's own here")
 LARGE = HUGE // 4  # elements of float32
@@ -110,3 +112,27 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(RecipeError, match=r"^shard_size: wanted a size such as 5GB or 200MB, got "):
         parse_size(text, "shard_size")
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "down", "up"),
+    [
+        (0, "0 bytes", "0 bytes"),
+        (999, "999 bytes", "999 bytes"),
+        (1000, "1.00 KB", "1.00 KB"),
+        (2_099_001, "2.09 MB", "2.10 MB"),
+        (5 * 10**9, "5.00 GB", "5.00 GB"),
+        (10**18, "1000000.00 TB", "1000000.00 TB"),
+    ],
+)
+def test_sizes_as_text_are_in_the_unit_that_fits(nbytes, down, up):
+    assert (size_text(nbytes), size_text(nbytes, up=True)) == (down, up)
+
+
+@given(st.integers(1, 10**13), st.integers(1, 10**9))
+def test_a_size_that_is_larger_reads_as_larger(nbytes, more):
+    """parse_size reads both, up to the rounding; and what is needed is never said to be what is free."""
+    needs, free = size_text(nbytes + more, up=True), size_text(nbytes)
+    assert needs != free
+    if "bytes" not in free:
+        assert parse_size(free, "free") <= nbytes < nbytes + more <= parse_size(needs, "needs")
