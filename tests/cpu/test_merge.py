@@ -100,6 +100,13 @@ def test_many_adapters(count, election):
     assert ((got - want).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("count", [255, 256, 513])
+def test_any_number_of_adapters_that_agree_is_counted(count):
+    """Each is 1 everywhere, and so is their mean: a count of 8 bits would be 0 of 256 of them."""
+    sources = [Dense(torch.ones(2, 3))] * count
+    assert torch.equal(merge_deltas(sources, [1.0] * count, [None] * count, make_rule("ties")), torch.ones(2, 3))
+
+
 @pytest.mark.quick
 def test_non_contiguous_and_zero_factors():
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,13 @@
 """Shards of a model, written in any order."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from xxhash import xxh3_128
 
+from merge_engine.files import shards
 from merge_engine.files.safetensors_writer import tensor_bytes
 from merge_engine.files.shards import ShardFiles, lay_out
 
@@ -40,3 +43,18 @@ def test_shards_written_in_any_order_are_read_by_safetensors(tmp_path_factory, s
         assert (folder / name).stat().st_size == layout.sizes[name]
         found |= shard
     assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize("where", [0, 6, 7, 20])
+def test_a_change_in_any_block_of_a_tensor_changes_its_hash(tmp_path, monkeypatch, where):
+    monkeypatch.setattr(shards, "_BLOCK", 7)
+    layout = lay_out({"first": (torch.uint8, (5,)), "second": (torch.uint8, (21,))}, 1000)
+    files = ShardFiles(tmp_path, layout)
+    files.create()
+    data = bytearray(range(21))
+    files.write(layout.slots["second"], 0, memoryview(data))
+    assert files.digest(layout.slots["second"]) == xxh3_128(data).hexdigest()
+    data[where] ^= 1
+    files.write(layout.slots["second"], where, memoryview(data)[where : where + 1])
+    assert files.digest(layout.slots["second"]) == xxh3_128(data).hexdigest()
+    files.close()

@@ -29,11 +29,19 @@ class Done(NamedTuple):
 class Forks:
     """A process that forks children, which run `merge-engine` with other arguments each time."""
 
+    def __init__(self, *modules: str) -> None:
+        """modules: what is imported beside the command, before a child is forked."""
+        self._modules = modules
+
     def __enter__(self) -> "Forks":
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         self._folder = tempfile.TemporaryDirectory()
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, *self._modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         assert self._receive() == "ready"
         return self
@@ -68,11 +76,15 @@ class Forks:
 
     def ranks(self, count: int, *commands: list[object], **options: object) -> Done:
         """The commands by so many processes together, with the environment that torchrun gives them."""
+        return self.run(*commands, environments=self.environments(count), **options)
+
+    @staticmethod
+    def environments(count: int) -> tuple[dict[str, str], ...]:
+        """What torchrun sets for each of so many processes."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-        environments = tuple({**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
-        return self.run(*commands, environments=environments, **options)
+        return tuple({**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count))
 
     def _send(self, message: object) -> None:
         self._process.stdin.write(json.dumps(message) + "\n")
@@ -84,8 +96,8 @@ class Forks:
 
 def serve() -> None:
     """Read runs from standard input, a line each, and write the ids of the children; "wait" writes their exit codes."""
-    for module in ("cli.main", "engine.merge", "into.merge"):
-        importlib.import_module(f"merge_engine.{module}")
+    for module in ("merge_engine.cli.main", "merge_engine.engine.merge", "merge_engine.into.merge", *sys.argv[1:]):
+        importlib.import_module(module)
     importlib.import_module("merge_engine.loops.door").load()
     gc.freeze()  # or each child would go through all of it at its end
     print('"ready"', flush=True)

@@ -18,7 +18,10 @@ from merge_engine.errors import ModelError, OutputError
 from merge_engine.into import place as into_place
 from merge_engine.into import resume as into_resume
 from merge_engine.into import write as into_write
+from merge_engine.into.resume import files_in
 from merge_engine.into.write import _write
+from merge_engine.loops import door
+from merge_engine.runtime.processes import Ranks
 
 
 def interrupt(monkeypatch, after):
@@ -67,6 +70,40 @@ def test_a_changed_input_is_not_resumed_with(base, three, tmp_path, monkeypatch)
     save_adapter(three[1], 99)
     with pytest.raises(OutputError, match=r"an unfinished merge is in .*, with another inputs"):
         merge_engine.merge_into(base, three, tmp_path / "out")
+
+
+def test_an_input_that_is_written_again_counts_as_another(base):
+    """Only headers are hashed: of a large file with other data after its header the time of change tells."""
+    file = base / "model.safetensors"
+    before, stat = files_in(base, [file]), file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert files_in(base, [file]) == before
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
+    assert files_in(base, [file]) != before
+
+
+def test_a_run_with_compiled_loops_is_not_resumed_without(base, three, tmp_path, monkeypatch):
+    """The terms of a product are added in another order."""
+    assert door.installed()
+    unfinished(base, three, tmp_path, monkeypatch)
+    monkeypatch.setattr(door, "installed", lambda: False)
+    with pytest.raises(OutputError, match=r"with another backend \(it was torch, now torch without Numba\)"):
+        merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+
+
+def test_no_rank_writes_before_all_have_read_the_journals(base, three, tmp_path, monkeypatch):
+    """A rank that read lines of this run would take their tensors for those of an earlier one."""
+    events = []
+
+    def told(name, right):
+        return lambda *arguments: (events.append(name), right(*arguments))[1]
+
+    monkeypatch.setattr(into_write, "finished_keys", told("read", into_write.finished_keys))
+    monkeypatch.setattr(into_write, "_write", told("write", _write))
+    monkeypatch.setattr(Ranks, "wait", told("wait", Ranks.wait))
+    merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    assert events.count("read") == 1
+    assert events[events.index("read") + 1] == "wait"
 
 
 NOTHING = ["5", "null", '{"merge": 5}', '{"tensor": 1, "xxh3": 2}', "[" * 100_000, '"merge"', "\xff"]

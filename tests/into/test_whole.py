@@ -18,6 +18,7 @@ from merge_engine.errors import ModelError, OutputError
 from merge_engine.into import whole_write
 from merge_engine.mergekit.recipe import merge_recipe
 from merge_engine.rules.whole_methods import WHOLE_METHODS
+from merge_engine.runtime.processes import Ranks
 
 OWN = {"t": 0.3, "select_topk": 0.5}
 
@@ -85,6 +86,19 @@ def test_two_ranks_make_the_bytes_of_one(large, forks, method):
     done = forks.ranks(2, [*command, large / "two"])
     assert done.codes == [0, 0], done.err
     assert bytes_of(large / "one") == bytes_of(large / "two")
+
+
+def test_no_rank_writes_before_all_have_read_the_journals(home, monkeypatch):
+    events = []
+
+    def told(name, right):
+        return lambda *arguments: (events.append(name), right(*arguments))[1]
+
+    monkeypatch.setattr(whole_write, "finished_keys", told("read", whole_write.finished_keys))
+    monkeypatch.setattr(whole_write, "_write", told("write", whole_write._write))
+    monkeypatch.setattr(Ranks, "wait", told("wait", Ranks.wait))
+    merge_recipe(recipe_of("slerp"), "out", convention="published")
+    assert events[events.index("read") + 1] == "wait" and "write" in events
 
 
 def test_kills_at_random_moments(large, forks):

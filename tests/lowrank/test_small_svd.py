@@ -4,7 +4,7 @@ import pytest
 import torch
 from low_rank import generator, orthonormal, squares_of
 
-from merge_engine.lowrank.small_svd import leading, product_norm
+from merge_engine.lowrank.small_svd import leading, product_norm, rank_that_keeps
 
 
 @pytest.mark.quick
@@ -45,3 +45,13 @@ def test_few_leading_vectors_of_a_core_of_any_size(scale):
     assert torch.allclose(found.s, scale * squares[:5].sqrt(), rtol=1e-10, atol=0)
     assert found.kept == pytest.approx(float(squares[:5].sum() / squares.sum()), abs=1e-12)
     assert len(leading(core, 8, 0.9).s) == 1 + int((squares.cumsum(0) / squares.sum() < 0.9).sum())
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9, 0.99, 1.0])
+def test_the_rank_that_keeps_a_share_is_the_smallest(share):
+    values = torch.logspace(2, -1, 12, dtype=torch.float64)
+    squares = [float(value) ** 2 for value in values]
+    kept = [sum(squares[:k]) / sum(squares) for k in range(1, 13)]
+    k = rank_that_keeps(share, values)
+    assert kept[k - 1] >= share * (1 - 1e-14) and (k == 1 or kept[k - 2] < share)
+    assert rank_that_keeps(share, torch.zeros(3, dtype=torch.float64)) == 1

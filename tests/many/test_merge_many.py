@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from grids import FACTORS, GRID, W, alone, bits, identical, save_adapter
+from lora_files import save_factors
 
 from merge_engine.engine.merge import merge
 from merge_engine.errors import AdapterError, MergeError, OutputError, RecipeError
@@ -29,6 +30,24 @@ def test_each_result_has_the_bits_of_a_merge_alone(folders, singly):
 def test_factors_have_the_bits_of_a_merge_alone(alike):
     for recipe, got in zip(FACTORS, merge_many(alike, FACTORS, backend="torch"), strict=True):
         assert identical(got, alone(alike, recipe, backend="torch")), recipe
+
+
+def test_a_module_that_is_the_same_in_two_merges_may_have_another_majority(tmp_path):
+    """In q all votes are tied; in up the majority is - of all elements, and + of the few largest."""
+    column = torch.tensor([[8.0], [4.0], *[[-1.0]] * 6])
+    folders = [
+        save_factors(
+            tmp_path / name, {"q": (torch.ones(1, 3), sign * torch.ones(4, 1)), "up": (torch.ones(1, 3), column)}, r=1
+        )
+        for name, sign in (("a", 1.0), ("b", -1.0))
+    ]
+    paper = {"method": "ties", "convention": "paper", "scope": "tensor", "trim_ties": "exact"}
+    grid = [{**paper, "density": {"q": 1.0, "up": density}} for density in (1.0, 0.25)]
+    results = list(merge_many(folders, grid, backend="torch"))
+    for recipe, got in zip(grid, results, strict=True):
+        assert identical(got, alone(folders, recipe, backend="torch")), recipe
+    signs = [float((got.modules["q"].B @ got.modules["q"].A).sign().mean()) for got in results]
+    assert signs == [-1.0, 1.0]
 
 
 def test_no_room_to_spare_and_many_passes_change_no_bit(folders, singly, monkeypatch):

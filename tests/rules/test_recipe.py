@@ -97,6 +97,10 @@ def test_arrays_and_tensors_are_numbers(three):
         ({"normalize": 1}, "normalize: wanted true or false, of ties or dare_ties, got 1"),
         ({"rescale": "l1"}, "rescale: wanted density or l1, of random drops, got 'l1'"),
         ({"rescale": "l2", "method": "dare_ties"}, "rescale: wanted density or l1, of random drops, got 'l2'"),
+        (
+            {"method": "dare_linear", "density": 1e-11},
+            "density: dare_linear divides by it, wanted a number above 0, got 1e-11",
+        ),
         ({"module_weights": {"a": 1.0}}, "module_weights: a: wanted a list of numbers, got 1.0"),
         ({"module_weights": {"a": [float("inf")]}}, "module_weights: a: wanted a finite number, got inf"),
         ({"module_densities": {"a": [2.0]}}, "density: wanted a number from 0 to 1, got 2.0"),
