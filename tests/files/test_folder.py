@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -185,6 +186,26 @@ def test_two_writers_of_one_target(tmp_path):
             pytest.fail("the block ran")
         assert is_model(folder)
     assert is_model(tmp_path / "out")
+
+
+def test_a_lock_on_a_folder_that_is_gone_is_no_lock(tmp_path, monkeypatch):
+    """Between opening and locking, another process removes the folder, and a third one makes it anew."""
+    right, partial, seen = fcntl.flock, tmp_path / ".out.partial", []
+
+    def late(descriptor, how):
+        if not seen:
+            partial.rmdir()
+            partial.mkdir()
+        seen.append(descriptor)
+        right(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with place_folder(tmp_path / "out") as folder:
+        assert len(seen) == 2
+        write_model(folder)
+        with pytest.raises(OutputError, match="is being written by another process"), place_folder(tmp_path / "out"):
+            pytest.fail("the block ran")
+    assert is_model(tmp_path / "out") and os.listdir(tmp_path) == ["out"]
 
 
 def test_a_working_folder_that_is_no_longer_ours_is_left_alone(tmp_path, monkeypatch):

@@ -55,6 +55,14 @@ def test_weights_by_module_on_kernels(here, tmp_path, name):
     assert_close(weights_of(tmp_path / "out"), oracle(RECIPES[name]))
 
 
+def test_a_negative_sum_of_weights_divides_too(here, tmp_path):
+    models = [model("ft1", weight=0.5), model("ft2", weight=-1.0)]
+    merge_recipe(recipe("task_arithmetic", *models, parameters={"normalize": True}), tmp_path / "out")
+    base, one, two = (full(name) for name in ("base", "ft1", "ft2"))
+    want = {key: base[key] + (0.5 * (one[key] - base[key]) - (two[key] - base[key])) / -0.5 for key in base}
+    assert_close(weights_of(tmp_path / "out"), want)
+
+
 def test_one_slice_of_all_layers_is_its_models(here, tmp_path):
     """The slice's own parameters come between those of its models and those of the whole recipe."""
     models = [model("ft1", weight=1.0), model("ft2", density=0.9), model("base")]

@@ -104,6 +104,17 @@ def test_a_tied_head_may_be_saved_by_one_of_them(base, tmp_path, of_base):
             merge_engine.merge_models(pair[0], [pair[1]], tmp_path / "no", method="linear")
 
 
+def test_a_head_that_only_one_of_them_declares_tied_is_no_copy(base, tmp_path):
+    tensors = weights_of(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_model(tmp_path / "tied", 0, tensors=tensors, tie_word_embeddings=True)
+    del tensors["lm_head.weight"]
+    save_model(tmp_path / "untied", 0, tensors=tensors, tie_word_embeddings=False)
+    for one, other in (("tied", "untied"), ("untied", "tied")):
+        with pytest.raises(MergeError, match=r"^tied has tensor lm_head\.weight but untied does not$"):
+            merge_engine.merge_models(tmp_path / one, [tmp_path / other], tmp_path / "no", method="linear")
+
+
 def test_an_added_vocabulary_is_named(base, three, tmp_path):
     def tokenizer(folder, words, added):
         vocabulary = {word: number for number, word in enumerate(words)}

@@ -11,7 +11,7 @@ from unchanged import assert_unchanged, snapshot
 from merge_engine.errors import AdapterError
 from merge_engine.peft_backend import layers as peft_backend_layers
 from merge_engine.peft_backend.drop_in import add_weighted_adapter
-from merge_engine.peft_backend.layers import _holding
+from merge_engine.peft_backend.layers import _holding, find_layers
 
 CALL = {"combination_type": "ties", "density": 0.5}
 
@@ -35,6 +35,19 @@ def test_an_error_while_layers_are_added_leaves_the_model_as_it_was(place, error
     assert_unchanged(model, before)
     monkeypatch.undo()
     assert_same_factors(both(spec, model))  # and a second try works: stock's would be all zeros
+
+
+def test_a_block_that_two_names_share_is_merged_once():
+    inner = torch.nn.Module()
+    inner.one = inner.two = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(inner, config, adapter_name="a")
+    model.add_adapter("b", config)
+    found, names = find_layers(inner, ["a", "b"])
+    assert [layer.name for layer in found] == ["one.0"] and names.count("one.0") == 1 and "two.0" not in names
+    want = sum(product(*factors(inner, name)["one.0"]) for name in "ab")
+    add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "merged", combination_type="cat")
+    assert torch.allclose(product(*factors(inner, "merged")["one.0"]), inner.one[0].scaling["a"] * want, atol=1e-6)
 
 
 # Configurations of the first adapter that stock lets through into the result.

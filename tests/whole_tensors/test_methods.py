@@ -266,6 +266,22 @@ def test_floors_matter_where_models_are_close(method):
     assert (results[0] - results[1]).norm() > 1e-6 * (results[0] - base).norm()
 
 
+def test_a_negative_sum_of_weights_divides_too():
+    generator = torch.Generator().manual_seed(3)
+    base, one, two = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    for published in (True, False):
+        options = {"weight": (0.5, -1.0), "density": (1.0, 1.0), "normalize": True, "rescale": False, "lambda": 0.8}
+        out = torch.empty_like(base)
+        merge_group("task_arithmetic", Group("x", [one, two], base, out, options, 0, published))
+        want = base.double() + 0.8 * (0.5 * (one.double() - base) - (two.double() - base)) / -0.5
+        assert (out - want).norm() <= 1e-6 * want.norm()
+        merge_group(
+            "linear", Group("x", [one, two], None, out, {"weight": (0.5, -1.0), "normalize": True}, 0, published)
+        )
+        want = (0.5 * one.double() - two) / -0.5
+        assert (out - want).norm() <= 1e-6 * want.norm()
+
+
 def test_della_keeps_by_rank_and_on_average_everything():
     """Shares that are kept rise from density - epsilon to density + epsilon; the published mean is the tensor."""
     task = torch.randn(4000, 16, generator=torch.Generator().manual_seed(1))
