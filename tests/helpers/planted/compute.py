@@ -246,10 +246,10 @@ FAULTS = [
     ),
     Fault(
         f"{LOOPS}/tile_loops.py",
-        "share += s0 if agrees0 else F0",
-        "share += s0",
+        "share + own if agrees else share",
+        "share + own",
         "tests/loops/test_tile_loops.py",
-        "the first of four counts as agreeing",
+        "whoever disagrees counts as agreeing too",
     ),
     Fault(
         f"{LOOPS}/tile_loops.py",
@@ -274,17 +274,10 @@ FAULTS = [
     ),
     Fault(
         f"{LOOPS}/tile_loops.py",
-        "plus = (vote > F0) | ((vote == F0) & tied_plus)",
-        "plus = (vote > F0) | (vote == F0)",
+        "(vote > F0) | ((vote == F0) & tied_plus)",
+        "(vote > F0) | (vote == F0)",
         "tests/loops/test_tile_loops.py",
-        "of up to four adapters, tied votes elect +",
-    ),
-    Fault(
-        f"{LOOPS}/tile_loops.py",
-        "plus = (votes[j] > F0) | ((votes[j] == F0) & tied_plus)",
-        "plus = (votes[j] > F0) | (votes[j] == F0)",
-        "tests/loops/test_tile_loops.py",
-        "of more than four adapters, tied votes elect +",
+        "tied votes elect +",
     ),
     Fault(
         f"{LOOPS}/tile_loops.py",
@@ -302,10 +295,10 @@ FAULTS = [
     ),
     Fault(
         f"{LOOPS}/tile_loops.py",
-        "factor = term.scaling if k + EIGHT == term.rank else F1",
-        "factor = term.scaling if k == 0 else F1",
+        "builder.fmul(builder.load(place), scaling)",
+        "builder.load(place)",
         "tests/loops/test_tile_loops.py",
-        "of ranks above 8 only the first eight are scaled",
+        "a product lacks its scaling",
     ),
     Fault(
         f"{LOOPS}/tile_loops.py",
