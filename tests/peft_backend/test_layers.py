@@ -41,13 +41,13 @@ def test_a_block_that_two_names_share_is_merged_once():
     inner = torch.nn.Module()
     inner.one = inner.two = torch.nn.Sequential(torch.nn.Linear(6, 4))
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-    model = get_peft_model(inner, config, adapter_name="a")
-    model.add_adapter("b", config)
-    found, names = find_layers(inner, ["a", "b"])
+    model = get_peft_model(inner, config, adapter_name="x")
+    model.add_adapter("y", config)
+    found, names = find_layers(inner, ["x", "y"])
     assert [layer.name for layer in found] == ["one.0"] and names.count("one.0") == 1 and "two.0" not in names
-    want = sum(product(*factors(inner, name)["one.0"]) for name in "ab")
-    add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "merged", combination_type="cat")
-    assert torch.allclose(product(*factors(inner, "merged")["one.0"]), inner.one[0].scaling["a"] * want, atol=1e-6)
+    want = sum(product(*factors(inner, name)["one.0"]) for name in "xy")
+    add_weighted_adapter(model, ["x", "y"], [1.0, 1.0], "merged", combination_type="cat")
+    assert torch.allclose(product(*factors(inner, "merged")["one.0"]), inner.one[0].scaling["x"] * want, atol=1e-6)
 
 
 # Configurations of the first adapter that stock lets through into the result.
