@@ -84,11 +84,11 @@ FAULTS = [
         "the last of an adapter's patterns counts",
     ),
     Fault(
-        f"{RULES}/recipe.py",
-        "density = found[0]",
-        "density = found[-1]",
+        f"{RULES}/patterns.py",
+        "in table.items():\n        if compiled(field, pattern).match(module)",
+        "in reversed(table.items()):\n        if compiled(field, pattern).match(module)",
         "tests/rules",
-        "the last pattern of densities counts",
+        "the last pattern that matches counts",
     ),
     Fault(
         f"{RULES}/recipe.py",
