@@ -2,6 +2,8 @@
 
 import json
 import math
+import mmap
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from merge_engine.errors import AdapterError, shown
@@ -21,6 +24,7 @@ from merge_engine.runtime.memory import new_tensor
 _MAX_HEADER = 100_000_000  # the format's own limit
 _DIMENSIONS = 64  # as many as NumPy and torch's operators take
 _ELEMENTS = 2**60  # of sizes and their products, without those that are 0
+_MAPPED = 1 << 16  # bytes of a tensor from which on mapping it takes less time than reading it
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,25 @@ class StoredTensor:
         with self._opened() as file:
             self._fill(file, tensor)
         return tensor
+
+    def view(self) -> torch.Tensor:
+        """The contiguous tensor without a copy, where it lies in a .safetensors file: its pages are mapped.
+
+        They count as memory of this process until the tensor is gone. What is written to it stays in memory. Raises as
+        `read` does; a file that becomes shorter later on ends the process.
+        """
+        if self.mapped is not None or self.nbytes < _MAPPED or self.offset % self.dtype.itemsize:
+            return self.read()
+        start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
+        length = self.offset + self.nbytes - start
+        with self._opened() as file:
+            if missing := max(0, start + length - os.fstat(file.fileno()).st_size):
+                raise self._short(missing)
+            memory = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        if hasattr(memory, "madvise"):
+            memory.madvise(mmap.MADV_WILLNEED)  # read ahead, all of it
+        data = torch.from_numpy(np.frombuffer(memory, np.uint8, self.nbytes, self.offset - start))
+        return data.view(self.dtype).view(self.shape)
 
     def rows(self, start: int, count: int) -> "StoredTensor":
         """The tensor of so many entries of the first dimension, from one on; nothing is read."""
@@ -88,8 +111,11 @@ class StoredTensor:
         while rest.nbytes:
             count = file.readinto(rest)
             if not count:
-                raise AdapterError(f"{self.file} ends inside tensor {self.key}, {rest.nbytes} bytes short")
+                raise self._short(rest.nbytes)
             rest = rest[count:]
+
+    def _short(self, missing: int) -> AdapterError:
+        return AdapterError(f"{self.file} ends inside tensor {self.key}, {missing} bytes short")
 
     def same_as(self, other: "StoredTensor") -> bool:
         """Whether two tensors have the same shape, dtype and bits; raises as `read` does."""

@@ -112,8 +112,8 @@ def added_rows(models: Sequence[Finetuned], key: str) -> Tensor:
 
 
 def read_finite(stored: StoredTensor, owner: str) -> Tensor:
-    """The tensor; raises ModelError where it holds NaN or Inf."""
-    tensor = stored.read()
+    """The tensor, mapped where it can be; raises ModelError where it holds NaN or Inf."""
+    tensor = stored.view()
     _check_finite(tensor, stored, owner)
     return tensor
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,9 @@ from merge_engine.cpu.tile_grid import Tile
 from merge_engine.errors import RecipeError
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import Rule
-from merge_engine.whole_tensors.group import Group, block, combination, sweep
+from merge_engine.runtime.memory import scratch
+from merge_engine.whole_tensors.group import Group, combination, differences, sweep
+from merge_engine.whole_tensors.ranks import chances_of_ranks, keep_by_rank
 
 TINY = 1e-8  # sums of weights below this are not divided by
 _TINY_NORM = 1e-7  # below this mergekit does not rescale
@@ -195,46 +196,27 @@ def _magnitude_drop(group: Group, number: int, source: Difference) -> Keep | Non
             f"epsilon: wanted density - epsilon and density + epsilon between 0 and 1, got density {density:g} "
             f"and epsilon {epsilon:g} for {group.name}"
         )
-    mask = torch.empty((source.rows, source.columns), dtype=torch.bool)
-    factors = None
-    if group.options["rescale"] and group.published:
-        factors = torch.empty(mask.shape)
-    stream = stream_id(_module(group), "delta")
+    shape = (source.rows, source.columns)
+    mask = torch.empty(shape, dtype=torch.bool)
+    factors = torch.empty(shape) if group.options["rescale"] and group.published else None
+    stream, chances = stream_id(_module(group), "delta"), chances_of_ranks(source.columns, density, epsilon)
 
     def draw(part: slice) -> tuple[float, float]:
-        values = block(source.x, part, source.base)
-        chances = keep_chances(values, density, epsilon)
+        (values,) = differences([source.x], part, source.base)
         words = random_words(
             seed=group.seed, stream=stream, adapter=number, rows=part, columns=slice(0, source.columns)
         )
-        kept = words < np.rint(chances * 2.0**32)  # whole numbers up to 2**32: exact in float64
-        mask[part] = torch.from_numpy(kept)
-        if factors is not None:
-            factors[part] = torch.from_numpy(np.divide(kept, chances).astype(np.float32))
-        magnitudes = values.abs_().double()
+        keep_by_rank(values, words, chances, mask[part], None if factors is None else factors[part])
+        magnitudes = scratch("float64", values.shape, torch.float64).copy_(values.abs_())
         return float(magnitudes.sum()), float(magnitudes.mul_(mask[part]).sum())
 
-    sums = sweep((source.rows, source.columns), draw)
+    sums = sweep(shape, draw)
     if factors is not None:
         return Masked(factors)
     before, after = (sum(each) for each in zip(*sums, strict=True))
     if not group.options["rescale"] or min(before, after) < _TINY_NORM:
         return Masked(mask)
     return Masked(mask, before / after)
-
-
-def keep_chances(values: Tensor, density: float, epsilon: float) -> np.ndarray:
-    """float64 [rows, columns]: the probability of each element by the rank of its magnitude in its row."""
-    bits = values.numpy().view(np.int32) & np.int32(0x7FFFFFFF)  # monotone in |x|
-    rows, columns = bits.shape
-    keys = (bits.astype(np.int64) << 32) | np.arange(columns, dtype=np.int64)
-    keys.sort(axis=1)
-    keys &= 0xFFFFFFFF
-    ranks = np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
-    chances = np.empty((rows, columns))
-    for row, order in zip(chances, keys, strict=True):
-        row[order] = ranks
-    return chances
 
 
 def _rescaled(group: Group, source: Difference, keep: Keep) -> Keep:

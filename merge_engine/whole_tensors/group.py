@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge_engine.runtime.memory import scratch
 from merge_engine.runtime.threads import for_each
 
 R = TypeVar("R")
@@ -66,13 +67,33 @@ def block(tensor: Tensor, part: slice, base: Tensor | None = None) -> Tensor:
     return values if base is None else values.sub_(base[part])
 
 
+def widened(tensor: Tensor, part: Any, name: str) -> Tensor:
+    """A float32 block in this thread's buffer of that name, which the next block of the name overwrites."""
+    stored = tensor[part]
+    return scratch(name, stored.shape).copy_(stored)
+
+
+def differences(tensors: Sequence[Tensor], part: Any, base: Tensor) -> Tensor:
+    """float32 [n, ...]: blocks of n tensors, less the base's, in this thread's buffer "differences"."""
+    under = widened(base, part, "base")
+    found = scratch("differences", (len(tensors), *under.shape))
+    for values, tensor in zip(found, tensors, strict=True):
+        values.copy_(tensor[part]).sub_(under)
+    return found
+
+
 def gram(tensors: Sequence[Tensor], base: Tensor | None) -> np.ndarray:
     """G_ij = <t_i, t_j> in float64, of tensors of any one shape, or of their float32 differences from the base."""
     lines = [tensor.reshape(-1) for tensor in tensors]
     under = None if base is None else base.reshape(-1)
 
     def products(part: slice) -> np.ndarray:
-        values = torch.stack([block(line, part, under) for line in lines]).double()
+        values = scratch("float64", (len(lines), part.stop - part.start), torch.float64)
+        if under is not None:
+            values.copy_(differences(lines, part, under))
+        else:
+            for row, line in zip(values, lines, strict=True):
+                row.copy_(line[part])
         return (values @ values.t()).numpy()
 
     return sum(sweep((len(lines[0]), 1), products), np.zeros((len(lines), len(lines))))
@@ -85,10 +106,11 @@ def combination(group: Group, factors: Sequence[float], of_base: float = 0.0) ->
     out = group.out.reshape(-1)
 
     def combine(part: slice) -> None:
-        total = torch.zeros(part.stop - part.start) if base is None else block(base, part).mul_(of_base)
+        total = scratch("total", out[part].shape) if base is None else widened(base, part, "total")
+        total.mul_(of_base) if base is not None else total.zero_()
         for line, factor in zip(lines, factors, strict=True):
             if factor:
-                total.add_(line[part].float(), alpha=factor)
+                total.add_(widened(line, part, "block"), alpha=factor)
         out[part] = total
 
     flat(group, combine)
@@ -102,10 +124,10 @@ def onto(group: Group, factors: Sequence[float]) -> None:
     lines, base, out = [tensor.reshape(-1) for tensor in group.tensors], group.base.reshape(-1), group.out.reshape(-1)
 
     def add(part: slice) -> None:
-        total = torch.zeros(part.stop - part.start)
+        under, total = widened(base, part, "base"), scratch("total", out[part].shape).zero_()
         for line, factor in zip(lines, factors, strict=True):
             if factor:
-                total.add_(block(line, part, base), alpha=factor)
-        out[part] = total.add_(base[part])
+                total.add_(widened(line, part, "block").sub_(under), alpha=factor)
+        out[part] = total.add_(under)
 
     flat(group, add)

@@ -218,6 +218,22 @@ def test_tensors_are_the_same_whatever_holds_them(tmp_path, forms):
     assert one["long"].same_as(one["long"])
 
 
+def test_a_mapped_tensor_is_the_one_that_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"small": torch.arange(5), "x": torch.randn(300, 257), "y": torch.randn(70000).bfloat16()}
+    save_file(tensors, path)
+    before, found = path.read_bytes(), open_safetensors(path, "it")
+    for key, wanted in tensors.items():
+        view = found[key].view()
+        assert view.dtype == wanted.dtype and torch.equal(view, wanted)
+        view.zero_()  # stays in memory
+    assert path.read_bytes() == before
+    last = max(found.values(), key=lambda stored: stored.offset)
+    path.write_bytes(before[:-8])
+    with pytest.raises(AdapterError, match=rf"x\.safetensors ends inside tensor {last.key}, 8 bytes short"):
+        last.view()
+
+
 def test_a_file_that_became_shorter_is_told_of_by_its_pieces(tmp_path):
     save_file({"x": torch.arange(100)}, tmp_path / "x.safetensors")
     stored = open_safetensors(tmp_path / "x.safetensors", "it")["x"]

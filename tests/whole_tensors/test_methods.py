@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from merge_engine.errors import RecipeError
+from merge_engine.loops import door
 from merge_engine.rules.philox import keep_threshold, philox, stream_id
 from merge_engine.rules.whole_methods import WHOLE_METHODS
 from merge_engine.whole_tensors import group as groups
-from merge_engine.whole_tensors.arithmetic import keep_chances
 from merge_engine.whole_tensors.group import Group
+from merge_engine.whole_tensors.ranks import chances_of_ranks, keep_by_rank
 from merge_engine.whole_tensors.table import FUNCTIONS, merge_group
 
 SHAPES = [(7,), (1, 1), (5, 13), (64, 257), (3, 4, 5), (0, 3)]
@@ -305,9 +306,33 @@ def test_della_keeps_by_rank_and_on_average_everything():
     assert abs(error) < 5 * ((out - task).std() / math.sqrt(task.numel())).item()
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("rows", "columns", "kind"), [(7, 300, "normal"), (3, 257, "few values"), (5, 1, "normal")])
+def test_what_stays_by_rank(rows, columns, kind, compiled, monkeypatch):
+    generator = torch.Generator().manual_seed(rows)
+    values = torch.randn(rows, columns, generator=generator)
+    if kind == "few values":  # many equal magnitudes, and zeros of both signs
+        values = (2 * values).round() / 2
+    words = np.random.default_rng(0).integers(0, 2**32, (rows, columns), np.uint32)
+    chances = chances_of_ranks(columns, 0.5, 0.25)
+    kept, factors = torch.empty(rows, columns, dtype=torch.bool), torch.empty(rows, columns)
+    if not compiled:
+        monkeypatch.setattr(door, "loops", lambda: None)
+    keep_by_rank(values, words, chances, kept, factors)
+    order = np.argsort(values.abs().numpy(), axis=1, kind="stable")
+    wanted = np.empty((rows, columns))
+    np.put_along_axis(wanted, order, np.broadcast_to(chances, (rows, columns)), 1)
+    assert np.array_equal(kept.numpy(), words < wanted * 2.0**32)
+    assert np.array_equal(factors.numpy(), np.where(kept.numpy(), 1 / wanted, 0).astype(np.float32))
+
+
 def test_equal_magnitudes_take_ranks_in_order():
-    chances = keep_chances(torch.tensor([[1.0, -1.0, 1.0, 0.0]]), 0.5, 0.25)
-    assert np.allclose(chances, [[0.25 + 1 / 6, 0.25 + 2 / 6, 0.75, 0.25]])
+    chances = chances_of_ranks(4, 0.5, 0.25)
+    assert np.allclose(chances, [0.25, 0.25 + 1 / 6, 0.25 + 2 / 6, 0.75])
+    at = np.rint((chances + 1 / 12) * 2**32).astype(np.uint32)  # words between the chances of two ranks
+    words, kept = np.array([[at[1], at[1], at[2], at[0]]]), torch.empty(1, 4, dtype=torch.bool)
+    keep_by_rank(torch.tensor([[1.0, -1.0, 1.0, 0.0]]), words, chances, kept, None)
+    assert kept.tolist() == [[False, True, True, False]]
     assert keep_threshold(1.0) == 2**32
 
 
