@@ -120,7 +120,7 @@ FAULTS = [
         "linear refuses a negative sum of weights",
     ),
     Fault(
-        f"{WHOLE}/arithmetic.py",
+        f"{WHOLE}/ranks.py",
         "np.linspace(density - epsilon, density + epsilon, columns)",
         "np.linspace(density + epsilon, density - epsilon, columns)",
         OF_WHOLE,
@@ -163,8 +163,8 @@ FAULTS = [
     ),
     Fault(
         f"{WHOLE}/stock.py",
-        "torch.where(found.sum(0) >= 0, 1.0, -1.0)",
-        "torch.where(found.sum(0) > 0, 1.0, -1.0)",
+        "elected.sign_().add_(0.5).sign_()",
+        "elected.sign_().sub_(0.5).sign_()",
         OF_WHOLE,
         "sce elects - in a tie",
     ),
