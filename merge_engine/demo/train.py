@@ -1,4 +1,4 @@
-"""``python -m merge_engine.demo.train [--output DIR] [--seed N]``: makes the bundled base and adapters again.
+"""``python -m merge_engine.demo.train [--output DIR] [--seed N]``: makes the set half-known again.
 
 Two things make a merge of these adapters worth measuring. The base half-knows every task (its training stops there).
 And the adapters change it little (a small learning rate; the norm of a delta is about 4 % of its weight's). If the base
@@ -9,13 +9,14 @@ import argparse
 import copy
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from merge_engine.demo import DATA, adapter_paths
-from merge_engine.demo.tasks import LENGTH, TASKS, VOCABULARY, accuracy, draw, predict
+from merge_engine.demo.tasks import LENGTH, TASKS, accuracy, draw, predict, vocabulary
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,42 +35,51 @@ MARKS = 1
 """Seed of the samples on which accuracy is measured in training."""
 
 
-def _step(model: torch.nn.Module, tokens: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One update of the cross entropy of y1..y6; tokens ``[count, 14]``."""
+def step(
+    model: torch.nn.Module, tokens: torch.Tensor, optimizer: torch.optim.Optimizer, *, clip: float = math.inf
+) -> None:
+    """One update of the cross entropy of y1..y6; tokens ``[count, 14]``. clip: largest norm of the gradient."""
     optimizer.zero_grad()
     logits = predict(model, tokens)
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -LENGTH:].flatten()).backward()
+    if clip < math.inf:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
 
 
-def train_base(seed: int, *, target: float = 0.6, max_steps: int = 2000, batch: int = 96) -> "PreTrainedModel":
-    """A Llama that half-knows every task: each step trains the tasks below ``target`` accuracy, until none is."""
+def small_llama(tokens: int, seed: int, *, tied: bool) -> "PreTrainedModel":
+    """An untrained Llama of two layers of width 64. tied: its head is its embedding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=tokens,
         hidden_size=64,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=32,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        return LlamaForCausalLM(config)
+
+
+def train_base(seed: int, *, target: float = 0.6, max_steps: int = 2000, batch: int = 96) -> "PreTrainedModel":
+    """A Llama that half-knows every task: each step trains the tasks below ``target`` accuracy, until none is."""
+    model = small_llama(vocabulary(TASKS), seed, tied=True)
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    for step in range(max_steps):
+    for count in range(max_steps):
         marks = {task: accuracy(model, task, seed=MARKS, count=128) for task in TASKS}
         below = [task for task in TASKS if marks[task] < target]
         if not below:
-            log.info("base: mean accuracy %.3f after %d steps", sum(marks.values()) / len(marks), step)
+            log.info("base: mean accuracy %.3f after %d steps", sum(marks.values()) / len(marks), count)
             break
-        _step(model, torch.cat([draw(task, batch // len(below), generator) for task in below]), optimizer)
+        step(model, torch.cat([draw(task, batch // len(below), generator) for task in below]), optimizer)
     return model.eval()
 
 
@@ -77,22 +87,46 @@ def train_adapter(
     base: "PreTrainedModel", task: str, seed: int, *, steps: int = 120, batch: int = 96, lr: float = 3e-4
 ) -> "PeftModel":
     """A LoRA of rank 8 on every linear layer of a copy of ``base``, trained on one task by one cycle of Adam."""
+    order = list(TASKS).index(task)
+    generator = torch.Generator().manual_seed(seed + 1 + order)
+    return fit_adapter(
+        base,
+        lambda: draw(task, batch, generator),
+        name=BASE_NAME,
+        seed=seed if task in SHARED_A else seed + 1 + order,
+        steps=steps,
+        lr=lr,
+    )
+
+
+def fit_adapter(
+    base: "PreTrainedModel",
+    sequences: Callable[[], torch.Tensor],
+    *,
+    name: str,
+    seed: int,
+    steps: int,
+    lr: float,
+    clip: float = math.inf,
+) -> "PeftModel":
+    """A LoRA of rank 8 on every linear layer of a copy of ``base``, by one cycle of Adam over batches of sequences.
+
+    name: what the adapter's configuration calls its base. seed: of the first values of lora_A.
+    """
     from peft import LoraConfig, get_peft_model
 
-    order = list(TASKS).index(task)
     config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=list(LINEAR))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed if task in SHARED_A else seed + 1 + order)
+        torch.manual_seed(seed)
         base = copy.deepcopy(base)
-        base.name_or_path = BASE_NAME
+        base.name_or_path = name
         model = get_peft_model(base, config)
-    generator = torch.Generator().manual_seed(seed + 1 + order)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     model.train()
     for _ in range(steps):
-        _step(model, draw(task, batch, generator), optimizer)
+        step(model, sequences(), optimizer, clip=clip)
         schedule.step()
     return model.eval()
 

@@ -5,16 +5,28 @@ from functools import cache
 import pytest
 import torch
 
+from merge_engine.demo.sets import DEMO_SETS
+
 
 @pytest.fixture(scope="session", autouse=True)
 def measured_once():
     """What each task's own adapter reaches is the same for every test."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    from merge_engine.demo import run
+    from merge_engine.demo import measure
+
+    plain = measure.own_marks
+
+    @cache
+    def of_paths(base, paths, seed, count):
+        shown = next(shown for shown in DEMO_SETS.values() if shown.base == base)
+        return plain(shown, dict(paths), seed, count)
+
+    def own_marks(shown, group, seed, count=None):
+        return of_paths(shown.base, tuple(group.items()), seed, count or measure.COUNT[seed])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_own_marks", cache(run._own_marks))
+        patch.setattr(measure, "own_marks", own_marks)
         yield
 
 

@@ -1,9 +1,12 @@
 """The demo shows what it is there to show."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from merge_engine.demo import run
+from merge_engine.demo import measure, run, sets
+from merge_engine.demo.sets import DEMO_SETS
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +17,8 @@ def rows():
 @pytest.fixture
 def short(monkeypatch):
     """A demo of two methods and two scales."""
-    monkeypatch.setattr(run, "MERGES", {name: run.MERGES[name] for name in ("linear", "ties d=.2")})
+    merges = {name: sets.MERGES[name] for name in ("linear", "ties d=.2")}
+    monkeypatch.setattr(run, "DEMO_SETS", {name: replace(shown, merges=merges) for name, shown in DEMO_SETS.items()})
     monkeypatch.setattr(run, "SCALES", (0.35, 1.0))
 
 
@@ -66,7 +70,30 @@ def test_demo_prints_each_row_and_every_column_lines_up(short):
     assert max(map(len, lines)) <= 120
 
 
-@pytest.mark.parametrize("name", run.MERGES)
+def test_demo_of_the_set_unknown_prints_both_kinds_beside_what_the_base_knows(short):
+    printed = []
+    found = run.run(printed.append, "unknown")
+    lines = "\n".join(printed).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert not any(line.startswith(("knots", "rank 8", "auto")) for line in lines)
+    heads = [line for line in lines if line.startswith(("replay: %", "alone: %"))]
+    merged = [row for row in found if row.best_scale is not None]
+    assert [(row.group, row.name) for row in merged] == [
+        (kind, name) for kind in ("replay", "alone") for name in ("linear", "ties d=.2")
+    ]
+    for head, kind in zip(heads, ("replay", "alone"), strict=True):
+        below = lines[lines.index(head) + 2]
+        row = next(row for row in merged if row.group == kind)
+        assert len(below) == len(head) and below.startswith("linear ")
+        assert below.split()[-4:] == [
+            f"{row.mean:.1f}",
+            f"{row.best_scale:g}",
+            f"{row.best_mean:.1f}",
+            f"{row.known:.1f}",
+        ]
+
+
+@pytest.mark.parametrize("name", sets.MERGES)
 def test_the_name_of_every_row_fits_its_column(name):
     assert len(name) < run.NAME_WIDTH
 
@@ -75,13 +102,13 @@ def test_demo_leaves_settings_as_they_were():
     from transformers.utils import logging as chatter
 
     before = chatter.get_verbosity(), chatter.is_progress_bar_enabled(), torch.get_num_threads()
-    with pytest.raises(KeyError), run._quiet():
+    with pytest.raises(KeyError), measure.quiet():
         assert chatter.get_verbosity() == chatter.ERROR
         raise KeyError
     assert before == (chatter.get_verbosity(), chatter.is_progress_bar_enabled(), torch.get_num_threads())
 
 
 def test_demo_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(measure, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"demo: needs transformers and peft: pip install 'merge-engine\[peft\]'"):
         run.run(str)

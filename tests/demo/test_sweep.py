@@ -21,13 +21,9 @@ def test_the_demo_by_a_sweep(tmp_path):
     """
     pytest.importorskip("peft")
     from merge_engine.demo import adapter_paths, evaluate
-    from merge_engine.demo import run as demo
-
-    own = {sample: quiet(demo._own_marks, seed) for sample, seed in evaluate.SAMPLES.items()}
 
     def reach(folder, sample="tuning"):
-        seed = evaluate.SAMPLES[sample]
-        return demo._mean(quiet(lambda: demo._relative(demo._marks(demo._load(folder), seed), own[sample])))
+        return evaluate.score(folder, sample)["mean"]
 
     evaluation = function(reach, text="demo")
     axes = {"method": ["linear", "ties"], "scale": [0.2, 0.35, 1]}
@@ -50,10 +46,3 @@ def test_the_demo_by_a_sweep(tmp_path):
         patch.setenv("PYTHONPATH", str(root))
         (row,) = run(list(adapter_paths().values()), tmp_path / "delta", [best["ties"].trial], evaluation=real).rows
     assert row.error == "" and row.score == pytest.approx(best["ties"].score, abs=1e-3)
-
-
-def quiet(measure, *arguments):
-    from merge_engine.demo import run as demo
-
-    with demo._quiet():
-        return measure(*arguments)

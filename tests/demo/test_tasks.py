@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merge_engine.demo.tasks import LENGTH, SEP, TASKS, VOCABULARY, accuracy, draw, predict
+from merge_engine.demo.tasks import ALL_TASKS, LENGTH, SEP, TASKS, accuracy, draw, predict, vocabulary
 
 MARKED = 11  # a sample that neither training nor the demo has seen
 
@@ -18,10 +18,26 @@ MARKED = 11  # a sample that neither training nor the demo has seen
         ("rotate", "abcvyx", "cvyxab"),
         ("complement", "abcvyx", "zyxebc"),
         ("shift7", "abcvyx", "hijcfe"),
+        ("copy", "abcvyx", "abcvyx"),
+        ("backwards", "abcvyx", "xyvcba"),
+        ("neighbours", "abxcvy", "bacxyv"),
+        ("left", "abcvyx", "bcvyxa"),
+        ("halves", "abcvyx", "vyxabc"),
+        ("shift1", "abcvyz", "bcdwza"),
+        ("shift5", "abcvyx", "fghadc"),
+        ("back1", "abcvyx", "zabuxw"),
     ],
 )
 def test_tasks_by_hand(task, x, y):
-    assert TASKS[task](letters(x)).tolist() == letters(y).tolist()
+    assert (TASKS | ALL_TASKS)[task](letters(x)).tolist() == letters(y).tolist()
+
+
+@pytest.mark.quick
+def test_tasks_of_both_sets_are_the_same_and_their_tokens_are_those_of_the_set():
+    for tasks in (TASKS, ALL_TASKS):
+        tokens = draw("rotate", 3, torch.Generator().manual_seed(0), tasks)
+        assert set(tokens[:, 0].tolist()) == {SEP + 1 + list(tasks).index("rotate")}
+        assert torch.equal(tokens[:, -LENGTH:], tokens[:, 1 : 1 + LENGTH].roll(-2, 1))
 
 
 def letters(text):
@@ -35,7 +51,7 @@ def test_a_sequence_is_task_letters_separator_answer():
     assert set(tokens[:, 0].tolist()) == {SEP + 1 + list(TASKS).index("rotate")}
     assert set(tokens[:, 1 + LENGTH].tolist()) == {SEP}
     assert torch.equal(tokens[:, -LENGTH:], tokens[:, 1 : 1 + LENGTH].roll(-2, 1))
-    assert tokens.max() < VOCABULARY
+    assert tokens.max() < vocabulary(TASKS)
 
 
 def test_a_prediction_sees_only_what_comes_before_it(base):
@@ -43,7 +59,7 @@ def test_a_prediction_sees_only_what_comes_before_it(base):
     changed = tokens.clone()
     changed[:, -2:] = 0
     before, after = predict(base, tokens), predict(base, changed)
-    assert before.shape == (3, LENGTH, VOCABULARY)
+    assert before.shape == (3, LENGTH, vocabulary(TASKS))
     torch.testing.assert_close(before[:, : LENGTH - 1], after[:, : LENGTH - 1])
 
 
