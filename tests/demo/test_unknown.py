@@ -88,6 +88,18 @@ def test_merges_reach_what_the_docs_say(tmp_path, kind, name, scale, wanted, kno
             assert measure.known_mark(SHOWN, model) == pytest.approx(known, abs=0.5)
 
 
+@pytest.mark.parametrize(("kind", "wanted"), [("replay", 96.4), ("alone", 33.1)])
+def test_two_adapters_merge_better_than_four(tmp_path, kind, wanted):
+    pair = ("reverse", "rotate")
+    paths = {task: unknown_paths(kind)[task] for task in pair}
+    merge_engine.merge(list(paths.values()), tmp_path / "out", method="linear", progress=False)
+    own = measure.own_marks(SHOWN, unknown_paths(kind), measure.REPORTED)
+    with measure.quiet():
+        model = measure.load(SHOWN, tmp_path / "out")
+        found = measure.relative(measure.marks(SHOWN, model, measure.REPORTED), own)
+    assert measure.mean({task: found[task] for task in pair}) == pytest.approx(wanted, abs=0.5)
+
+
 def test_the_linear_merge_is_the_sum_that_peft_makes(unknown_base, tmp_path):
     """PEFT's combination_type="cat" is the sum of the deltas, by other code."""
     paths = unknown_paths()
