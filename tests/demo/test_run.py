@@ -70,7 +70,8 @@ def test_demo_prints_each_row_and_every_column_lines_up(short):
     assert max(map(len, lines)) <= 120
 
 
-def test_demo_of_the_set_unknown_prints_both_kinds_beside_what_the_base_knows(short):
+def test_demo_of_the_set_unknown_prints_both_kinds_beside_what_the_base_knows(short, monkeypatch):
+    monkeypatch.setattr(measure, "COUNT", dict.fromkeys(measure.COUNT, 16))
     printed = []
     found = run.run(printed.append, "unknown")
     lines = "\n".join(printed).splitlines()
