@@ -186,6 +186,15 @@ FIGURES |= {
     "image_matmul": amount("matmul_gflop_s", "{:.0f}", contestant=_svd_merge, **_svd_merge_of),
     "matmul": amount("matmul_gflop_s", "{:.0f}", contestant="tiled", **TIES),
 }
+for _group in ("replay", "alone"):
+    for _name in "linear|linear, auto|tsv|tsv, auto|iso_c|actmat|ties d=.2|dare_ties d=.5|linear, factors".split("|"):
+        _key, _row = f"{_group}_{re.sub(r'[^a-z0-9]+', '_', _name)}", {"name": _name, "group": _group}
+        FIGURES |= {
+            _key: amount("mean", "{:.1f}", **_row),
+            f"{_key}_scale": amount("best_scale", "{:g}", **_row),
+            f"{_key}_tuned": amount("best_mean", "{:.1f}", **_row),
+            f"{_key}_known": amount("known", "{:.1f}", **_row),
+        }
 for _type in ("dare_linear", "dare_linear_svd"):
     for _way in ("PEFT", "torch", "philox"):
         FIGURES[f"{_type}_{_way}"] = amount("processor", "{:.2f} s", type=_type, rng=_way)
