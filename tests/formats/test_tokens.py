@@ -68,7 +68,7 @@ def test_rows_that_differ(tmp_path, way):
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("tokens", [[1], [1, 1], [1, -2], None, {"lm_head": [1, 2]}, "12"])
+@pytest.mark.parametrize("tokens", [[1], [1, 1], [1, -2], None, {"lm_head": [1, 2]}])
 def test_indices_that_are_not_those_of_the_rows(tmp_path, tokens):
     folder = adapter(tmp_path / "a", 0, [5, 1])
     edit(folder, trainable_token_indices=tokens)
