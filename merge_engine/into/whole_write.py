@@ -8,12 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128
 
 from merge_engine.errors import writing
 from merge_engine.files.folder import check_target
 from merge_engine.files.journal import Journal
-from merge_engine.files.safetensors_writer import tensor_bytes
 from merge_engine.files.shards import INDEX_FILE, Layout, ShardFiles
 from merge_engine.formats.checkpoint import FLOATS
 from merge_engine.formats.licence import CARD
@@ -22,7 +20,7 @@ from merge_engine.into.place import place
 from merge_engine.into.resume import finished_keys
 from merge_engine.into.whole_companions import write_files
 from merge_engine.into.whole_job import TensorWork, WholeJob
-from merge_engine.into.write import cast
+from merge_engine.into.write_pieces import write_pieces
 from merge_engine.runtime.memory import new_tensor
 from merge_engine.runtime.processes import Ranks
 from merge_engine.runtime.progress import Bar
@@ -151,16 +149,9 @@ def _merge(job: WholeJob, load: Load) -> Item:
 def _write(job: WholeJob, files: ShardFiles, journal: Journal, item: Item) -> int:
     """Write a tensor to its places, and to the journal that it is finished. Returns its cost."""
     for key in item.work.keys:
-        slot, position, digest = job.layout.slots[key], 0, xxh3_128()
         number, own = item.work.all[0]
         pieces = [item.merged] if item.merged is not None else job.sources[number].stored(own).pieces()
-        for piece in pieces:
-            same = item.merged is None and piece.dtype == slot.dtype  # copied byte for byte
-            data = tensor_bytes(piece if same else cast(piece, slot, merged=item.merged is not None))
-            digest.update(data)
-            files.write(slot, position, data)
-            position += data.nbytes
-        journal.finished(key, digest.hexdigest())
+        write_pieces(files, journal, job.layout.slots[key], pieces, merged=item.merged is not None)
     return job.cost(item.work)
 
 

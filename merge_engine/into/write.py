@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import MAX_RECOMPRESSIONS, Finished, recompress, rounding_of, scale_of
@@ -25,16 +24,15 @@ from merge_engine.engine.prepare import (
     prepare,
     work_of,
 )
-from merge_engine.errors import ModelError, about
+from merge_engine.errors import about
 from merge_engine.files.journal import Journal
-from merge_engine.files.safetensors_writer import tensor_bytes
-from merge_engine.files.shards import ShardFiles, Slot
+from merge_engine.files.shards import ShardFiles
 from merge_engine.into.job import IntoJob
 from merge_engine.into.resume import finished_keys
+from merge_engine.into.write_pieces import write_pieces
 from merge_engine.lowrank.products import squared_norm
 from merge_engine.models.finetuned import Finetuned, read_finite
 from merge_engine.rules.recipe import Recipe
-from merge_engine.runtime.finite import finite
 from merge_engine.runtime.processes import Ranks
 from merge_engine.runtime.progress import Bar
 from merge_engine.runtime.threads import ahead, threads
@@ -207,25 +205,8 @@ def _write(job: IntoJob, files: ShardFiles, journal: Journal, item: Item) -> int
     """Write a tensor to its places, and to the journal that it is finished. Returns its cost."""
     merged = None if item.merged is None else item.merged()
     for key in item.keys:
-        slot, position, digest = job.layout.slots[key], 0, xxh3_128()
-        for piece in job.pieces(key, merged):
-            same = merged is None and piece.dtype == slot.dtype  # copied byte for byte
-            data = tensor_bytes(piece if same else cast(piece, slot, merged=merged is not None))
-            digest.update(data)
-            files.write(slot, position, data)
-            position += data.nbytes
-        journal.finished(key, digest.hexdigest())
+        write_pieces(files, journal, job.layout.slots[key], job.pieces(key, merged), merged=merged is not None)
     return item.cost
-
-
-def cast(tensor: Tensor, slot: Slot, *, merged: bool) -> Tensor:
-    """The tensor in its place's dtype. Raises ModelError if a value overflows it, or if a merged value is NaN."""
-    cast = tensor.to(slot.dtype)
-    if (merged or slot.dtype == torch.float16) and not finite(cast):
-        name, largest = str(slot.dtype).removeprefix("torch."), torch.finfo(slot.dtype).max
-        wanted = "another dtype, or smaller weights"
-        raise ModelError(f"{slot.key} has a value beyond {largest:.5g}, the largest of {name}, or NaN; wanted {wanted}")
-    return cast
 
 
 def _share(job: IntoJob, keys: Sequence[str]) -> frozenset[str]:
