@@ -83,7 +83,7 @@ def _timed(python: str, script: str, *arguments: Any) -> Sample:
 
 def _ours(on_disk: bool, work: Workload, device: str) -> Contestant:
     base, adapters, weights = _inputs(work)
-    output = base.with_name("ours")
+    output = base.with_name("to_disk" if on_disk else "in_memory")
 
     def run() -> Sample:
         given = [adapters, work.method, weights, output if on_disk else None]

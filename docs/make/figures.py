@@ -186,6 +186,18 @@ FIGURES |= {
     "image_matmul": amount("matmul_gflop_s", "{:.0f}", contestant=_svd_merge, **_svd_merge_of),
     "matmul": amount("matmul_gflop_s", "{:.0f}", contestant="tiled", **TIES),
 }
+for _type in ("linear", "tsv", "actmat"):
+    _work = _of("trial", f"{_type} 4x r16 22 layers d0.2 fp32")
+    FIGURES |= {
+        f"trial_{_type}": time(contestant="Session", **_work),
+        f"trial_{_type}_disk": time(contestant="Session, to disk", **_work),
+    }
+_work = _of("trial", "linear 4x r16 22 layers d0.2 fp32")
+FIGURES |= {
+    "trial_memory": amount("peak_mib", GIB, 1 / 1024, contestant="Session", **_work),
+    "trial_mergekit": time(contestant="mergekit-evolve", **_work),
+    "trial_mergekit_memory": amount("peak_mib", GIB, 1 / 1024, contestant="mergekit-evolve", **_work),
+}
 for _group in ("replay", "alone"):
     for _name in "linear|linear, auto|tsv|tsv, auto|iso_c|actmat|ties d=.2|dare_ties d=.5|linear, factors".split("|"):
         _key, _row = f"{_group}_{re.sub(r'[^a-z0-9]+', '_', _name)}", {"name": _name, "group": _group}

@@ -84,7 +84,7 @@ def iso_c(cores: Cores, weights: Tensor) -> MergedCore:
     Rank <= sum r_t. Source: Marczak et al., "No task left behind: isotropic model merging with common and task-specific
     subspaces", ICML 2025 (2502.04959); there the mean is over min(M, N) values, of null directions also.
     """
-    return _isotropic(cores, cores.combined(weights), None, cores.noise(weights))
+    return _isotropic(cores, svd_of(cores.combined(weights)), None, cores.noise(weights))
 
 
 def tsv_iso(cores: Cores, weights: Tensor) -> MergedCore:
@@ -94,7 +94,7 @@ def tsv_iso(cores: Cores, weights: Tensor) -> MergedCore:
     space", NeurIPS 2025 (2509.17786).
     """
     merged = tsv(cores, weights)
-    return _isotropic(cores, merged.core, merged.smallest, merged.noise)
+    return _isotropic(cores, merged.svd, merged.smallest, merged.noise)
 
 
 def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> MergedCore:
@@ -135,8 +135,8 @@ def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> 
     return merged
 
 
-def _isotropic(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> MergedCore:
-    u, s, vh = svd_of(core)
+def _isotropic(cores: Cores, merged: Svd, smallest: float | None, noise: float) -> MergedCore:
+    u, s, vh = merged
     k = cores.counted(s, noise)
     mean = float(s[:k].mean()) if k else 0.0
     if smallest is None:
