@@ -1,7 +1,6 @@
 """How a command line is read: lists that end by themselves, and mistakes reported in one line."""
 
 import argparse
-import difflib
 import logging
 import re
 import sys
@@ -60,6 +59,8 @@ class Parser(argparse.ArgumentParser):
 
 def meant(word: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" for the known word that is spelt most like this one, or nothing."""
+    import difflib  # takes a tenth of the time of --help
+
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 

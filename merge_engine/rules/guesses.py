@@ -3,7 +3,6 @@
 Imports no torch.
 """
 
-import difflib
 import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
@@ -97,6 +96,8 @@ def did_you_mean(wrong: Any, known: Iterable[str]) -> str:
     """ "; did you mean 'density'?" for a word that is near to one of the known, else nothing."""
     if not isinstance(wrong, str):
         return ""
+    import difflib  # takes a tenth of the time of --help
+
     plain, names = wrong.lower().replace("-", "_"), list(known)
     near = [_ELSEWHERE[plain]] if plain in _ELSEWHERE else difflib.get_close_matches(plain, names, 1, 0.6)
     near = near or [name for name in names if name.startswith(plain) and len(plain) > 2][:1]
