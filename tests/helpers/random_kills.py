@@ -138,6 +138,10 @@ class Trial:
             children = self._start()
             time.sleep(chance.uniform(0, self.seconds))
             os.kill(chance.choice(children), signal.SIGKILL)
+            if self.job.ranks > 1:  # as torchrun does with whoever waits for a rank that is gone
+                time.sleep(0.5)
+                for child in children:
+                    os.kill(child, signal.SIGKILL)  # those that have ended are there until `wait`
             codes = self.forks.wait().codes
             found = found_in(self.job, self.out)
             if not self.job.code and "--sweep" not in self.job.command and found not in ({}, self.wanted, self.before):
