@@ -165,17 +165,17 @@ def train(output: Path, seed: int) -> None:
         log.info("%-10s accuracy %.3f -> %.3f, |delta| / |W| %.3f", task, before, after, delta_norm(model))
 
 
-def main() -> None:
-    """The command line, as at the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m merge_engine.demo.train", description=train.__doc__)
+def run(program: str, training: Callable[[Path, int], None], output: Path, seed: int) -> None:
+    """The command line of a training, as at the top of its file. output, seed: its defaults."""
+    parser = argparse.ArgumentParser(prog=program, description=training.__doc__)
     parser.add_argument(
-        "--output", type=Path, default=DATA, metavar="DIR", help="where to write (default: %(default)s)"
+        "--output", type=Path, default=output, metavar="DIR", help="where to write (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=seed, metavar="N", help="default: %(default)s")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(arguments.output, arguments.seed)
+    training(arguments.output, arguments.seed)
 
 
 if __name__ == "__main__":
-    main()
+    run("python -m merge_engine.demo.train", train, DATA, SEED)

@@ -8,7 +8,6 @@ alone   every batch is of the adapter's own task. Nothing says what the weights 
 replay  half of every batch is drawn from the base's eight tasks. Of the other three new tasks it sees nothing either.
 """
 
-import argparse
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ import torch
 
 from merge_engine.demo import UNKNOWN_DATA, unknown_paths
 from merge_engine.demo.tasks import ALL_TASKS, KNOWN, accuracy, draw, vocabulary
-from merge_engine.demo.train import MARKS, fit_adapter, save_adapter, small_llama, step
+from merge_engine.demo.train import MARKS, fit_adapter, run, save_adapter, small_llama, step
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -93,17 +92,5 @@ def train(output: Path, seed: int) -> None:
             log.info("%s %-10s accuracy %.3f, of the known tasks %.3f", kind, task, marks[task], known)
 
 
-def main() -> None:
-    """The command line, as at the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m merge_engine.demo.train_unknown", description=train.__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=UNKNOWN_DATA, metavar="DIR", help="where to write (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="default: %(default)s")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    train(arguments.output, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    run("python -m merge_engine.demo.train_unknown", train, UNKNOWN_DATA, SEED)

@@ -34,14 +34,12 @@ def loops(work: int = 0) -> ModuleType | None:
 
     work: elements of task tensors that are about to be looked at. Once it is not None it stays so.
     """
-    global _seen
-    if not installed():
-        return None
-    if work and "tile_loops" not in _loaded:
-        _seen += work  # two threads at once may lose some: it is an estimate
-        if _seen >= LOADING and _is_worth_it():
-            return _load("tile_loops")
-    return _loaded.get("tile_loops")
+    return _where_it_pays("tile_loops", work)
+
+
+def rank_loops(work: int = 0) -> ModuleType | None:
+    """`rank_loops`, or None: as `loops`."""
+    return _where_it_pays("rank_loops", work)
 
 
 def matrix_loops() -> ModuleType | None:
@@ -51,7 +49,7 @@ def matrix_loops() -> ModuleType | None:
 
 def load() -> bool:
     """Load all loops, whatever there is to do. Returns whether there are any."""
-    return installed() and all([_load("tile_loops"), _load("matrix_loops")])
+    return installed() and all([_load("tile_loops"), _load("matrix_loops"), _load("rank_loops")])
 
 
 def state() -> str:
@@ -65,7 +63,18 @@ def state() -> str:
     return "compiled loops" if kept.is_kept("tile_loops") else "loops that are compiled when a merge first needs them"
 
 
-def _is_worth_it() -> bool:
+def _where_it_pays(name: str, work: int) -> ModuleType | None:
+    global _seen
+    if not installed():
+        return None
+    if work and name not in _loaded:
+        _seen += work  # two threads at once may lose some: it is an estimate
+        if _seen >= LOADING and _is_worth_it(name):
+            return _load(name)
+    return _loaded.get(name)
+
+
+def _is_worth_it(name: str) -> bool:
     """Whether machine code is on disk, or there is so much to do that it is better to wait for the compiler."""
     if _seen >= COMPILING:
         return True
@@ -73,7 +82,7 @@ def _is_worth_it() -> bool:
         from merge_engine.loops import kept
     except ImportError:
         return True  # `_load` says what is wrong
-    return kept.is_kept("tile_loops") or not kept.compile_in_background()
+    return kept.is_kept(name) or not kept.compile_in_background()
 
 
 def _load(name: str) -> ModuleType | None:

@@ -20,11 +20,10 @@ def keep_by_rank(values: Tensor, words: np.ndarray, chances: np.ndarray, kept: T
     wanted, float32. All are contiguous.
     """
     limits = np.rint(chances * 2.0**32)  # whole numbers up to 2**32: exact in float64
-    if door.loops() is None:
+    rank_loops = door.rank_loops(values.numel())
+    if rank_loops is None:
         _by_sort(values, words, limits, chances, kept.numpy(), factors)
         return
-    from merge_engine.loops import rank_loops
-
     columns = values.shape[1]
     found = torch.empty((0, columns)) if factors is None else factors
     rank_loops.keep_by_rank(

@@ -156,43 +156,10 @@ DOCUMENTS += (
 )
 
 RECIPE_FIELDS = (
-    "method",
-    "weights",
-    "density",
-    "scale",
-    "gain",
-    "gamma",
-    "mask",
-    "min_tasks",
-    "balance",
-    "election",
-    "scope",
-)
-RECIPE_FIELDS += (
-    "trim_ties",
-    "convention",
-    "seed",
-    "backend",
-    "dtype",
-    "saved",
-    "space",
-    "rank",
-    "energy",
-    "ranks",
-    "into",
-)
-RECIPE_FIELDS += (
-    "sweep",
-    "merges",
-    "evaluate",
-    "output",
-    "overwrite",
-    "block_weights",
-    "adapters",
-    "base",
-    "models",
-    "memory",
-)
+    "method weights density scale gain gamma mask min_tasks balance election scope trim_ties convention "
+    "seed backend dtype saved space rank energy ranks into sweep merges evaluate output overwrite "
+    "block_weights adapters base models memory"
+).split()
 ENVIRONMENTS = (
     {"WORLD_SIZE": "x"},
     {"WORLD_SIZE": "2"},
