@@ -225,7 +225,7 @@ FAULTS = [
         "a copied tensor is not written",
     ),
     Fault(
-        f"{INTO}/write.py",
+        f"{INTO}/write_pieces.py",
         "if (merged or slot.dtype == torch.float16) and not finite(cast):",
         "if merged and not finite(cast):",
         "tests/into/test_merge.py tests/into/test_write.py",
