@@ -41,13 +41,11 @@ class Working:
 
     def __enter__(self) -> "Working":
         with writing(self.target):
-            self._lock = self._locked()
             try:
+                self._take_lock()
                 self._claim()
-            except BaseException:
-                if not os.listdir(self.root):
-                    self.root.rmdir()
-                os.close(self._lock)
+            except BaseException:  # an interrupt, too, at any moment
+                self._give_up()
                 raise
         return self
 
@@ -56,7 +54,7 @@ class Working:
             if _is_open_folder(self.root, self._lock):  # else someone removed it, and this may be another one
                 self._clear()
         finally:
-            os.close(self._lock)
+            self._close()
 
     def keep_result(self) -> None:
         """Leave what is in `result` for the next run, if it exists."""
@@ -81,28 +79,47 @@ class Working:
                 raise
         flush(self.target.parent)
 
-    def _locked(self) -> int:
-        """Create the folder where it is missing, and return a descriptor that holds an exclusive lock on it."""
+    def _take_lock(self) -> None:
+        """Create the folder where it is missing, and hold an exclusive lock on it by a descriptor, `_lock`."""
         while True:
             if self.root.is_symlink() or (os.path.lexists(self.root) and not self.root.is_dir()):
                 raise self._foreign("it is a link" if self.root.is_symlink() else "it is no folder")
             self.root.mkdir(exist_ok=True)
             try:
-                lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                locked = self._try_lock()
             except FileNotFoundError:
                 continue  # its owner removed it between the two calls
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(lock)
-                raise OutputError(f"{self.target} is being written by another process") from None
-            except BaseException:
-                os.close(lock)
-                raise
+            if not locked:
+                raise OutputError(f"{self.target} is being written by another process")
             # The lock is on a folder, not a name: what was opened may have been removed in between.
-            if _is_open_folder(self.root, lock):
-                return lock
-            os.close(lock)
+            if _is_open_folder(self.root, self._lock):
+                return
+            self._close()
+
+    def _try_lock(self) -> bool:
+        """Open the folder and lock it; False where another process holds it."""
+        self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close()
+            return False
+        return True
+
+    def _give_up(self) -> None:
+        """Remove the folder where it can be locked and holds nothing but the mark."""
+        try:
+            if (self._lock >= 0 or self._try_lock()) and _is_open_folder(self.root, self._lock):
+                self._remove_root()
+        except OSError:
+            return  # it is gone, or someone else's
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _claim(self) -> None:
         """Mark an empty folder as ours; raise OutputError for one that holds what is not ours."""
@@ -137,11 +154,15 @@ class Working:
                 self._discard()
             if os.path.lexists(self.result) and not self._keeps:
                 shutil.rmtree(self.result)
-            if set(os.listdir(self.root)) <= {MARK}:
-                (self.root / MARK).unlink(missing_ok=True)
-                self.root.rmdir()
+            self._remove_root()
         except OSError:
             return  # the next run for this target goes on with it
+
+    def _remove_root(self) -> None:
+        """Remove the folder if nothing but the mark is in it."""
+        if set(os.listdir(self.root)) <= {MARK}:
+            (self.root / MARK).unlink(missing_ok=True)
+            self.root.rmdir()
 
 
 def _exchange(first: Path, second: Path) -> bool:

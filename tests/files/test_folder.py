@@ -179,6 +179,26 @@ def test_a_read_only_file_system_is_one_clear_error(monkeypatch):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("moment", ["mkdir", "open", "flock", "touch"])
+def test_an_interrupt_while_the_working_folder_is_made_leaves_nothing(tmp_path, monkeypatch, moment):
+    """It comes just after each of the steps."""
+    owner = {"mkdir": Path, "touch": Path, "open": os, "flock": fcntl}[moment]
+    step, target = getattr(owner, moment), tmp_path / "out"
+
+    def interrupted(*arguments, **options):
+        monkeypatch.undo()
+        step(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt), place_folder(target):
+        pytest.fail("it was not interrupted")
+    assert list(tmp_path.iterdir()) == []
+    with place_folder(target) as folder:
+        write_model(folder)
+    assert is_model(target)
+
+
 def test_two_writers_of_one_target(tmp_path):
     with place_folder(tmp_path / "out") as folder:
         write_model(folder)

@@ -60,8 +60,8 @@ FAULTS = [
     ),
     Fault(
         f"{FILES}/working.py",
-        "            if _is_open_folder(self.root, lock):\n                return lock\n",
-        "            if lock >= 0:\n                return lock\n",
+        "            if _is_open_folder(self.root, self._lock):\n                return\n",
+        "            if self._lock >= 0:\n                return\n",
         FOLDER,
         "a lock is not compared with its folder",
     ),
