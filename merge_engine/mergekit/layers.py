@@ -40,20 +40,21 @@ class _Builder:
         self.recipe, self.inputs = recipe, inputs
         self.numbers = {reference: number for number, reference in enumerate(inputs)}
         self.row = WHOLE_METHODS[recipe.method]
+        self.stacks: dict[Reference, tuple[dict[str, int], dict[str, dict[str, str]]]] = {}
 
     def build(self) -> Layers:
         first, last = self.recipe.slices[0], self.recipe.slices[-1]
         for part in self.recipe.slices:
             self.check_keys(part)
         sliced = self.recipe.sliced and not self.spans_all(first)
+        depth_of = {} if sliced else depths(self.lead(first).keys)
         works, layers = [], []
         tied = self.tied(first, last)
         for key, part in self.loose(first, last, all_keys=not sliced):
             twins = [
                 twin for twin, other in self.lead(part).model.twins.items() if other == key and self.joins(twin, tied)
             ]
-            depth = 0.0 if sliced else self.depth(part, key)
-            works.append(self.work((key, *twins), [key] * len(part.entries), part, depth))
+            works.append(self.work((key, *twins), [key] * len(part.entries), part, depth_of.get(key, 0.0)))
         if sliced:
             for part in self.recipe.slices:
                 for index, depth in _depths_of(self.length(part)):
@@ -109,9 +110,6 @@ class _Builder:
                     continue  # a copy that only another model has saved
                 yield key, part
 
-    def depth(self, part: Slice, key: str) -> float:
-        return depths(self.lead(part).keys)[key] if key in self.lead(part).model.tensors else 0.0
-
     def check_keys(self, part: Slice) -> None:
         """Raise ModelError where a model has a tensor outside of layers that the lead does not have."""
         lead = self.lead(part)
@@ -151,7 +149,9 @@ class _Builder:
     def layer_names(self, entry: Entry, index: int) -> dict[str, str]:
         """{what follows the number: key} of the tensors of one layer of a model."""
         model = self.inputs[entry.reference]
-        stacks = last_layers(model.keys)
+        if entry.reference not in self.stacks:
+            self.stacks[entry.reference] = last_layers(model.keys), _by_layer(model.keys)
+        stacks, names = self.stacks[entry.reference]
         if len(stacks) != 1:
             raise RecipeError(
                 f"{self.recipe.file}: slices: {model.name} has {len(stacks)} stacks of layers ({', '.join(stacks)}); "
@@ -164,8 +164,7 @@ class _Builder:
                 f"{self.recipe.file}: slices: layer_range: wanted layers of {model.name}, [0, {last + 1}], "
                 f"got {list(entry.layers or ())}"
             )
-        before = f"{prefix}.{number}."
-        return {key.removeprefix(before): key for key in model.keys if key.startswith(before)}
+        return names.get(f"{prefix}.{number}.", {})
 
     def work(self, keys: tuple[str, ...], own: Sequence[str], part: Slice, depth: float) -> TensorWork:
         """One tensor of the output. own: the key in each entry."""
@@ -250,3 +249,12 @@ def last_layers(keys: Iterable[str]) -> dict[str, int]:
         prefix = match.string[: match.start()]
         last[prefix] = max(last.get(prefix, 0), int(match[1]))
     return last
+
+
+def _by_layer(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """{prefix and number of a layer: {what follows: key}}."""
+    found: dict[str, dict[str, str]] = {}
+    for match in filter(None, map(_LAYER.search, keys)):
+        key = match.string
+        found.setdefault(key[: match.end()], {})[key[match.end() :]] = key
+    return found

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from toy_vocabularies import numbered, write_tokenizer
 
 MODULES = {"model.layers.0.q_proj": (6, 8), "model.layers.1.q_proj": (6, 8), "model.layers.1.up_proj": (10, 6)}
+SLOW = ("(.*)*(.*)*(.*)*z", "(a|a|.)*" * 30 + "z", "(.{0,1000}){0,1000}z")  # for re; they match no toy's module
 WORDS = ("<unk>", "to", "be", "or", "not")
 INFO = ("info", "a")
 MERGE = ("merge", "a", "b", "-o", "out", "--method", "linear")
@@ -109,7 +110,7 @@ def deltas_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def _by_pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if pattern not in SLOW and re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hostile_toys import INTO, MERGE, MODELS, UNION
+from hostile_toys import INTO, MERGE, MODELS, SLOW, UNION
 
 STEM = "base_model.model."
 DEEP: Any = "x"
@@ -41,9 +41,8 @@ JSON_TEXTS += (
     b'{"x": "\xff"}',
 )
 
-PATTERNS = ("(.*)*(.*)*(.*)*z", "(a|a|.)*" * 30 + "z", "(" * 3000 + ")" * 3000, "a{99999999999}", "(", "[", "*", "a**")
+PATTERNS = (*SLOW, "(" * 3000 + ")" * 3000, "a{99999999999}", "(", "[", "*", "a**")
 PATTERNS += (
-    "(.{0,1000}){0,1000}z",
     r"(a)\3",
     "(?P<x>a)(?P=x)",
     "(?i)q_proj",

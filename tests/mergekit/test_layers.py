@@ -5,11 +5,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import merge_engine.mergekit.layers as layers_module
 from merge_engine.errors import RecipeError
 from merge_engine.formats.checkpoint import open_checkpoint
 from merge_engine.mergekit.recipe import merge_recipe
+
+MODEL = "model.safetensors"
 
 
 def save(folder, seed, kind="llama", *, tied=False, layers=4):
@@ -116,3 +119,36 @@ def test_layers_that_are_not_there(tmp_path):
     recipe["slices"] = [{"sources": [{"model": "one", "layer_range": [2, 2]}]}]
     with pytest.raises(RecipeError, match=r"layer_range: wanted a first layer and a later end, got \[2, 2\]"):
         merge_recipe(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_each_name_is_searched_a_few_times_however_many_layers_there_are(tmp_path, monkeypatch, sliced):
+    """A model of 100,000 tensors took minutes: the layers were looked for anew for each tensor."""
+    counts = []
+    for layers in (20, 40):
+        folder = tmp_path / f"of {layers}"
+        folder.mkdir()
+        save_file({f"model.layers.{n}.x.weight": torch.full((2,), float(n)) for n in range(layers)}, folder / MODEL)
+        (folder / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
+        pattern = CountedPattern(layers_module._LAYER)
+        monkeypatch.setattr(layers_module, "_LAYER", pattern)
+        model = {"model": str(folder)}
+        parts = (
+            {"slices": [cut(folder, 1, layers)]} if sliced else {"models": [{**model, "parameters": {"weight": 1.0}}]}
+        )
+        merge_recipe({"merge_method": "passthrough" if sliced else "linear", **parts}, tmp_path / "out", overwrite=True)
+        got = load_file(tmp_path / "out" / MODEL)
+        assert {key: tensor[0].item() for key, tensor in got.items()} == {
+            f"model.layers.{n}.x.weight": n + sliced for n in range(layers - sliced)
+        }
+        counts.append(pattern.searches)
+    assert 40 <= counts[0] and counts[1] <= 2.2 * counts[0]
+
+
+class CountedPattern:
+    def __init__(self, pattern):
+        self.pattern, self.searches = pattern, 0
+
+    def search(self, text):
+        self.searches += 1
+        return self.pattern.search(text)
