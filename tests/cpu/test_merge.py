@@ -17,6 +17,7 @@ from merge_engine.cpu.keep import Drop, Trim
 from merge_engine.cpu.merge import merge_deltas, vote_balance
 from merge_engine.cpu.select import trims
 from merge_engine.cpu.source import Dense, Product
+from merge_engine.loops import door
 from merge_engine.rules import reference
 from merge_engine.rules.rule import make_rule
 
@@ -101,10 +102,24 @@ def test_many_adapters(count, election):
 
 
 @pytest.mark.parametrize("count", [255, 256, 513])
-def test_any_number_of_adapters_that_agree_is_counted(count):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_any_number_of_adapters_that_agree_is_counted(count, compiled, monkeypatch):
     """Each is 1 everywhere, and so is their mean: a count of 8 bits would be 0 of 256 of them."""
+    if not compiled:
+        monkeypatch.setattr(door, "installed", lambda: False)
     sources = [Dense(torch.ones(2, 3))] * count
     assert torch.equal(merge_deltas(sources, [1.0] * count, [None] * count, make_rule("ties")), torch.ones(2, 3))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_base_of_float64_is_added_in_float64(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(door, "installed", lambda: False)
+    base = 1 + torch.arange(6, dtype=torch.float64).view(2, 3) * 2**-40
+    got = merge_deltas([Dense(torch.full((2, 3), 2.0**-30))], [1.0], [None], make_rule("linear"), base=base, out=base)
+    assert got is base
+    assert got.tolist() == [[1 + 2**-30 + i * 2**-40 for i in row] for row in ((0, 1, 2), (3, 4, 5))]
 
 
 @pytest.mark.quick

@@ -100,6 +100,15 @@ def test_several_merges_where_every_vote_is_tied(tied, election):
         assert torch.equal(got, delta.abs() * tied * own)
 
 
+@pytest.mark.parametrize("method", ["ties", "dare_ties"])
+def test_weights_that_turn_the_vote_have_a_vote_of_their_own(method):
+    sources = [product(67, 131, 3, seed) for seed in range(3)]
+    rule = make_rule(method, convention="mergekit")
+    asks = [MergeSpec(weights, (None,) * 3, rule) for weights in ((1.0, 1.0, 1.0), (1.0, -2.0, 0.5))]
+    for ask, got in zip(asks, merge_several(sources, asks), strict=True):
+        assert torch.equal(bits(got), bits(merge_deltas(sources, ask.weights, ask.keeps, ask.rule)))
+
+
 def test_more_adapters_than_a_thread_holds(monkeypatch):
     sources = [product(67, 131, 3, seed) for seed in range(5)]
     asks = [MergeSpec((w,) * 5, (None,) * 5, make_rule("ties")) for w in (1.0, 0.3)]

@@ -6,12 +6,16 @@ from cpu_merges import U, factors
 from task_tensors import whole
 
 from merge_engine.cpu.source import Product
+from merge_engine.loops import door
 
 
 @pytest.mark.quick
 @pytest.mark.parametrize("rank", [1, 4, 8, 17, 64, 1024])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_products_are_exact_to_rounding(rank, dtype):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_products_are_exact_to_rounding(rank, dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(door, "installed", lambda: False)
     generator = torch.Generator().manual_seed(rank)
     A, B = factors(generator, 67, 131, rank, dtype, integers=False)
     got = whole(Product(A, B, 0.7)).double()

@@ -1,6 +1,8 @@
 """The demo shows what it is there to show."""
 
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +94,27 @@ def test_demo_of_the_set_unknown_prints_both_kinds_beside_what_the_base_knows(sh
             f"{row.best_mean:.1f}",
             f"{row.known:.1f}",
         ]
+
+
+@pytest.mark.quick
+def test_the_best_scale_is_chosen_on_one_sample_and_measured_on_the_other(monkeypatch, tmp_path):
+    @contextmanager
+    def scaled(model, scale):
+        model.scale = scale
+        yield
+
+    def marks(shown, model, seed):
+        best = {measure.TUNING: 0.5, measure.REPORTED: 1.4}[seed]
+        return {"swap": 80 - 10 * abs(model.scale - best)}
+
+    monkeypatch.setattr(measure, "load", lambda shown, adapter: SimpleNamespace(scale=None))
+    monkeypatch.setattr(measure, "scaled", scaled)
+    monkeypatch.setattr(measure, "marks", marks)
+    monkeypatch.setattr(measure, "known_mark", lambda shown, model: model.scale)
+    own = {measure.TUNING: {"swap": 40.0}, measure.REPORTED: {"swap": 80.0}}
+    row = run._measure(DEMO_SETS["unknown"], "", "linear", tmp_path, own)
+    assert (row.best_scale, row.known) == (0.5, 0.5)
+    assert row.figures == {"swap": pytest.approx(95)} and row.best == {"swap": pytest.approx(88.75)}
 
 
 @pytest.mark.parametrize("name", sets.MERGES)

@@ -46,6 +46,25 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("place", [place_folder, place_file])
+def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_is_afterwards(tmp_path, monkeypatch, place):
+    """Or a machine that stops leaves an empty file of the right name."""
+    out, flush, flushed = tmp_path / "out", os.fsync, set()
+
+    def noted(descriptor):
+        flushed.add((os.fstat(descriptor).st_ino, out.exists()))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with place(out) as folder:
+        write_model(folder)
+        (folder / "out").write_text("new")
+    made = {path.stat().st_ino for path in (out, *out.rglob("*"))}
+    assert len(made) == (5 if place is place_folder else 1)
+    assert flushed >= {(inode, False) for inode in made} | {(tmp_path.stat().st_ino, True)}
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_after_an_error(tmp_path, error):
     with pytest.raises(error), place_folder(tmp_path / "out") as folder:
@@ -353,20 +372,25 @@ def test_where_names_cannot_be_exchanged_two_renames_do_it(tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_old_result_stays_where_the_new_one_cannot_follow(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fail", [("result",), ("result", "replaced")], ids=["put back", "put back by the next"])
+def test_an_old_result_stays_where_the_new_one_cannot_follow(tmp_path, monkeypatch, fail):
     monkeypatch.setattr(working, "_exchange", lambda *_: False)
     with place_folder(tmp_path / "out") as folder:
         write_model(folder, "old")
     rename = Path.rename
 
     def fails(path, target):
-        if path.name == "result":
+        if path.name in fail:
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OutputError, match="Input/output error"), place_folder(tmp_path / "out", True) as folder:
         write_model(folder)
+    monkeypatch.undo()
+    assert (tmp_path / "out").exists() == ("replaced" not in fail)
+    with pytest.raises(OutputError, match="already exists"), place_folder(tmp_path / "out"):
+        pytest.fail("the block ran")
     assert is_model(tmp_path / "out", "old")
     assert os.listdir(tmp_path) == ["out"]
 

@@ -1,15 +1,17 @@
 """Faults that the tests have to notice: each is planted in a copy of the checkout, where the nearest tests must fail.
 
-    python tests/helpers/planted_faults.py [-j COPIES] [FOLDER ...]      (some folders of the package, or all)
+    python tests/helpers/planted_faults.py [-j COPIES] [--log FILE] [FOLDER ...]   (some folders of the package, or all)
 
 Run it by hand after tests were moved or made faster. The faults are in the tables of `planted`. It prints a line a
 fault and a count by folder, and ends with 1 where a fault was not seen. A fault whose text is no longer there once is
-an error, as are tests that fail without a fault: bring the tables up to date.
+an error, as are tests that fail without a fault: bring the tables up to date. With a log, a run that was stopped goes
+on: what it had seen noticed, by the same row, is not run again.
 """
 
 import argparse
 import gc
 import importlib
+import json
 import os
 import re
 import shlex
@@ -141,13 +143,25 @@ def wait(running: dict[int, Running]) -> tuple[Running, int]:
         time.sleep(0.05)
 
 
-def run(faults: Sequence[Fault], copies: int) -> dict[Fault, Outcome]:
-    """The outcome of every fault, printed as they come."""
-    outcomes: dict[Fault, Outcome] = {}
+def settled(log: Path | None) -> dict[Fault, Outcome]:
+    """What earlier runs with this log saw noticed, or harmless: a line a fault, its row and its outcome in JSON."""
+    lines = log.read_text().splitlines() if log and log.exists() else []
+    last = {Fault(*row): Outcome(*outcome) for row, outcome in map(json.loads, lines)}
+    return {fault: outcome for fault, outcome in last.items() if outcome.kind in (NOTICED, HARMLESS)}
+
+
+def run(faults: Sequence[Fault], copies: int, log: Path | None) -> dict[Fault, Outcome]:
+    """The outcome of every fault, printed as they come, and added to the log."""
+    known = settled(log)
+    outcomes = {fault: known[fault] for fault in faults if fault in known}
+    faults = [fault for fault in faults if fault not in known]
 
     def told(fault: Fault, outcome: Outcome) -> None:
         outcomes[fault] = outcome
         print(f"{outcome.kind:8}  {fault.file}: {fault.why}  [{outcome.said}]", flush=True)
+        if log:
+            with log.open("a") as lines:
+                lines.write(json.dumps([fault, outcome]) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
         free = [make_copy(Path(folder, str(number))) for number in range(copies)]
@@ -194,6 +208,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("folders", nargs="*")
     parser.add_argument("-j", type=int, default=2, dest="copies")
+    parser.add_argument("--log", type=Path)
     options = parser.parse_args(arguments)
     faults = [fault for fault in FAULTS if not options.folders or fault.folder in options.folders]
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -201,7 +216,7 @@ def main(arguments: list[str]) -> int:
     for name in PRELOADED:
         importlib.import_module(name)
     gc.freeze()  # or each child would go through all of it
-    outcomes = run(faults, options.copies)
+    outcomes = run(faults, options.copies, options.log)
     kinds = Counter(outcome.kind for outcome in outcomes.values())
     for folder in dict.fromkeys(fault.folder for fault in faults):
         own = Counter(outcomes[fault].kind for fault in faults if fault.folder == folder)

@@ -434,6 +434,16 @@ def test_kernels_by_hand(merge, device):
     assert_all_are_by_hand(["kernels"], *merge, device)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_tensor_is_rescaled_to_its_norm_unless_that_is_tiny(way, device):
+    """mergekit's bound is 1e-7; the norms here are 2**-24 and 2**-21."""
+    recipe = Recipe(method="dare_linear", convention="mergekit", density=0.5)
+    tiny, small = (by_backend(way, [torch.full((4, 8), 2.0**-n)], (1.0,), recipe, 1, device) for n in (29, 26))
+    kept = tiny != 0
+    assert 0 < int(kept.sum()) < 32 and torch.equal(tiny, kept * 2.0**-29)
+    torch.testing.assert_close(small, kept * (2.0**-21 / int(kept.sum())), rtol=2**-22, atol=0)
+
+
 def test_a_consensus_of_no_tasks_is_linear(adapters, base, tmp_path):
     for way in WAYS:
         with computed_by(way) as how:

@@ -112,6 +112,18 @@ def test_mistakes_in_the_fields_behind_it(fields, message):
         Recipe(**fields)
 
 
+@pytest.mark.quick
+def test_weights_of_a_module_multiply_those_of_its_block_or_else_of_the_model():
+    fields = {
+        "weights": [3, -1],
+        "block_weights": {"sql": {".*mlp": 0.5}},
+        "module_weights": {"mlp": (2, 5), "q": (7, 1)},
+    }
+    recipe = Recipe(method="linear", **fields)
+    wanted = {None: (3, -1), "mlp": (0.5 * 2, -1 * 5), "q": (3 * 7, -1)}
+    assert {module: recipe.weights_for(["sql", "chat"], module) for module in wanted} == wanted
+
+
 @pytest.mark.parametrize("value", [0, [], "", False])
 @pytest.mark.parametrize("field", ["scope", "trim_ties"])
 def test_what_counts_as_false_is_no_way_to_leave_a_field_out(field, value):

@@ -43,6 +43,14 @@ def test_the_mean_divides_by_the_number_that_agree_peft_or_by_their_weights_merg
     )
 
 
+def test_a_consensus_keeps_what_so_many_adapters_account_for():
+    # weighted: (4, 6, 1), (4, -1, 1), (1, 0, 1); above half of the rest are the first two, the first, and none
+    tensors, weights = [torch.tensor(t) for t in ([2.0, 3.0, 0.5], [4.0, -1.0, 1.0], [1.0, 0.0, 1.0])], [2.0, 1.0, 1.0]
+    for least, kept in ((0, [1, 1, 1]), (1, [1, 1, 0]), (2, [1, 0, 0]), (3, [0, 0, 0])):
+        rule = make_rule("consensus", mask=0.5, min_tasks=least)
+        assert torch.equal(merge_one(tensors, weights, 1.0, rule), torch.tensor([9.0, 5.0, 3.0]) * torch.tensor(kept))
+
+
 @pytest.mark.quick
 def test_mergekit_votes_with_weights():
     tensors, weights = [torch.tensor([1.0]), torch.tensor([-2.0])], [5.0, 1.0]

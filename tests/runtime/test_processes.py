@@ -18,6 +18,8 @@ def test_ranks_share_by_cost():
     shares = [Ranks(rank, 3).share(costs) for rank in range(3)]
     assert [i for share in shares for i in share] == list(range(7))
     assert max(sum(costs[i] for i in share) for share in shares) <= 10
+    assert Ranks(0, 2).share([1] * 8 + [8]) == range(8)
+    assert Ranks(1, 2).share([9, 10]) == range(1, 2)
 
 
 @pytest.mark.parametrize(("group", "want"), [("nccl", "cuda:3"), ("gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu")])

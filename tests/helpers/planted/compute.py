@@ -101,7 +101,7 @@ FAULTS = [
         f"{RULES}/recipe.py",
         "products = (weight * factor for",
         "products = (factor for",
-        "tests/rules",
+        "tests/rules/test_recipe.py",
         "weights by module take the place of the weights",
     ),
     Fault(
@@ -241,7 +241,7 @@ FAULTS = [
         f"{CPU}/source.py",
         "beta=0, alpha=self.scaling)",
         "beta=0)",
-        "tests/cpu",
+        "tests/cpu/test_source.py",
         "by operators, products lack their scaling",
     ),
     Fault(

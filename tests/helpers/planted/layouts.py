@@ -216,4 +216,18 @@ FAULTS = [
         "tests/report/test_card.py tests/cli/test_card.py",
         "the card names one of several bases",
     ),
+    Fault(
+        "merge_engine/report/card.py",
+        """for start, end in (('"', '"'), ("=", "\\n")):""",
+        """for start, end in (('"', '"'),):""",
+        "tests/report/test_card.py",
+        "a card on the hub tells vLLM a folder of the author's",
+    ),
+    Fault(
+        "merge_engine/report/card.py",
+        "        elif value:\n            shown",
+        "        else:\n            shown",
+        "tests/report/test_card.py",
+        "a card has tables that are empty",
+    ),
 ]
