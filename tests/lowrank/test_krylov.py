@@ -66,6 +66,16 @@ def test_ties_delta_needs_few_passes(monkeypatch):
     monkeypatch.setattr(lowrank_krylov, "times", counted)
     check_against_svd(*ties_delta(512, 768), rank=16)
     assert widths[0] == 48 + 8 and set(widths[1:]) == {16} and len(widths) <= 8
+    widths.clear()
+    from_matrix(*ties_delta(300, 260), 16, tolerance=0.1)  # the gain of the second step says that it suffices
+    assert widths == [48 + 8, 16, 16, 16]
+
+
+@pytest.mark.quick
+def test_the_excess_is_of_the_error_and_not_of_the_whole():
+    """Eight large values have all but 1e-5 of the energy: what is left is cut as well as if they were not there."""
+    spectrum = torch.cat([torch.full((8,), 300.0), SPECTRA["geometric"][: SIDE - 8]])
+    check_against_svd(with_spectrum(260, SIDE, spectrum), torch.zeros(0, SIDE), 12)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -220,6 +230,7 @@ def test_steps_that_do_not_suffice_are_reported(monkeypatch, caplog):
         (torch.ones(4, 3), torch.ones(2, 4), {}, r"start is \[2, 4\]"),
         (torch.full((4, 3), math.nan), torch.ones(2, 3), {}, "not finite"),
         (torch.ones(4, 3), torch.full((2, 3), math.inf), {}, "not finite"),
+        (torch.full((4, 3), 2e38), torch.ones(2, 3), {}, "products overflow float32"),
         (torch.ones(4, 3), torch.ones(2, 3), {"rank": 0}, "rank is 0"),
         (torch.ones(4, 3), torch.ones(2, 3), {"energy": 0.0}, "energy is 0.0"),
         (torch.ones(4, 3), torch.ones(2, 3), {"energy": 1.01}, "energy is 1.01"),
