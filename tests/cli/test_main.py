@@ -99,6 +99,40 @@ def test_names_that_are_not_utf8(three, tmp_path, forks):
     assert (done.codes, done.err) == ([0], "") and "bad" in done.out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("merge", "{a}", "{b}", "-o", "{long}"), "cannot be written: File name too long"),
+        (("merge", "{a}", "{b}", "-o", "{almost}"), "cannot be written: File name too long"),  # with .partial it is
+        (("merge", "{a}", "{long}", "-o", "out"), "does not exist, wanted a folder"),
+        (("merge", "{long}.yaml"), "cannot be read: "),
+    ],
+)
+def test_names_that_are_too_long(three, tmp_path, capsys, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"a": three[0], "b": three[1], "long": "x" * 300, "almost": "x" * 250}
+    before = sorted(tmp_path.iterdir())
+    code, _, err = run_cli(capsys, *(word.format(**names) for word in words))
+    assert code == 2 and err.startswith("merge-engine: error: ") and message in err and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set; start by torchrun, or unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "wanted numbers, RANK below WORLD_SIZE, got RANK '0' and WORLD_SIZE 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "wanted numbers, RANK below WORLD_SIZE, got RANK '2' and WORLD_SIZE '2'"),
+    ],
+)
+def test_ranks_that_cannot_be(three, tmp_path, capsys, monkeypatch, ranks, message):
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out")
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_nobody_reads_what_is_printed(three):
     code = f"{sys.executable} -m merge_engine info {three[0]} {three[1]} | true; echo ${{PIPESTATUS[0]}}"
     for buffered in ("", "1"):
