@@ -52,11 +52,12 @@ def place(merge: FullMerge, output: Path, *, overwrite: bool, progress: bool | N
     ranks = join()
     chosen: AbstractContextManager[Path] = nullcontext(working_folder(output))
     if ranks.rank == 0:
+        identity, companions = merge.identity(), merge.companions  # a mistake in the inputs leaves no folder
         chosen = place_folder(output, overwrite, resume=True, inputs=merge.inputs)
     with chosen as folder:
         if ranks.rank == 0:
-            take_up(merge.identity(), merge.layout, output, folder)
-            check_files(merge.layout, merge.companions, output, folder)
+            take_up(identity, merge.layout, output, folder)
+            check_files(merge.layout, companions, output, folder)
         ranks.wait()
         begun = bool(read_journal(folder)[1])
         ranks.wait()  # no rank may add to the journal before every rank has read it

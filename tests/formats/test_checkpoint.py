@@ -113,6 +113,10 @@ def test_a_link_that_leads_out_of_a_base_is_not_copied(tmp_path):
     (base / "tokenizer.model").symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match=r"^base: \S+tokenizer\.model is a link to \S+secret, outside of its folder"):
         open_checkpoint(base).companions()
+    adapter = save_adapter(tmp_path / "sql")
+    with pytest.raises(ModelError, match="outside of its folder"):
+        merge_engine.merge_into(base, [adapter], tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "secret", "sql"}
     (base / "tokenizer.model").unlink()
     (base / "tokenizer.model").symlink_to("config.json")
     assert "tokenizer.model" in open_checkpoint(base).companions()
