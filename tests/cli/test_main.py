@@ -121,8 +121,8 @@ def test_names_that_are_too_long(three, tmp_path, capsys, monkeypatch, words, me
     ("ranks", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is not set; start by torchrun, or unset WORLD_SIZE"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "wanted numbers, RANK below WORLD_SIZE, got RANK '0' and WORLD_SIZE 'two'"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "wanted numbers, RANK below WORLD_SIZE, got RANK '2' and WORLD_SIZE '2'"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "RANK below WORLD_SIZE, got RANK '0' and WORLD_SIZE 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK below WORLD_SIZE, got RANK '2' and WORLD_SIZE '2'"),
     ],
 )
 def test_ranks_that_cannot_be(three, tmp_path, capsys, monkeypatch, ranks, message):
