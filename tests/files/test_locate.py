@@ -26,6 +26,18 @@ def test_a_hub_id_is_what_the_hub_takes_for_one(source):
         assert is_hub_id(source)
 
 
+@pytest.mark.quick
+def test_a_file_of_the_hub_is_in_its_repository(tmp_path, monkeypatch):
+    (tmp_path / "repo" / "sub").mkdir(parents=True)
+    for name in ("secret", "repo/a", "repo/sub/a"):
+        (tmp_path / f"{name}.safetensors").touch()
+    monkeypatch.setattr(locate, "_fetched", lambda *_: tmp_path / "repo")
+    for name in ("a.safetensors", "sub/a.safetensors"):
+        assert locate.find_file(f"user/repo:{name}", None, AdapterError) == tmp_path / "repo" / name
+    for name in ("../secret.safetensors", "sub/../../secret.safetensors", f"{tmp_path}/secret.safetensors"):
+        assert locate.find_file(f"user/repo:{name}", None, AdapterError) is None
+
+
 def test_a_home_of_nobody_is_a_folder_that_does_not_exist():
     with pytest.raises(AdapterError, match=r"^~nobody_has_this_name/a does not exist, wanted a folder"):
         open_adapters(["~nobody_has_this_name/a"])

@@ -27,6 +27,7 @@ def test_shards_written_in_any_order_are_read_by_safetensors(tmp_path_factory, s
         f"t{i}": torch.randint(0, 2, shape, generator=generator).to(dtype) for i, (dtype, shape) in enumerate(specs)
     }
     layout = lay_out({key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}, shard_size)
+    assert all(slot.offset % slot.dtype.itemsize == 0 for slot in layout.slots.values() if slot.nbytes)
     files = ShardFiles(folder, layout)
     files.create()
     order = list(tensors)

@@ -42,6 +42,11 @@ def test_a_truncated_file_at_every_kind_of_place(tmp_path):
         (b'{"x": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}', "is damaged"),
         (b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}', "overlap or leave holes"),
         (
+            b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},'
+            b' "y": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+            "overlap or leave holes",
+        ),
+        (
             b'{"x": {"dtype": "F32", "shape": [9223372036854775808, 0], "data_offsets": [0, 0]}}',
             "a shape that torch has",
         ),

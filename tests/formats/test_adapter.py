@@ -61,6 +61,24 @@ def test_values_that_are_not_finite(tmp_path, value, name, dtype):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)], ids=str)
+def test_a_delta_that_may_leave_float32(tmp_path, signs):
+    """2 * 4 * 1e18 * 1e20 = 8e38, whatever the signs of scaling, A and B; a tenth of it is held."""
+    scaling, a, b = signs
+    path = saved(tmp_path / "a", r=4, lora_alpha=8 * scaling)
+
+    def enlarge(tensors: dict[str, torch.Tensor], by: float) -> None:
+        tensors[f"{KEY}.lora_A.weight"] = torch.full_like(tensors[f"{KEY}.lora_A.weight"], 1e18 * a)
+        tensors[f"{KEY}.lora_B.weight"] = torch.full_like(tensors[f"{KEY}.lora_B.weight"], by * b)
+
+    edit_tensors(path, lambda tensors: enlarge(tensors, 1e19))
+    open_adapter(path).check_finite()
+    edit_tensors(path, lambda tensors: enlarge(tensors, 1e20))
+    with pytest.raises(AdapterError, match=rf"^a: the delta of {Q0} may reach 8\.0e\+38, which overflows float32$"):
+        open_adapter(path).check_finite()
+
+
+@pytest.mark.quick
 def test_trained_heads_are_extras(tmp_path):
     one = open_adapter(classifier(tmp_path / "one"))
     assert list(one.extras) == [SCORE]

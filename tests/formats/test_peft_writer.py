@@ -250,9 +250,11 @@ def test_factors_of_a_wrong_shape_or_name(tmp_path):
 def test_values_that_the_dtype_does_not_hold(tmp_path):
     adapter = open_adapter(saved(tmp_path / "a", r=4))
     writer = AdapterWriter(tmp_path, [adapter], adapter.modules, torch.float16)
-    with pytest.raises(OutputError, match=rf"{KEY}.lora_B.weight reaches 7e\+04, which overflows torch.float16"):
-        writer.add(Q0, torch.ones(3, 32), torch.full((32, 3), 7e4))
-    writer.abandon()
+    try:
+        with pytest.raises(OutputError, match=rf"{KEY}.lora_B.weight reaches 7e\+04, which overflows torch.float16"):
+            writer.add(Q0, torch.ones(3, 32), torch.full((32, 3), 7e4))
+    finally:
+        writer.abandon()
 
 
 def test_a_full_disk_while_the_adapter_is_written(tmp_path):

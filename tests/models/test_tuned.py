@@ -169,6 +169,7 @@ def test_dora_without_its_base_is_refused(tmp_path):
     for change, config, text in (
         (lambda t: t.pop(key), {}, r"wanted a lora_magnitude_vector of each layer, got none of model\.layers\.0\.self"),
         (lambda t: t.update({key: torch.ones(3)}), {}, rf"^a: {key} is \[3\], wanted \[32\]"),
+        (lambda t: t.update({key: torch.ones(33)}), {}, rf"^a: {key} is \[33\], wanted \[32\]"),
         (lambda t: t.update({key: torch.full((32,), torch.nan)}), {}, rf"^a: tensor {key} in \S+ holds NaN"),
         (lambda t: t.update({key: torch.ones(32)}), {"use_dora": False}, r"is DoRA's, wanted use_dora with it"),
     ):

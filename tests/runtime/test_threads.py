@@ -355,6 +355,19 @@ def test_threads_that_share_items_run_operators_alone():
     subprocess.run([sys.executable, "-c", SHARED], cwd=ROOT, check=True)
 
 
+@pytest.mark.quick
+def test_results_of_shared_items_come_in_their_order():
+    """Of every two items each thread takes one."""
+    both = threading.Barrier(2, timeout=PATIENCE)
+
+    def work(item):
+        both.wait()
+        return item
+
+    with threads(2):
+        assert for_each(range(6), work) == list(range(6))
+
+
 def test_a_tile_that_fails_ends_the_others():
     seen, all_free = [], threading.Barrier(torch.get_num_threads(), timeout=PATIENCE)
 
