@@ -201,3 +201,19 @@ def test_shared_weights_of_a_bin_file(tmp_path):
     weight = torch.randn(6, 4)
     torch.save({"a.weight": weight, "b.weight": weight, "c.weight": weight.clone()}, base / "pytorch_model.bin")
     assert open_checkpoint(base).twins == {"b.weight": "a.weight"}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("config", "ties"),
+    [
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
+        ({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}}, True),
+        ({"text_config": {"tie_word_embeddings": True}, "decoder": {"tie_word_embeddings": False}}, True),
+        ({"tie_word_embeddings": None, "decoder": {"tie_word_embeddings": True}}, True),
+        ({}, False),
+    ],
+)
+def test_the_whole_model_says_first_whether_its_embeddings_are_tied(tmp_path, config, ties):
+    (save_model(tmp_path / "a") / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(tmp_path / "a").ties_embeddings == ties

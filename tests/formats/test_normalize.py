@@ -110,6 +110,16 @@ def test_powers_of_two_are_exact_and_float32_rounds_finer(tmp_path):
         assert torch.equal(deltas(tmp_path / "wide", [name])[name], exact)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize(("alpha", "rounded"), [(1, ("layers.0.q",)), (6, ())])
+def test_a_scaling_that_no_float_is_makes_nothing_exact(tmp_path, alpha, rounded):
+    """3 times the float64 next to 1/3 is 1 only after a rounding."""
+    factors = {"layers.0.q": [torch.ones(3, 5), torch.full((2, 3), 3.0)]}
+    save_factors(tmp_path / "a", factors, rank_pattern={"q": 3}, alpha_pattern={"q": alpha})
+    assert open_adapter(tmp_path / "a").modules["layers.0.q"].scaling == alpha / 3
+    assert merge_engine.normalize(tmp_path / "a", tmp_path / "out").rounded == rounded
+
+
 def test_what_is_beside_the_factors_is_kept(tmp_path, caplog):
     folder = classifier(tmp_path / "a", rank_pattern={"layers.0.self_attn.q_proj": 2})
     (folder / "tokenizer.json").write_text("{}")

@@ -12,6 +12,7 @@ import merge_engine
 from merge_engine.errors import AdapterError
 from merge_engine.formats.adapter import TOKENS
 from merge_engine.formats.open import open_adapter
+from merge_engine.formats.tokens import tokens_of
 
 KEY = f"{STEM}model.embed_tokens{TOKENS}"
 
@@ -74,6 +75,13 @@ def test_indices_that_are_not_those_of_the_rows(tmp_path, tokens):
     edit(folder, trainable_token_indices=tokens)
     with pytest.raises(AdapterError, match=r"^a: \S+tokens_delta is \[2, 32\], wanted a row for each of trainable_tok"):
         merge_engine.merge([folder], tmp_path / "no", method="linear")
+
+
+@pytest.mark.parametrize("names", [("tokens", "embed_tokens"), ("embed_tokens", "tokens")], ids=str)
+def test_the_longest_name_that_ends_the_layers_counts(tmp_path, names):
+    folder = adapter(tmp_path / "a", 0, [5, 1])
+    edit(folder, trainable_token_indices={name: [5, 1] if name == "embed_tokens" else [7, 8] for name in names})
+    assert tokens_of(open_adapter(folder), KEY) == [5, 1]
 
 
 def test_what_does_not_go_together(tmp_path):

@@ -92,7 +92,7 @@ FAULTS = [
     Fault(
         f"{FORMATS}/mlx.py",
         "return Turned(sides",
-        "return DerivedTensor.read and Turned(sides",
+        "return (Turned)(sides",
         "tests/formats/test_mlx.py",
         "nothing",
         harmless="it says the same in more words: a control of this script",
