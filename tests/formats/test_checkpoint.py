@@ -217,3 +217,16 @@ def test_shared_weights_of_a_bin_file(tmp_path):
 def test_the_whole_model_says_first_whether_its_embeddings_are_tied(tmp_path, config, ties):
     (save_model(tmp_path / "a") / "config.json").write_text(json.dumps(config))
     assert open_checkpoint(tmp_path / "a").ties_embeddings == ties
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_head_is_tied_to_the_embedding_that_has_its_bits(tmp_path, differs):
+    folder = save_model(tmp_path / "a")
+    embedding = torch.arange(24.0).view(6, 4)
+    head = embedding.clone()
+    head[-1, -1] += differs
+    save_file({"lm_head.weight": head, "model.embed_tokens.weight": embedding}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"tie_word_embeddings": true}')
+    twins = open_checkpoint(folder).twins
+    assert twins == ({} if differs else {"lm_head.weight": "model.embed_tokens.weight"})
