@@ -1,5 +1,7 @@
 """Model cards: what the hub reads of them, and Markdown that holds any text."""
 
+import json
+
 import yaml
 
 from merge_engine.report.card import Card, code, front_matter, moved, recipe_file, recipe_text, tokens_text
@@ -50,3 +52,5 @@ def test_a_recipe_file_is_yaml_whatever_the_names():
 def test_tokens_in_a_table():
     lines = tokens_text({f"t{i}": i for i in range(66)})
     assert lines[4] == '| `"t0"` | 0 |' and lines[-2] == "and 2 more, listed in `merge_report.json`."
+    (row,) = tokens_text({"a|`\n": 3})[4:-1]
+    assert row == '| `"a\\u007c\\u0060\\n"` | 3 |' and json.loads(row.split("`")[1]) == "a|`\n"
