@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_files import STEM, save_factors
 from safetensors.torch import load_file, save_file
-from toy_models import save_base, weights_of
+from toy_models import SHAPES, save_base, weights_of
 from toy_vocabularies import (
     KEYS,
     WIDTH,
@@ -49,6 +49,21 @@ def test_a_saved_layer_may_come_with_its_original_and_twice(tmp_path):
         ModelError, match=r"^b: \S+lm_head\.modules_to_save\.weight would replace lm_head\.modules_to_s"
     ):
         merge_engine.merge_into(base, [tmp_path / "b"], tmp_path / "no", method="linear")
+
+
+@pytest.mark.quick
+def test_a_saved_layer_that_the_base_ties_is_refused(tmp_path):
+    """The base holds no head: its configuration alone says that the embedding is the head, too."""
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "lm_head"}
+    factors = {"model.layers.0.q_proj": (torch.ones(2, 20), torch.ones(12, 2))}
+    rows = {f"{STEM}model.embed_tokens.weight": torch.zeros(19, 12)}
+    adapter = save_factors(tmp_path / "a", factors, rows, modules_to_save=["embed_tokens"])
+    tied = save_base(tmp_path / "tied", shapes=shapes, tie_word_embeddings=True)
+    with pytest.raises(ModelError, match=r"^a: model\.embed_tokens\.weight is tied to another layer of tied; untie"):
+        merge_engine.merge_into(tied, [adapter], tmp_path / "no", method="linear")
+    untied = save_base(tmp_path / "untied", shapes=shapes)
+    merge_engine.merge_into(untied, [adapter], tmp_path / "out", method="linear")
+    assert not weights_of(tmp_path / "out")["model.embed_tokens.weight"].any()
 
 
 def test_an_adapter_merges_into_the_bases_rows(toys):

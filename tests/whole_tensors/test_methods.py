@@ -283,6 +283,25 @@ def test_a_negative_sum_of_weights_divides_too():
         assert (out - want).norm() <= 1e-6 * want.norm()
 
 
+def merged_by(method, tensors, base, published, **options):
+    out = torch.full(tensors[0].shape, torch.nan)
+    merge_group(method, Group("x", tensors, base, out, options, 0, published))
+    return out
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("published", [True, False])
+def test_what_formulas_say_at_their_edges(published):
+    """A band with little left below it, a zero among models on a sphere, a tied vote."""
+    task = torch.arange(1.0, 11).view(2, 5)
+    plain = {"weight": (1.0,), "normalize": False, "rescale": False, "lambda": 1.0}
+    got = merged_by("breadcrumbs", [task], 0 * task, published, **plain, density=(0.5,), gamma=(0.95,))
+    assert torch.equal(got, task * (task <= 5))  # nine of ten were to be dropped, and half is to be kept
+    got = merged_by("karcher", [task, 0 * task, task], None, published, **options_of("karcher", {}, 3))
+    torch.testing.assert_close(got, task * 2 / 3, rtol=2**-22, atol=0)
+    assert torch.equal(merged_by("sce", [task, -task], 0 * task, published, select_topk=1.0), task)
+
+
 def test_della_keeps_by_rank_and_on_average_everything():
     """Shares that are kept rise from density - epsilon to density + epsilon; the published mean is the tensor."""
     task = torch.randn(4000, 16, generator=torch.Generator().manual_seed(1))

@@ -81,7 +81,7 @@ FAULTS = [
         f"{MODELS}/vocabulary.py",
         "if own.rules.get(key) != tokenizer.rules.get(key):",
         "if not key:",
-        "tests/models/test_vocabulary.py",
+        "tests/models/test_vocabulary_files.py",
         "tokenizers that split text by other rules are united",
     ),
     Fault(
