@@ -79,7 +79,7 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], output: Path
 
 def journals(folder: Path) -> list[Path]:
     """The files of the journal of every rank: none where the folder is missing."""
-    return sorted(folder.glob(f"{_PREFIX}*"))
+    return sorted(filter(Path.is_file, folder.glob(f"{_PREFIX}*")))
 
 
 def remove_journal(folder: Path) -> None:

@@ -156,6 +156,10 @@ def test_a_foreign_file_never_gets_into_the_output(base, three, tmp_path, monkey
         merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
     assert (journal.parent / "thesis.tex").read_text() == "theirs"
     (journal.parent / "thesis.tex").unlink()
+    (journal.parent / ".journal.1").mkdir()
+    with pytest.raises(OutputError, match=r"out: \S+\.journal\.1 is not of this merge; move or remove it"):
+        merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900)
+    (journal.parent / ".journal.1").rmdir()
     assert merge_engine.merge_into(base, three, tmp_path / "out", shard_size=900).resumed == 5
 
 
