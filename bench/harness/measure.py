@@ -27,6 +27,7 @@ class Sample(NamedTuple):
     extra_mib: peak memory above where the run began, without the result.
     processor: CPU seconds of all threads.
     kept_energy: the share of the merged deltas' energy (squared norm) that a cut to a rank kept.
+    written_mib: what a process of its own gave to a disk to write (0 for files in memory).
     """
 
     seconds: float
@@ -35,6 +36,7 @@ class Sample(NamedTuple):
     extra_mib: float | None = None
     processor: float | None = None
     kept_energy: float | None = None
+    written_mib: float | None = None
 
 
 @dataclass(frozen=True)

@@ -82,14 +82,15 @@ start = time.perf_counter()
 child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(child.pid, 0)
 seconds, processor = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
-print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 1024, processor]))
+written = usage.ru_oublock * 512 / 2**20
+print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 1024, processor, written]))
 """
 
 
 def whole_process(command: Sequence[str]) -> Sample:
-    """A command from its start to its end: wall and CPU time, and peak memory. Raises RuntimeError where it fails."""
+    """A command from its start to its end: wall and CPU time, peak memory, MiB written. Raises RuntimeError if it fails."""
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
-    code, seconds, peak, processor = json.loads(done.stdout)
+    code, seconds, peak, processor, written = json.loads(done.stdout)
     if code:
         raise RuntimeError(f"{shlex.join(command)}\n{done.stderr[-2000:]}")
-    return Sample(seconds, None, peak, processor=processor)
+    return Sample(seconds, None, peak, processor=processor, written_mib=written)

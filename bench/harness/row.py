@@ -10,13 +10,14 @@ class Row:
 
     seconds, low, high: median and quartiles of `runs` runs. processor: median of the CPU seconds of all threads.
     peak_mib: peak memory above where the run began, or that of the whole process for the kinds that start one (whole,
-        base, many, session). extra_mib: peak memory above where the run began, without the result.
+        base, whole_models, many, session). extra_mib: peak memory above where the run began, without the result.
     ratio: seconds of the baseline / seconds.
     flops, nbytes: the least that any contestant computes and moves (`Workload`). bandwidth_share, matmul_share: what
         these are per second, as shares of the machine's measured rates.
     excess: error / that of the best approximation - 1. The best is the best cut to the rank, or (kind base) the exact
         sum rounded once.
     kept_energy: the share of the merged deltas' energy that a cut to a rank kept.
+    written_mib: what the process gave to a disk to write, median, for the kinds that start one.
     source: the rows that this one is computed from, if it was not measured.
     """
 
@@ -51,6 +52,7 @@ class Row:
     matmul_share: float | None = None
     excess: float | None = None
     kept_energy: float | None = None
+    written_mib: float | None = None
     source: str = ""
 
     @property

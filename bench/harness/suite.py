@@ -129,6 +129,7 @@ def _row(
         ratio=spreads[size, rival].median / median if rival else None,
         excess=excess,
         kept_energy=_median(samples, "kept_energy"),
+        written_mib=_median(samples, "written_mib"),
     )
 
 

@@ -122,6 +122,12 @@ class Task:
         return keep_mask(self.workload.density, rows=rows, columns=columns, **where).to(self.device)
 
 
+def _whole_models(method: str, models: int) -> Workload:
+    """So many models and their base."""
+    sizes = {"adapters": models, "rank": 0, "density": 0.5, "dtype": "bfloat16", "layers": 12}
+    return Workload("whole_models", method, model=LLAMA_134M, **sizes)  # type: ignore[arg-type]
+
+
 OURS, RIVALS = ("tiled", "triton"), ("tiled", "triton", "PEFT")
 
 
@@ -165,10 +171,12 @@ WORKLOADS = [
     Workload("ranks", "ties", layers=LAYERS),
     Workload("many", "ties, density x scale", adapters=8, layers=1),
     Workload("trial", "linear", adapters=4, layers=LAYERS),
+    _whole_models("slerp", 1),
     *(
         Workload("session", f"{what}, other weights", adapters=8, layers=1)
         for what in ("ties", "linear", "ties of factors")
     ),
+    *(_whole_models(method, 2) for method in ("della", "model_stock", "sce")),
     *(Workload("trial", method, adapters=4, layers=LAYERS) for method in ("tsv", "actmat")),
     Workload("image", "ties", layers=19, model=FLUX, rank=32, dtype="bfloat16"),
     *(Workload("factors", method, layers=LAYERS) for method in FACTORS),

@@ -61,16 +61,21 @@ def our_command(base: Path, adapters: list[Path], output: Path, method: str) -> 
     return [sys.executable, "-m", "merge_engine", *arguments, *options]
 
 
-def _run_mergekit(base: Path, adapters: list[Path], method: str) -> Sample:
+def mergekit_program() -> list[str]:
+    """The command that starts mergekit-yaml. Raises RuntimeError where there is none."""
     program = shlex.split(os.environ.get(PROGRAM) or shutil.which("mergekit-yaml") or "")
     if not program:
         raise RuntimeError(f"mergekit: wanted its command in {PROGRAM} or mergekit-yaml on the path, got neither")
+    return program
+
+
+def _run_mergekit(base: Path, adapters: list[Path], method: str) -> Sample:
     output, cache = output_of(base, "mergekit"), base.with_name("cache")
     for leftover in (output, cache):
         shutil.rmtree(leftover, ignore_errors=True)
     recipe = _mergekit_recipe(base, adapters, method)
     options = ["--lora-merge-cache", str(cache), "--no-copy-tokenizer", "--no-write-model-card"]
-    return whole_process([*program, str(recipe), str(output), *options])._replace(result=output)
+    return whole_process([*mergekit_program(), str(recipe), str(output), *options])._replace(result=output)
 
 
 def _mergekit_recipe(base: Path, adapters: list[Path], method: str) -> Path:
@@ -143,7 +148,7 @@ def _excess(base: Path, adapters: list[Path], results: Mapping[str, Path]) -> di
 
 KIND = Kind(
     {
-        "merge-engine": Entry(partial(_into_base, _run_ours), seconds=7),
+        "merge-engine": Entry(partial(_into_base, _run_ours), seconds=4),
         "mergekit-yaml": Entry(partial(_into_base, _run_mergekit), seconds=60, on_request=True),
     },
     _check,

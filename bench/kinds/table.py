@@ -21,6 +21,7 @@ from bench.kinds import (
     threads,
     trial,
     whole,
+    whole_models,
 )
 
 KINDS: dict[str, Kind] = {
@@ -37,6 +38,7 @@ KINDS: dict[str, Kind] = {
     "image": image.KIND,
     "svd_merge": svd_merge.KIND,
     "base": base.KIND,
+    "whole_models": whole_models.KIND,
     "ranks": ranks.KIND,
     "many": many.KIND,
     "session": session.KIND,

@@ -7,9 +7,6 @@ merge runs in the Python beside its command.
 """
 
 import json
-import os
-import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +24,7 @@ from bench.harness.inputs import MODELS, SCALING
 from bench.harness.kind import Entry, Kind, Results
 from bench.harness.measure import MIB, Contestant, Sample
 from bench.harness.workloads import Workload
-from bench.kinds.base import MODULE, PROGRAM
+from bench.kinds.base import MODULE, mergekit_program
 
 WEIGHTS = [[round(0.4 + 0.2 * ((3 * i + j) % 5), 1) for i in range(8)] for j in range(4)]  # of up to eight adapters
 OURS = """
@@ -107,11 +104,8 @@ def _mergekit(work: Workload, device: str) -> Contestant:
         make_base(base, work.layers, MODELS[work.model])
 
     def run() -> Sample:
-        program = shlex.split(os.environ.get(PROGRAM) or shutil.which("mergekit-yaml") or "")
-        if not program:
-            raise RuntimeError(f"mergekit: wanted its command in {PROGRAM} or mergekit-yaml on the path, got neither")
         given = [base, adapters, weights[:2], output, cache]  # a trial takes long
-        python = str(Path(program[-1]).with_name("python"))
+        python = str(Path(mergekit_program()[-1]).with_name("python"))
         return _timed(python, MERGEKIT, given)._replace(result=output)
 
     return Contestant(run, own_clock=True)

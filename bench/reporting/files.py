@@ -54,10 +54,10 @@ def read(path: Path) -> Report:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a CSV file: numbers are numbers, and an empty cell is None where the field allows it."""
+    """The rows of a CSV file: numbers are numbers, and an empty or missing cell is None where the field allows it."""
     with path.open(newline="") as file:
         return [
-            Row(**{each.name: _parsed(line[each.name], each.type) for each in fields(Row)})
+            Row(**{each.name: _parsed(line[each.name], each.type) for each in fields(Row) if each.name in line})
             for line in csv.DictReader(file)
         ]
 

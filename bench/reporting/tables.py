@@ -116,6 +116,8 @@ def line_of(row: Row) -> str:
         parts.append(f"{row.bandwidth_share:.1%} of a copy, {row.matmul_share:.1%} of a matmul")
     if row.processor is not None:
         parts.append(f"{row.processor:.4g} CPU seconds")
+    if row.written_mib is not None:
+        parts.append(f"writes {row.written_mib:.0f} MiB")
     if row.excess is not None:
         parts.append(f"error {row.excess:+.1e} relative to the best")
     if row.kept_energy is not None:

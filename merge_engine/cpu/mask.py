@@ -73,9 +73,15 @@ def random_words(*, seed: int, stream: int, adapter: int, rows: slice, columns: 
     seed = _in_range("seed", seed, 2**64)
     stream, adapter = _in_range("stream", stream, 2**32), _in_range("adapter", adapter, 2**32)
     (row0, row1), (col0, col1) = _span("rows", rows), _span("columns", columns)
+    quad_end = (col1 + 3) >> 2
+    if loops := door.loops((row1 - row0) * (col1 - col0)):
+        first = col0 >> 2
+        whole = np.empty((row1 - row0, 4 * (quad_end - first)), np.uint32)
+        arguments = [np.uint64(word) for word in (stream, adapter, seed & 0xFFFFFFFF, seed >> 32)]
+        loops.random_words(whole, row0, first, *arguments)
+        return np.ascontiguousarray(whole[:, col0 - 4 * first : col1 - 4 * first])
     keys = round_keys(seed & 0xFFFFFFFF, seed >> 32)
     out = np.empty((row1 - row0, col1 - col0), np.uint32)
-    quad_end = (col1 + 3) >> 2
     for quad0 in range(col0 >> 2, quad_end, _CHUNK_QUADS):
         quads = range(quad0, min(quad0 + _CHUNK_QUADS, quad_end))
         strip, step = _Strip(quads, stream, adapter, keys), _CHUNK_QUADS // len(quads)

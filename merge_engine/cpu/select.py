@@ -21,6 +21,7 @@ LOW_BITS = 16  # the coarse histogram counts the upper 15 bits of |x|, the fine 
 # from rows and columns of different norms), one of 256 by 256 by 0.7 %: three times that to either side holds nearly
 # every k-th.
 SAMPLE, LARGEST_SAMPLED = 1 << 14, 1 << 27
+FILLED = 1 << 22  # magnitudes that a bracket may hold of a tensor with many equal ones: 16 MiB
 TOGETHER = 4  # thresholds of one sweep: some 4 % of a source are collected for each
 COARSE_BINS, FINE_BINS = 1 << (31 - LOW_BITS), 1 << LOW_BITS
 _LARGEST = 0x7FFFFFFF  # bits of a magnitude
@@ -159,7 +160,7 @@ def _can_be_sampled(source: Source) -> bool:
 def _brackets(source: Sampled, ks: Sequence[int]) -> list[tuple[int, int]]:
     """(lowest, highest) bits around where a sample has the k-th largest, for every k.
 
-    A bracket that equal magnitudes would fill is one that holds nothing.
+    A bracket that equal magnitudes would fill is one that holds nothing, where it would be large.
     """
     numel = source.rows * source.columns
     wanted = min(max(SAMPLE, numel >> 8), 4 * SAMPLE)
@@ -174,7 +175,9 @@ def _brackets(source: Sampled, ks: Sequence[int]) -> list[tuple[int, int]]:
     for (first, width), (left, right) in zip(places, ends, strict=True):
         low = int(sample[left]) if left == first else 0
         high = int(sample[right]) if right == first + width else _LARGEST
-        many = np.count_nonzero((sample >= low) & (sample <= high)) > 2 * width  # as of a delta that is mostly zeros
+        inside = int(np.count_nonzero((sample >= low) & (sample <= high)))
+        large = low == 0 or inside * numel > FILLED * len(sample)  # as of a delta that is mostly zeros
+        many = inside > 2 * width and large
         brackets.append((_LARGEST, _LARGEST) if many else (low, high))
     return brackets
 

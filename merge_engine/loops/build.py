@@ -38,7 +38,7 @@ def compiled(*signatures: Any) -> Any:
     return numba.njit(list(signatures), cache=FOLDER is not None, **OPTIONS)
 
 
-flag, u32, i64, u64 = numba.boolean, numba.uint32, numba.int64, numba.uint64
+flag, u16, u32, i64, u64 = numba.boolean, numba.uint16, numba.uint32, numba.int64, numba.uint64
 f32, f64 = numba.float32, numba.float64
 
 

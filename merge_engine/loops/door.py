@@ -42,6 +42,11 @@ def rank_loops(work: int = 0) -> ModuleType | None:
     return _where_it_pays("rank_loops", work)
 
 
+def whole_loops(work: int = 0) -> ModuleType | None:
+    """`whole_loops`, or None: as `loops`."""
+    return _where_it_pays("whole_loops", work)
+
+
 def matrix_loops() -> ModuleType | None:
     """`matrix_loops`, or None without Numba."""
     return _load("matrix_loops") if installed() else None
@@ -49,7 +54,8 @@ def matrix_loops() -> ModuleType | None:
 
 def load() -> bool:
     """Load all loops, whatever there is to do. Returns whether there are any."""
-    return installed() and all([_load("tile_loops"), _load("matrix_loops"), _load("rank_loops")])
+    names = ("tile_loops", "matrix_loops", "rank_loops", "whole_loops")
+    return installed() and all([_load(name) for name in names])
 
 
 def state() -> str:

@@ -107,6 +107,22 @@ def keep_mask(mask, top, left, stream, adapter, key0, key1, threshold):
             _quads_of_column(part, top, np.uint64(first + quad), stream, adapter, key0, key1, threshold)
 
 
+@part
+def _words_of_quads(words, first, row, stream, adapter, key0, key1):
+    wide()
+    for quad in range(len(words) // 4):
+        a, b, c, d = _quad(np.uint64(first + quad), row, stream, adapter, key0, key1)
+        words[4 * quad], words[4 * quad + 1] = a, b
+        words[4 * quad + 2], words[4 * quad + 3] = c, d
+
+
+@compiled((u32[:, ::1], i64, i64, u64, u64, u64, u64))
+def random_words(words, top, first, stream, adapter, key0, key1):
+    """words[i, j] = u32(top + i, 4 first + j), a multiple of four columns: see `cpu.mask.random_words`."""
+    for i in range(len(words)):
+        _words_of_quads(words[i], first, np.uint64(top + i), stream, adapter, key0, key1)
+
+
 @compiled((u32[::1], u32, u32, u32, i64[::1]))
 def count_bins(bits, low, width, shift, total):
     """total[(magnitude - low) >> shift] += 1 for every magnitude from low to low + width; bits is uint32 [n]."""

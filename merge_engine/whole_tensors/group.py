@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge_engine.loops import door
 from merge_engine.runtime.memory import scratch
 from merge_engine.runtime.threads import for_each
 
@@ -77,9 +78,19 @@ def differences(tensors: Sequence[Tensor], part: Any, base: Tensor) -> Tensor:
     """float32 [n, ...]: blocks of n tensors, less the base's, in this thread's buffer "differences"."""
     under = widened(base, part, "base")
     found = scratch("differences", (len(tensors), *under.shape))
+    loops = door.whole_loops(found.numel())
     for values, tensor in zip(found, tensors, strict=True):
-        values.copy_(tensor[part]).sub_(under)
+        stored = tensor[part]
+        if loops and stored.dtype == torch.bfloat16 and stored.is_contiguous():
+            loops.subtract(_bits(stored), under.view(-1).numpy(), values.view(-1).numpy())
+        else:
+            values.copy_(stored).sub_(under)
     return found
+
+
+def _bits(stored: Tensor) -> np.ndarray:
+    """The bits of a contiguous tensor of two bytes an element: uint16 [n]."""
+    return stored.view(-1).view(torch.int16).numpy().view(np.uint16)
 
 
 def gram(tensors: Sequence[Tensor], base: Tensor | None) -> np.ndarray:

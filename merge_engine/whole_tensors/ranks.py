@@ -13,21 +13,22 @@ def chances_of_ranks(columns: int, density: float, epsilon: float) -> np.ndarray
     return np.linspace(density - epsilon, density + epsilon, columns) if columns > 1 else np.array([density])
 
 
-def keep_by_rank(values: Tensor, words: np.ndarray, chances: np.ndarray, kept: Tensor, factors: Tensor | None) -> None:
+def keep_by_rank(sizes: Tensor, words: np.ndarray, chances: np.ndarray, kept: Tensor, factors: Tensor | None) -> None:
     """kept = words < chances[rank] 2**32, the rank of |x| in its row from below; of equal ones the first is the lower.
 
-    values: float32 [rows, columns], words: uint32, and kept: bool, of this shape. factors: kept / chances[rank], if
-    wanted, float32. All are contiguous.
+    sizes: |x|, float32 [rows, columns], in place 0 where it is not kept; words: uint32, and kept: bool, of this shape.
+    factors: kept / chances[rank], if wanted, float32. All are contiguous.
     """
     limits = np.rint(chances * 2.0**32)  # whole numbers up to 2**32: exact in float64
-    rank_loops = door.rank_loops(values.numel())
+    rank_loops = door.rank_loops(sizes.numel())
     if rank_loops is None:
-        _by_sort(values, words, limits, chances, kept.numpy(), factors)
+        _by_sort(sizes, words, limits, chances, kept.numpy(), factors)
+        sizes.mul_(kept)
         return
-    columns = values.shape[1]
+    columns = sizes.shape[1]
     found = torch.empty((0, columns)) if factors is None else factors
     rank_loops.keep_by_rank(
-        values.numpy().view(np.uint32),
+        sizes.numpy().view(np.uint32),
         words,
         limits.astype(np.uint64),
         (1 / chances).astype(np.float32),
@@ -39,10 +40,10 @@ def keep_by_rank(values: Tensor, words: np.ndarray, chances: np.ndarray, kept: T
 
 
 def _by_sort(
-    values: Tensor, words: np.ndarray, limits: np.ndarray, chances: np.ndarray, kept: np.ndarray, factors: Tensor | None
+    sizes: Tensor, words: np.ndarray, limits: np.ndarray, chances: np.ndarray, kept: np.ndarray, factors: Tensor | None
 ) -> None:
     """`keep_by_rank` without the compiled loops."""
-    bits = values.numpy().view(np.int32) & np.int32(0x7FFFFFFF)  # monotone in |x|
+    bits = sizes.numpy().view(np.int32)  # monotone in |x|
     keys = (bits.astype(np.int64) << 32) | np.arange(bits.shape[1], dtype=np.int64)
     keys.sort(axis=1)
     keys &= 0xFFFFFFFF

@@ -12,7 +12,7 @@ from merge_engine.cpu import select as cpu_select
 from merge_engine.cpu import tile_grid as cpu_tile
 from merge_engine.cpu.merge import merge_deltas
 from merge_engine.cpu.select import locate, trims, trims_of_each
-from merge_engine.cpu.source import Product
+from merge_engine.cpu.source import Dense, Product
 from merge_engine.loops import door
 from merge_engine.rules import reference
 from merge_engine.rules.rule import make_rule
@@ -97,3 +97,14 @@ def test_a_delta_of_zeros_is_not_collected(monkeypatch):
         want = np.sort(whole(source).abs().flatten().numpy())[::-1][:k]
         assert np.array_equal(np.sort(kept.abs().flatten().numpy())[::-1][:k], want)
     assert len(collected) == 2 and max(collected) < 600 * 700 / 10
+
+
+def test_few_values_are_found_in_one_sweep(monkeypatch):
+    """As of differences of bfloat16 models: many equal magnitudes, of which a bracket holds all."""
+    values = (4 * torch.randn(300, 700, generator=torch.Generator().manual_seed(3))).round() / 4 + 0.125
+    monkeypatch.setattr(cpu_select, "_kth_by_histogram", lambda *_: pytest.fail("a second sweep"))
+    for k in (1000, 100_000, 200_000):
+        (trim,) = trims([Dense(values)], k, "exact")
+        kept = merge_deltas([Dense(values)], [1.0], [trim], make_rule("linear"))
+        order = np.argsort(-values.abs().flatten().numpy(), kind="stable")[:k]
+        assert np.array_equal(kept.flatten().nonzero().flatten().numpy(), np.sort(order))

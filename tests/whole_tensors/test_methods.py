@@ -326,23 +326,33 @@ def test_della_keeps_by_rank_and_on_average_everything():
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize(("rows", "columns", "kind"), [(7, 300, "normal"), (3, 257, "few values"), (5, 1, "normal")])
-def test_what_stays_by_rank(rows, columns, kind, compiled, monkeypatch):
+@pytest.mark.parametrize("with_factors", [True, False])  # without them the loops sort only rows with many alike
+@pytest.mark.parametrize(
+    ("rows", "columns", "kind"),
+    [(7, 300, "normal"), (3, 257, "few values"), (5, 1, "normal"), (4, 2000, "few values"), (4, 5000, "wide")],
+)
+def test_what_stays_by_rank(rows, columns, kind, with_factors, compiled, monkeypatch):
     generator = torch.Generator().manual_seed(rows)
     values = torch.randn(rows, columns, generator=generator)
     if kind == "few values":  # many equal magnitudes, and zeros of both signs
         values = (2 * values).round() / 2
+    if kind == "wide":  # more octaves than bins, up to the largest number there is
+        values = values.sign() * 2.0 ** (30 * values.abs().clamp(max=4) - 20)
+        values[0, 0] = torch.finfo(torch.float32).max
     words = np.random.default_rng(0).integers(0, 2**32, (rows, columns), np.uint32)
     chances = chances_of_ranks(columns, 0.5, 0.25)
     kept, factors = torch.empty(rows, columns, dtype=torch.bool), torch.empty(rows, columns)
     if not compiled:
         monkeypatch.setattr(door, "rank_loops", lambda work: None)
-    keep_by_rank(values, words, chances, kept, factors)
+    sizes = values.abs()
+    keep_by_rank(sizes, words, chances, kept, factors if with_factors else None)
     order = np.argsort(values.abs().numpy(), axis=1, kind="stable")
     wanted = np.empty((rows, columns))
     np.put_along_axis(wanted, order, np.broadcast_to(chances, (rows, columns)), 1)
     assert np.array_equal(kept.numpy(), words < wanted * 2.0**32)
-    assert np.array_equal(factors.numpy(), np.where(kept.numpy(), 1 / wanted, 0).astype(np.float32))
+    assert torch.equal(sizes, values.abs() * kept)
+    if with_factors:
+        assert np.array_equal(factors.numpy(), np.where(kept.numpy(), 1 / wanted, 0).astype(np.float32))
 
 
 def test_equal_magnitudes_take_ranks_in_order():
@@ -350,7 +360,7 @@ def test_equal_magnitudes_take_ranks_in_order():
     assert np.allclose(chances, [0.25, 0.25 + 1 / 6, 0.25 + 2 / 6, 0.75])
     at = np.rint((chances + 1 / 12) * 2**32).astype(np.uint32)  # words between the chances of two ranks
     words, kept = np.array([[at[1], at[1], at[2], at[0]]]), torch.empty(1, 4, dtype=torch.bool)
-    keep_by_rank(torch.tensor([[1.0, -1.0, 1.0, 0.0]]), words, chances, kept, None)
+    keep_by_rank(torch.tensor([[1.0, 1.0, 1.0, 0.0]]), words, chances, kept, None)
     assert kept.tolist() == [[False, True, True, False]]
     assert keep_threshold(1.0) == 2**32
 
