@@ -88,7 +88,7 @@ print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 
 
 
 def whole_process(command: Sequence[str]) -> Sample:
-    """A command from its start to its end: wall and CPU time, peak memory, MiB written. Raises RuntimeError if it fails."""
+    """A command from its start to its end: wall and CPU time, peak memory, MiB written. RuntimeError if it fails."""
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
     code, seconds, peak, processor, written = json.loads(done.stdout)
     if code:
