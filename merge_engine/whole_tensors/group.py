@@ -78,7 +78,7 @@ def differences(tensors: Sequence[Tensor], part: Any, base: Tensor) -> Tensor:
     """float32 [n, ...]: blocks of n tensors, less the base's, in this thread's buffer "differences"."""
     under = widened(base, part, "base")
     found = scratch("differences", (len(tensors), *under.shape))
-    loops = door.whole_loops(found.numel())
+    loops = door.whole_loops(found.numel() if door.loops() else 0)  # it does not pay to import Numba for them
     for values, tensor in zip(found, tensors, strict=True):
         stored = tensor[part]
         if loops and stored.dtype == torch.bfloat16 and stored.is_contiguous():
