@@ -18,7 +18,6 @@ from xxhash import xxh3_128
 
 from merge_engine.errors import writing
 from merge_engine.files.dtypes import DTYPE_NAMES
-from merge_engine.files.working import start_writing
 
 SHARD_SIZE = 5_000_000_000
 INDEX_FILE = "model.safetensors.index.json"
@@ -161,9 +160,8 @@ class ShardFiles:
         return sum(path.stat().st_blocks * 512 for path in found if path.exists())
 
     def write(self, slot: Slot, start: int, data: memoryview) -> None:
-        """Write bytes at position `start` of a tensor. The disk begins at once: the flush at the end waits less."""
+        """Write bytes at position `start` of a tensor."""
         self._write(slot.shard, slot.offset + start, data)
-        start_writing(self._descriptor(slot.shard), slot.offset + start, data.nbytes)
 
     def digest(self, slot: Slot) -> str:
         """The hash of a tensor's bytes, XXH3 of 128 bits, as they are on the disk now."""

@@ -22,7 +22,6 @@ from merge_engine.errors import OutputError, writing
 
 MARK = ".merge-engine"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux: <fcntl.h>, <linux/fs.h>
-_SYNC_FILE_RANGE_WRITE = 2  # of Linux: <linux/fs.h>
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # a file system that cannot, or an old kernel
 
 
@@ -184,13 +183,6 @@ def _is_open_folder(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def start_writing(descriptor: int, start: int, size: int) -> None:
-    """Let the system begin to write a part of a file to the disk, where it can; nothing is waited for or promised."""
-    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if begin is not None:
-        begin(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 def flush(path: Path) -> None:
