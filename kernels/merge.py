@@ -492,8 +492,15 @@ def _weigh(source: Source, weights: Sequence[Sequence[float]], elect: str, vote_
         raise ValueError(f"weights hold {[len(row) for row in weights]} numbers a recipe, wanted {adapters}")
     if adapters >= 1 << 15:
         raise ValueError(f"got {adapters} adapters, wanted fewer than {1 << 15}: counts are 16 bits wide")
-    equal = all(len(set(row)) == 1 and (row[0] > 0 or elect == "none") for row in weights)
-    return "never" if equal else "before" if vote_weighted or elect == "none" else "after"
+    found = {weighing(row, elect, vote_weighted) for row in weights}
+    return found.pop() if len(found) == 1 else (found - {"never"}).pop()
+
+
+def weighing(weights: Sequence[float], elect: str, vote_weighted: bool) -> str:
+    """When one recipe applies its weights, see WEIGH above: recipes of which this differs have other bits together."""
+    if len(set(weights)) == 1 and (weights[0] > 0 or elect == "none"):
+        return "never"
+    return "before" if vote_weighted or elect == "none" else "after"
 
 
 def _arguments(

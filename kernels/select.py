@@ -347,7 +347,7 @@ def l1_factors(source: Source, drop: Drop, *, precision: str = "ieee", launch: L
     """
     modules, adapters, _, _ = source.shape
     recipes, device = len(drop.seeds), source.x.device
-    launch = launch or launch_of(source, recipes=recipes, keep=drop)
+    launch = launch or launch_of(source, keep=drop)  # as of one recipe: the order of a sum depends on its tile
     unscaled = replace(drop, factor=torch.ones(drop.density.shape))
     tiles = tiles_of(source, launch)
     norms = torch.zeros(recipes, modules, tiles, adapters, 2, device=device)

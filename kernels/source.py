@@ -231,7 +231,8 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     if tensor.device == device:
         return tensor
     if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        with torch.cuda.device(device):  # else the current device would pin it, and get a context of its own
+            return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 

@@ -40,6 +40,11 @@ def list_length(numel: int) -> int:
     return min(max(1024, 1 << max(numel >> 12, 1).bit_length() - 1), 16384)
 
 
+def search_bytes(numel: int) -> int:
+    """Bytes that the search for one threshold among so many elements takes: state, counts, lists, and the sample."""
+    return 8 * STATE.value + 4 * BINS.value + 12 + 8 * list_length(numel) + 2 * min(numel, 1 << 17)
+
+
 def sample_of(source: Source, launch: Launch) -> tuple[int, int]:
     """(tiles, every which of their elements) of a sample: about 64 thousand elements, or all of a small tensor."""
     _, _, rows, columns = source.shape

@@ -8,7 +8,7 @@ import torch
 from merge_engine.kernels.launch import Launch
 from merge_engine.kernels.search import BINS, DEVIATIONS
 from merge_engine.kernels.source import Dense
-from merge_engine.kernels.trims import CHUNK, TILES_A_PROGRAM, list_length, sample_of
+from merge_engine.kernels.trims import CHUNK, TILES_A_PROGRAM, list_length, sample_of, search_bytes
 
 from bench.static import recompression
 from bench.static.cost import Cost, costs, occupancy, seconds, sweep_seconds
@@ -21,7 +21,7 @@ from bench.static.recompression import OPERATOR_SECONDS
 LAUNCH_SECONDS = 20e-6  # one of Triton's
 OPERATORS = 20  # a group, at most: tests/kernels/test_trims.py counts them
 COMPILE_SECONDS = 3.0  # one kernel, cold
-GROUP_BYTES = 1 << 30  # engine.triton_backend: of merged deltas in a group
+GROUP_BYTES = 1 << 30  # engine.triton_backend: of merged deltas in a group, and of the search
 BRACKET_PASSES = 35  # over the sample: two searches of 17 steps and a count
 GRAIN = 0.45 / 256  # of the elements, in a step of the 16 bits of a sample, at the threshold
 LIST_PASSES = 50  # over the list: about 20 steps for the bits, 24 for the place
@@ -138,7 +138,8 @@ def merge_row(found: dict[str, Cost], target: str, model: str, method: str, adap
     groups = 0
     for rows, columns, count in modules:
         many = count * layers
-        groups += -(-many // max(1, GROUP_BYTES // (4 * rows * columns)))
+        nbytes = 4 * rows * columns + adapters * search_bytes(rows * columns) * (method == "ties")
+        groups += -(-many // max(1, GROUP_BYTES // nbytes))
         cut = recompression.seconds(gpu, rows, columns, many, adapters * RANK, rank, summed=summed)
         total["cut"] += cut.device
         total["cut on the host"] += cut.host

@@ -43,7 +43,8 @@ class Backend(Protocol):
 
     Both backends give the results of `rules.reference`, and random drops the same masks; in the last bits they differ,
     since their products are summed in another order.
-    merges_several: whether plans over the same adapters are best merged module by module, all at once.
+    merges_several: whether plans over the same adapters are best merged module by module, by `merge_several`; else they
+    are group by group, by `merge_together`.
     cuts_groups: whether the results of a group are best cut to a rank all at once, by `cut_group`.
     """
 
@@ -89,6 +90,17 @@ class Backend(Protocol):
         base: on the CPU, one [M, N] of any strides for each module; its memory may be taken for the result. dtype: of
         the result, with a base; float32 without one. Computed in float32 and rounded once.
         """
+        ...
+
+    def parts(self, merges: Sequence[Sequence[Group]]) -> list[list[int]]:
+        """The numbers of merges, in parts that `merge_together` is to take; memory bounds them.
+
+        merges: the same modules in several plans; of each plan all sides.
+        """
+        ...
+
+    def merge_together(self, groups: Sequence[Group]) -> list[list[Tensor]]:
+        """`merge` of each group, with its bits: one side of the same modules in the plans of a part."""
         ...
 
     def staged(self, tensor: Tensor) -> Tensor:

@@ -74,6 +74,12 @@ class TorchBackend:
         how = {"scale": scale, "tied": spec.tied, **onto}
         return [merge_deltas(group.packed, spec.weights, spec.keeps, spec.rule, **how)]
 
+    def parts(self, merges: Sequence[Sequence[Group]]) -> list[list[int]]:
+        return [[number] for number in range(len(merges))]
+
+    def merge_together(self, groups: Sequence[Group]) -> list[list[Tensor]]:
+        return [self.merge(group) for group in groups]
+
     def staged(self, tensor: Tensor) -> Tensor:
         return tensor
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from merge_engine.engine.cut import (
     widest_start,
 )
 from merge_engine.engine.plan import ModulePlan, Plan
-from merge_engine.engine.prepare import Preparation, Work, merge_groups, merged_groups
+from merge_engine.engine.prepare import Preparation, Work, merged_groups
 from merge_engine.errors import about
 from merge_engine.lowrank.batched import PART_BYTES, cut_matrices
 from merge_engine.lowrank.batched_stack import Stacks
@@ -40,29 +39,30 @@ def cut_modules(
     workers: int,
     finish: Callable[[ModulePlan, Finished], Finished],
 ) -> Iterator[tuple[ModulePlan, Finished]]:
-    """Every module of a plan, merged, and cut by so many threads in the background, where `finish` is called as well.
+    """Every module of a plan, merged, and cut by so many threads in the background, which call `finish` as well."""
 
-    Module by module, or group by group where the backend says so.
-    """
-    if backend.cuts_groups:
-        groups = merged_groups(plan, backend, ready)
-        for works in ahead(partial(_cut_group, plan, backend, finish), groups, min(workers, MAX_GROUPS)):
-            yield from works
-    else:
-        yield from ahead(partial(_cut_one, plan, backend, finish), merge_groups(plan, backend, ready), workers)
+    def cut_part(works: Sequence[Work]) -> list[tuple[ModulePlan, Finished]]:
+        results = cut_works(plan, backend, works)
+        return [(work.module, finish(work.module, each)) for work, each in zip(works, results, strict=True)]
 
-
-def _cut_one(
-    plan: Plan, backend: Backend, finish: Callable[[ModulePlan, Finished], Finished], work: Work
-) -> tuple[ModulePlan, Finished]:
-    return work.module, finish(work.module, cut(plan, backend, work))
+    parts = (part for works in merged_groups(plan, backend, ready) for part in cut_at_once(backend, works))
+    for results in ahead(cut_part, parts, cutters(backend, workers)):
+        yield from results
 
 
-def _cut_group(
-    plan: Plan, backend: Backend, finish: Callable[[ModulePlan, Finished], Finished], works: Sequence[Work]
-) -> list[tuple[ModulePlan, Finished]]:
-    results = cut_group(plan, backend, works)
-    return [(work.module, finish(work.module, each)) for work, each in zip(works, results, strict=True)]
+def cut_at_once(backend: Backend, works: list[Work]) -> list[list[Work]]:
+    """The modules of a group in parts that `cut_works` takes: all of them where the backend says so, or one by one."""
+    return [works] if backend.cuts_groups else [[work] for work in works]
+
+
+def cutters(backend: Backend, workers: int) -> int:
+    """How many of `workers` threads cut such parts."""
+    return min(workers, MAX_GROUPS) if backend.cuts_groups else workers
+
+
+def cut_works(plan: Plan, backend: Backend, works: Sequence[Work]) -> list[Finished]:
+    """The cut of each module."""
+    return cut_group(plan, backend, works) if backend.cuts_groups else [cut(plan, backend, work) for work in works]
 
 
 def cut_group(plan: Plan, backend: Backend, works: Sequence[Work]) -> list[Finished]:

@@ -94,7 +94,12 @@ def merge_loaded(plan: Plan, backend: Backend, loaded: Loaded, ready: Preparatio
     merged = {
         side: backend.merge(ready.group(plan, loaded.modules, side, packed)) for side, packed in loaded.packed.items()
     }
-    parts = zip(loaded.group, loaded.factors, loaded.joined, strict=True)
+    return works_of(loaded.group, loaded, merged)
+
+
+def works_of(group: Sequence[ModulePlan], loaded: Loaded, merged: dict[str, list[Tensor]]) -> list[Work]:
+    """The modules of a plan with what was loaded for it, or for one that differs in numbers only. merged: by side."""
+    parts = zip(group, loaded.factors, loaded.joined, strict=True)
     return [
         Work(module, factors, {side: tensors[i] for side, tensors in merged.items()}, joined)
         for i, (module, factors, joined) in enumerate(parts)

@@ -1,7 +1,7 @@
 """Merges by the fused Triton kernels: one launch for a group of modules of one shape, on a GPU or interpreted."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar, cast
@@ -16,14 +16,14 @@ from merge_engine.engine.plan import ModulePlan, Plan, Task
 from merge_engine.errors import MergeError
 from merge_engine.kernels import merge as kernels
 from merge_engine.kernels import select
-from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Pair, Source, Trim, pack
-from merge_engine.kernels.trims import bands, trims
+from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Pair, Source, Trim, launch_of, on_device, pack
+from merge_engine.kernels.trims import bands, search_bytes, trims
 from merge_engine.models.finetuned import Difference, Finetuned
 from merge_engine.rules.philox import stream_id
-from merge_engine.rules.rule import require
+from merge_engine.rules.rule import Rule, require
 
 logger = logging.getLogger(__name__)
-GROUP_BYTES = 1 << 30  # of merged deltas in one launch, on a GPU
+GROUP_BYTES = 1 << 30  # of merged deltas in one launch, and of what finds their thresholds, on a GPU
 HOST_GROUP_BYTES = 1 << 24  # and in the interpreter
 PACKED = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels read as it is; the rest is widened
 Trims = dict[str, Trim]  # by module: [1, 1, adapters]
@@ -39,7 +39,7 @@ class TritonBackend:
     """
 
     name = "triton"
-    merges_several = False  # plans one after the other: a launch takes many modules of one plan
+    merges_several = False  # a launch takes many modules, of one plan or of several
 
     def __init__(self, device: torch.device, copies: Copies | None = None) -> None:
         self.device = device
@@ -65,13 +65,28 @@ class TritonBackend:
             alike.setdefault(key, []).append(module)
         groups = []
         for modules in alike.values():
-            budget = HOST_GROUP_BYTES if self.device.type == "cpu" else GROUP_BYTES
             first = modules[0]
             dense = any(isinstance(plan.adapters[number], Finetuned) for number in first.adapters)
-            held = len(first.adapters) if dense else 1  # whole matrices, not factors, of every input
-            size = max(1, budget // (4 * first.rows * first.columns * held))
+            # Dense: whole matrices, not factors, of every input.
+            held = 4 * first.rows * first.columns * (len(first.adapters) - 1) if dense else 0
+            size = self._at_once(held + _merging_bytes(plan.rule, len(first.adapters), first.rows, first.columns))
             groups += [modules[start : start + size] for start in range(0, len(modules), size)]
         return groups
+
+    def parts(self, merges: Sequence[Sequence[Group]]) -> list[list[int]]:
+        """Merges that one launch can take, as many as a launch may take modules."""
+        alike: dict[Hashable, list[int]] = {}
+        for number, sides in enumerate(merges):
+            alike.setdefault(tuple(map(_kernel_of, sides)), []).append(number)
+        found = []
+        for numbers in alike.values():
+            size = self._at_once(sum(map(_group_bytes, merges[numbers[0]])))
+            found += [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        return found
+
+    def _at_once(self, nbytes: int) -> int:
+        """How many of so many bytes a launch may take."""
+        return max(1, (HOST_GROUP_BYTES if self.device.type == "cpu" else GROUP_BYTES) // max(nbytes, 1))
 
     def pack(self, plan: Plan, group: Sequence[ModulePlan], factors: Sequence[list[Task]], side: str) -> Source:
         """Slabs of the group in host memory, pinned if they go to a GPU."""
@@ -129,7 +144,7 @@ class TritonBackend:
     def vote_balance(self, group: Group) -> int:
         source, rule = self._on_device(group.packed), group.plan.rule
         options: dict[str, Any] = {"elect": rule.elect, "vote_weighted": rule.vote_weighted}
-        return int(kernels.vote_balance(source, [group.weights], _keep(group, source), **options).item())
+        return int(kernels.vote_balance(source, [group.weights], _keep([group], source), **options).item())
 
     def merge(
         self,
@@ -160,6 +175,20 @@ class TritonBackend:
         self.copies.complete()
         return merged
 
+    def merge_together(self, groups: Sequence[Group]) -> list[list[Tensor]]:
+        """One launch for all. Out of memory on the device: the plans are halved, then the modules of one."""
+        if len(groups) == 1:
+            return [self.merge(groups[0])]
+        try:
+            merged = self._merge(groups, scale=1.0)
+        except torch.OutOfMemoryError:
+            logger.info("%s: out of memory with %d merges at once, going on with half", self.device, len(groups))
+        else:
+            self.copies.complete()
+            return [list(each.unbind()) for each in merged]
+        half = len(groups) // 2
+        return self.merge_together(groups[:half]) + self.merge_together(groups[half:])
+
     def staged(self, tensor: Tensor) -> Tensor:
         return self.copies.staged(tensor)
 
@@ -186,9 +215,10 @@ class TritonBackend:
     ) -> list[Tensor]:
         """`_merge`, in a frame whose memory on the device is free by the time that a group is halved."""
         if base is None:
-            return self._merge(group, scale=scale)
+            return list(self._merge([group], scale=scale)[0].unbind())
         under = self._stacked(base)
-        return self._merge(group, scale=scale, base=under, out=self._empty(under[None], dtype))
+        merged = self._merge([group], scale=scale, base=under, out=self._empty(under[None], dtype))
+        return list(merged[0].unbind())
 
     def _stacked(self, base: Sequence[Tensor]) -> Tensor:
         there = self.copies.up(base)
@@ -198,25 +228,25 @@ class TritonBackend:
     def _empty(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(like.shape, dtype=dtype if dtype in PACKED else torch.float32, device=self.device)
 
-    def _merge(self, group: Group, **options: Any) -> list[Tensor]:
-        rule = group.plan.rule
+    def _merge(self, groups: Sequence[Group], **options: Any) -> Tensor:
+        """[plans, modules, M, N] of the same modules in several plans."""
+        rule, rules = groups[0].plan.rule, [group.plan.rule for group in groups]
         require(rule, "the Triton backend", combine=("sum", "max", "consensus"), elect=("none", "total", "frequency"))
         require(rule, "the Triton backend", divisor=("count", "weight", "one"))
-        source = self._on_device(group.packed)
-        merged = kernels.merge_deltas(
+        source = self._on_device(groups[0].packed)
+        return kernels.merge_deltas(
             source,
-            [group.weights],
-            _keep(group, source),
+            [group.weights for group in groups],
+            _keep(groups, source),
             elect=rule.elect,
             combine=rule.combine,
             divisor=rule.divisor,
             vote_weighted=rule.vote_weighted,
-            mask=rule.mask,
-            min_tasks=rule.min_tasks,
-            tied=group.tied,
+            mask=[each.mask for each in rules],
+            min_tasks=[each.min_tasks for each in rules],
+            tied=[group.tied for group in groups],
             **options,
         )
-        return list(merged[0].unbind())
 
     def _on_device(self, packed: T) -> T:
         """A copy on the device; what is launched next on the current stream waits for it."""
@@ -256,51 +286,85 @@ def _pack_dense(group: Sequence[ModulePlan], tasks: Sequence[list[Task]]) -> Den
     return Dense(x, base)
 
 
-def _keep(group: Group, source: Source) -> Keep:
-    """What every task tensor of the group keeps."""
-    keep = group.plan.rule.keep
+def _kernel_of(group: Group) -> Hashable:
+    """What a launch has in common; the rest is numbers that a kernel reads."""
+    rule = replace(group.plan.rule, min_k=0, extra_k=0, majority=False, gamma=0.0, mask=0.0, min_tasks=0)
+    return rule, kernels.weighing(group.weights, rule.elect, rule.vote_weighted)
+
+
+def _group_bytes(group: Group) -> int:
+    """Of one merge on the device."""
+    modules, *shape = group.packed.shape
+    return modules * _merging_bytes(group.plan.rule, *shape)
+
+
+def _merging_bytes(rule: Rule, adapters: int, rows: int, columns: int) -> int:
+    """Of the merge of one module: its delta, and where thresholds are searched what that takes."""
+    searched = {"magnitude": rule.scope == "tensor", "band": 2}.get(rule.keep, 0)
+    return 4 * rows * columns + searched * adapters * search_bytes(rows * columns)
+
+
+def _keep(groups: Sequence[Group], source: Source) -> Keep:
+    """What every task tensor of the groups keeps."""
+    keep = groups[0].plan.rule.keep
     if keep not in _KEEPS:
         raise ValueError(f"the Triton backend has no keep {keep!r}")
-    return _KEEPS[keep](group, source)
+    return _KEEPS[keep](groups, source)
 
 
-def _all(group: Group, source: Source) -> Keep:
+def _all(groups: Sequence[Group], source: Source) -> Keep:
     return None
 
 
-def _magnitude(group: Group, source: Source) -> Keep:
-    rule = group.plan.rule
-    if group.plan.spans_model:
-        found = [group.trims[module.name] for module in group.modules]
-        value, row, column = ([getattr(trim, name) for trim in found] for name in ("value", "row", "column"))
-        return Trim(torch.cat(value, 1), torch.cat(row, 1), torch.cat(column, 1))
-    return trims(source, _numbers(group, source, rule.kept), ties=rule.trim_ties)
+def _magnitude(groups: Sequence[Group], source: Source) -> Keep:
+    plan = groups[0].plan
+    if plan.spans_model:
+        return _joined([_joined([group.trims[module.name] for module in group.modules], 1) for group in groups], 0)
+    kept = _numbers(groups, source, Rule.kept)
+    different, places = torch.unique(kept, dim=0, return_inverse=True)
+    shared = len(different) < len(kept)  # plans that differ in their weights have the same thresholds
+    launch = launch_of(source, recipes=len(groups))
+    found = trims(source, different if shared else kept, ties=plan.rule.trim_ties, launch=launch)
+    if not shared:
+        return found
+    places = on_device(places, source.x.device)
+    return Trim(*(field.index_select(0, places) for field in (found.value, found.row, found.column)))
 
 
-def _band(group: Group, source: Source) -> Keep:
-    rule = group.plan.rule
-    kept, topped = _numbers(group, source, rule.kept), _numbers(group, source, rule.topped)
-    return bands(source, kept, topped, ties=rule.trim_ties)
+def _joined(trims: Sequence[Trim], dimension: int) -> Trim:
+    value, row, column = ([getattr(trim, name) for trim in trims] for name in ("value", "row", "column"))
+    return Trim(torch.cat(value, dimension), torch.cat(row, dimension), torch.cat(column, dimension))
 
 
-def _numbers(group: Group, source: Source, number: Callable[[float, int], int]) -> Tensor:
-    """number(density, elements) of every task tensor: int64 [1, modules, adapters]."""
+def _band(groups: Sequence[Group], source: Source) -> Keep:
+    kept, topped = _numbers(groups, source, Rule.kept), _numbers(groups, source, Rule.topped)
+    launch = launch_of(source, recipes=len(groups))
+    return bands(source, kept, topped, ties=groups[0].plan.rule.trim_ties, launch=launch)
+
+
+def _numbers(groups: Sequence[Group], source: Source, number: Callable[[Rule, float, int], int]) -> Tensor:
+    """number(rule, density, elements) of every task tensor: int64 [plans, modules, adapters]."""
     numel = source.shape[2] * source.shape[3]
-    return torch.tensor([[[number(density, numel) for density in module.densities] for module in group.modules]])
+    return torch.tensor(
+        [
+            [[number(group.plan.rule, density, numel) for density in module.densities] for module in group.modules]
+            for group in groups
+        ]
+    )
 
 
-def _bernoulli(group: Group, source: Source) -> Keep:
-    plan, modules = group.plan, group.modules
+def _bernoulli(groups: Sequence[Group], source: Source) -> Keep:
+    modules = groups[0].modules
     drop = Drop(
-        density=torch.tensor([[module.densities for module in modules]], dtype=torch.float64),
-        seeds=[plan.recipe.seed],
-        streams=torch.tensor([stream_id(module.name, group.side) for module in modules]),
+        density=torch.tensor([[module.densities for module in group.modules] for group in groups], dtype=torch.float64),
+        seeds=[group.plan.recipe.seed for group in groups],
+        streams=torch.tensor([stream_id(module.name, groups[0].side) for module in modules]),
         adapters=torch.tensor(modules[0].adapters),
     )
-    return replace(drop, factor=select.l1_factors(source, drop)) if plan.rule.l1_rescale else drop
+    return replace(drop, factor=select.l1_factors(source, drop)) if groups[0].plan.rule.l1_rescale else drop
 
 
-_KEEPS: dict[str, Callable[[Group, Source], Keep]] = {
+_KEEPS: dict[str, Callable[[Sequence[Group], Source], Keep]] = {
     "all": _all,
     "magnitude": _magnitude,
     "band": _band,

@@ -1,8 +1,9 @@
 """Several plans over the same adapters, carried out in one pass over their modules.
 
-With a backend that merges several plans at once, each module is read and packed once for all plans, one sweep finds the
+With a backend that merges module by module, each one is read and packed once for all plans, one sweep finds the
 thresholds of all densities, each tile is multiplied out once, and plans that differ only in scale or dtype are merged
-once, up to the last step. Other backends carry out one plan after the other, from factors that are read once.
+once, up to the last step. With others each group of modules is read and packed once, and one launch merges it for all
+plans that share a kernel, as far as memory allows.
 """
 
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
@@ -12,11 +13,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from merge_engine.engine.backend import Backend
+from merge_engine.engine.backend import Backend, Group
 from merge_engine.engine.cut import Finished, cut, scaled
-from merge_engine.engine.cut_group import cut_modules
+from merge_engine.engine.cut_group import cut_at_once, cut_works, cutters
 from merge_engine.engine.plan import ModulePlan, Plan
-from merge_engine.engine.prepare import Loaded, Preparation, Work, load_group
+from merge_engine.engine.prepare import Loaded, Preparation, Work, load_group, names_of, works_of
 from merge_engine.errors import about
 from merge_engine.lowrank.small_svd import LowRank
 from merge_engine.many.budget import Room
@@ -34,6 +35,15 @@ class Member(NamedTuple):
     plan: Plan
     module: ModulePlan
     ready: Preparation
+
+
+class Grouped(NamedTuple):
+    """Plans whose results differ in scale and dtype only, and the groups of the first of them."""
+
+    numbers: Numbers
+    plan: Plan
+    ready: Preparation
+    groups: Sequence[Sequence[ModulePlan]]
 
 
 class Family(NamedTuple):
@@ -66,7 +76,7 @@ def merged_modules(
     if backend.merges_several:
         found = _module_by_module(plans, backend, pool, room, failed)
     else:
-        found = _plan_by_plan(plans, backend, pool, room)
+        found = _group_by_group(plans, backend, pool, room, failed)
     with closing(found) as outcomes:
         for numbers, module, outcome, held in outcomes:
             for number in numbers:
@@ -79,18 +89,78 @@ def merged_modules(
                     yield number, module, result
 
 
-def _plan_by_plan(plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room) -> Generator[Outcome, None, None]:
+def _group_by_group(
+    plans: Sequence[Plan], backend: Backend, pool: Pool, room: Room, failed: set[int]
+) -> Generator[Outcome, None, None]:
     equal: dict[Hashable, Numbers] = {}
     for number, plan in enumerate(plans):
         equal.setdefault((plan.adapters, plan.modules, _settings(plan)), []).append(number)
+    alike: dict[Hashable, list[Grouped]] = {}
     for numbers in equal.values():
         plan = plans[numbers[0]]
-        try:
-            ready = pool.prepared(plan, backend)
-            for module, result in cut_modules(plan, backend, ready, room.workers, lambda _, result: result):
-                yield numbers, module, result, False
-        except Exception as error:
-            yield numbers, plan.modules[0], error, False
+        ready = _attempt(pool.prepared, plan, backend)
+        if isinstance(ready, Exception):
+            yield numbers, plan.modules[0], ready, False
+            continue
+        groups = backend.groups(plan)
+        names = tuple(tuple(module.name for module in group) for group in groups)
+        key = plan.adapters, plan.view, plan.sides, plan.by_factors, names
+        alike.setdefault(key, []).append(Grouped(numbers, plan, ready, groups))
+
+    def jobs() -> Iterator[tuple[Grouped, list[Work] | Exception]]:
+        for members in alike.values():
+            yield from _together(members, backend, failed)
+
+    def cut_part(job: tuple[Grouped, list[Work] | Exception]) -> list[Outcome]:
+        (numbers, plan, _, _), works = job
+        if isinstance(works, Exception):
+            return [(numbers, plan.modules[0], works, False)]
+        results = _attempt(cut_works, plan, backend, works)
+        if isinstance(results, Exception):
+            return [(numbers, plan.modules[0], results, False)]
+        return [(numbers, work.module, each, False) for work, each in zip(works, results, strict=True)]
+
+    for outcomes in ahead(cut_part, jobs(), cutters(backend, room.workers)):
+        yield from outcomes
+
+
+def _together(
+    members: Sequence[Grouped], backend: Backend, failed: set[int]
+) -> Iterator[tuple[Grouped, list[Work] | Exception]]:
+    """What is to be cut at once, of every group of every member. After a failure there is no more of a member."""
+    first, over = members[0], set[int]()
+
+    def load(place: int) -> Loaded | Exception:
+        return _attempt(load_group, first.plan, backend, first.groups[place])
+
+    for place, loaded in enumerate(ahead(load, range(len(first.groups)))):
+        going = [each for each in members if not (failed | over).issuperset(each.numbers)]
+        if isinstance(loaded, Exception):
+            yield from ((member, loaded) for member in going)
+            return
+        merges = [[_group(member, place, loaded, side) for side in loaded.packed] for member in going]
+        for part in backend.parts(merges) if merges else []:
+            results = _attempt(_merged, backend, loaded, [merges[i] for i in part])
+            for i, member in enumerate(going[number] for number in part):
+                if isinstance(results, Exception):
+                    over.update(member.numbers)
+                    yield member, results
+                else:
+                    works = works_of(member.groups[place], loaded, {side: of[i] for side, of in results.items()})
+                    yield from ((member, each) for each in cut_at_once(backend, works))
+
+
+def _group(member: Grouped, place: int, loaded: Loaded, side: str) -> Group:
+    _, plan, ready, groups = member
+    modules = [plan.as_merged(module, own) for module, own in zip(groups[place], loaded.joined, strict=True)]
+    return ready.group(plan, modules, side, loaded.packed[side])
+
+
+def _merged(backend: Backend, loaded: Loaded, merges: Sequence[Sequence[Group]]) -> dict[str, list[list[Tensor]]]:
+    """By side, of every merge, the tensors of all modules."""
+    with about(names_of(loaded.group)):
+        sides = zip(loaded.packed, zip(*merges, strict=True), strict=True)
+        return {side: backend.merge_together(groups) for side, groups in sides}
 
 
 def _module_by_module(

@@ -47,6 +47,21 @@ def test_repeated_runs_give_equal_bits(shape: tuple[int, int], device: torch.dev
         assert torch.equal(merge_deltas(source, [[1.0, 1.0]], trims(source, kept), **how), first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_recipes_together_have_the_bits_of_each(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Two recipes of float32 factors share a program, and have smaller tiles than one."""
+    source, kept = made(shape, dtype, device)
+    weights, numbers = [[1.0, 0.5], [0.25, 1.0]], [kept, kept // 2]
+    how = {"elect": "total", "divisor": "count"}
+    together = merge_deltas(source, weights, trims(source, torch.cat(numbers)), **how)
+    for recipe, (own, number) in enumerate(zip(weights, numbers, strict=True)):
+        alone = merge_deltas(source, [own], trims(source, number), **how)
+        assert torch.equal(together[recipe], alone[0])
+
+
 @pytest.mark.gpu
 def test_a_stream_of_the_callers(device: torch.device) -> None:
     """What is launched on another stream is the same, while the default one is busy."""

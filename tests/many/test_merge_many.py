@@ -32,7 +32,8 @@ def test_factors_have_the_bits_of_a_merge_alone(alike):
         assert identical(got, alone(alike, recipe, backend="torch")), recipe
 
 
-def test_a_module_that_is_the_same_in_two_merges_may_have_another_majority(tmp_path):
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_module_that_is_the_same_in_two_merges_may_have_another_majority(tmp_path, backend):
     """In q all votes are tied; in up the majority is - of all elements, and + of the few largest."""
     column = torch.tensor([[8.0], [4.0], *[[-1.0]] * 6])
     folders = [
@@ -43,9 +44,9 @@ def test_a_module_that_is_the_same_in_two_merges_may_have_another_majority(tmp_p
     ]
     paper = {"method": "ties", "convention": "paper", "scope": "tensor", "trim_ties": "exact"}
     grid = [{**paper, "density": {"q": 1.0, "up": density}} for density in (1.0, 0.25)]
-    results = list(merge_many(folders, grid, backend="torch"))
+    results = list(merge_many(folders, grid, backend=backend))
     for recipe, got in zip(grid, results, strict=True):
-        assert identical(got, merge(folders, backend="torch", **recipe)), recipe
+        assert identical(got, merge(folders, backend=backend, **recipe)), recipe
     signs = [float((got.modules["q"].B @ got.modules["q"].A).sign().mean()) for got in results]
     assert signs == [-1.0, 1.0]
 
