@@ -11,8 +11,8 @@ instructions per output element and adapter (in the loop), instructions per outp
     two recipes per program, 32x32, 2 warps: 20.3  61.9  230, against 2 * 7.5 and 2 * 31.7 in two programs
 
 So to share one product among recipes does not pay where tensor cores compute it: the recipes' ledgers halve the tile.
-It pays for float32 factors, which take 16 fused multiply-adds per element: 39.4 for two recipes, against 2 * 25.3; four
-may spill. Philox needs registers of its own, and so does a rank above 64: on sm_80 dare_ties spills 8 to 160 bytes at
+It pays for float32 factors, which take 16 fused multiply-adds per element: 39.4 for two recipes, against 2 * 25.3. At
+rank 16 alone: at 32 and 64 some methods spill 8 to 4544 bytes, and four recipes may. Philox needs registers of its own, and so does a rank above 64: on sm_80 dare_ties spills 8 to 160 bytes at
 64x64, depending on rank and method, and none at 32x32 (2 warps), at a cost of 2 in 24 instructions. At rank 128
 ptxas stops at 128 registers and spills 8 bytes on sm_90 unless it is told that it may use 255. On sm_100 a band
 of float32 factors does so too, while a consensus at rank 128 spills 8 if it is told, and else uses 146. A CDNA lane
@@ -68,7 +68,7 @@ def launch_for(
     changes no tile. twice: whether each product is computed twice, for a consensus.
     """
     block_r = next((step for step in (64, 32, 16) if rank and rank % step == 0), 16)
-    if rank and dtype == torch.float32 and recipes % 2 == 0:
+    if rank == 16 and dtype == torch.float32 and recipes % 2 == 0:
         return Launch(32, 32, block_r, 2, recipes=2)
     if arch.startswith("gfx"):
         return Launch(64, 64, block_r, 2)

@@ -25,7 +25,17 @@ CASES += [
     Case("consensus", "fp32", rank=128),
     Case("elect_max", rank=0),
 ]
-CASES += [Case("ties", "fp32", recipes=2), Case("dare_ties, unequal weights", "fp32", recipes=2, base=True)]
+CASES += [
+    Case(name, "fp32", rank=rank, recipes=2, base=True)
+    for name, rank in (
+        ("ties", 16),
+        ("ties, mergekit, unequal weights", 16),
+        ("ties, mergekit, unequal weights", 32),
+        ("dare_ties, frequency, unequal weights", 16),
+        ("dare_ties, frequency, unequal weights", 64),
+        ("elect_max, frequency", 64),
+    )
+]
 
 # On the other targets, the kernels of a merge and those with the most registers.
 GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -107,5 +117,6 @@ def test_launch_is_a_pure_function_of_its_arguments() -> None:
                 assert launch.block_m % 16 == launch.block_n % 16 == 0
                 assert launch_for(4096, 4096, rank, dtype, arch, recipes=3).recipes == 1
     assert launch_for(64, 64, 16, torch.float32, "sm_90", recipes=4).recipes == 2
+    assert launch_for(64, 64, 32, torch.float32, "sm_90", recipes=4).recipes == 1
     assert launch_for(64, 64, 16, torch.bfloat16, "sm_90", recipes=4).recipes == 1
     assert launch_for(64, 64, 16, torch.bfloat16, "sm_90").options["enable_fp_fusion"] is False
