@@ -12,14 +12,15 @@ instructions per output element and adapter (in the loop), instructions per outp
 
 So to share one product among recipes does not pay where tensor cores compute it: the recipes' ledgers halve the tile.
 It pays for float32 factors, which take 16 fused multiply-adds per element: 39.4 for two recipes, against 2 * 25.3. At
-rank 16 alone: at 32 and 64 some methods spill 8 to 4544 bytes, and four recipes may. Philox needs registers of its own, and so does a rank above 64: on sm_80 dare_ties spills 8 to 160 bytes at
-64x64, depending on rank and method, and none at 32x32 (2 warps), at a cost of 2 in 24 instructions. At rank 128
-ptxas stops at 128 registers and spills 8 bytes on sm_90 unless it is told that it may use 255. On sm_100 a band
-of float32 factors does so too, while a consensus at rank 128 spills 8 if it is told, and else uses 146. A CDNA lane
-has 512, and its warps are twice as wide: two of them load 128 bits per lane, and no tile uses scratch memory on gfx942.
-On sm_100 four warps would take tcgen05, whose results are not the same each time (triton-lang/triton #9871, #10590;
-pytorch/pytorch #181248), and on which Triton 3.7.1 fails to compile `collect`; two warps take mma.sync, at no cost.
-Pipelined loads (num_stages = 2) added 1.3 per element to a draft: they move the terms through shared memory, too.
+rank 16 alone: at 32 and 64 some methods spill 8 to 4544 bytes, and four recipes may. Philox needs registers of its own,
+and so does a rank above 64: on sm_80 dare_ties spills 8 to 160 bytes at 64x64, depending on rank and method, and none
+at 32x32 (2 warps), at a cost of 2 in 24 instructions. At rank 128 ptxas stops at 128 registers and spills 8 bytes on
+sm_90 unless it is told that it may use 255. On sm_100 a band of float32 factors does so too, while a consensus at rank
+128 spills 8 if it is told, and else uses 146. A CDNA lane has 512, and its warps are twice as wide: two of them load
+128 bits per lane, and no tile uses scratch memory on gfx942. On sm_100 four warps would take tcgen05, whose results are
+not the same each time (triton-lang/triton #9871, #10590; pytorch/pytorch #181248), and on which Triton 3.7.1 fails to
+compile `collect`; two warps take mma.sync, at no cost. Pipelined loads (num_stages = 2) added 1.3 per element to a
+draft: they move the terms through shared memory, too.
 """
 
 from dataclasses import dataclass, replace
