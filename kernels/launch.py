@@ -77,7 +77,7 @@ def launch_for(
         return Launch(32, 32, block_r, 2, max_registers=None if twice else 255)
     if arch.startswith("sm_") and random:
         return Launch(32, 32, block_r, 2)
-    if arch.startswith("sm_10") and rank and dtype != torch.float32:
+    if arch.startswith(("sm_10", "sm_11")) and rank and dtype != torch.float32:
         return Launch(32, 64, block_r, 2, max_registers=255)
     all_registers = arch.startswith("sm_12") or (band and arch.startswith("sm_"))
     return Launch(64, 64, block_r, 4, max_registers=255 if all_registers else None)

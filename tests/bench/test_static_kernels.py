@@ -119,4 +119,5 @@ def test_launch_is_a_pure_function_of_its_arguments() -> None:
     assert launch_for(64, 64, 16, torch.float32, "sm_90", recipes=4).recipes == 2
     assert launch_for(64, 64, 32, torch.float32, "sm_90", recipes=4).recipes == 1
     assert launch_for(64, 64, 16, torch.bfloat16, "sm_90", recipes=4).recipes == 1
+    assert {launch_for(64, 64, 16, torch.bfloat16, f"sm_{kind}").num_warps for kind in (100, 103, 110)} == {2}
     assert launch_for(64, 64, 16, torch.bfloat16, "sm_90").options["enable_fp_fusion"] is False
