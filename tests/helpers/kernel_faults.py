@@ -6,7 +6,10 @@ Four small ones, and copies of ours with one line changed.
     python -m ttsem.sanitize tests/helpers/kernel_faults.py        (prints what was found; fails if one is missed)
     TRITON_INTERPRET=0 python -m ttsem.sanitize pytest tests/kernels -q        (finds no fault)
 
-This is run by hand, and pytest does not collect it; ttsem is no dependency.
+This is run by hand, and pytest does not collect it; ttsem is no dependency. It pretends that tensors are on a GPU, also
+after `.cpu()` and not in other threads: so the tests fail that count operators (`test_framework_operators_of_a_group`),
+that ask the torch backend (`of_the_torch_backend`), and that count in threads
+(`test_thresholds_of_several_processes_are_those_of_one`).
 """
 
 import importlib
