@@ -23,7 +23,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 HAS_GPU = torch.cuda.is_available()
-hypothesis.settings.register_profile("same everywhere", derandomize=True, deadline=None)
+hypothesis.settings.register_profile(
+    "same everywhere",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # a busy machine once took 30 s to draw a number
+)
 hypothesis.settings.load_profile("same everywhere")
 if not HAS_GPU:
     # Read when a kernel is decorated, and triton's own helpers are when it is imported.

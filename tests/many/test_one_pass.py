@@ -44,7 +44,7 @@ def launches(monkeypatch):
 TOGETHER = {
     "ties": ([{**TIES, "density": d, "weights": w} for d, w in ((0.1, W[0]), (0.3, W[2]), (0.3, W[0]))], 1),
     "equal and other weights": (
-        [{**TIES, "density": {"0.*": 0.2, "1.*": d}, "weights": [1, 1, w]} for d in (0.3, 0.6) for w in (1, 0.5)],
+        [{**TIES, "density": {"0.*": 0.2, "1.*": d}, "weights": [1, 1, w]} for d in (0.6, 0.3) for w in (1, 0.5)],
         2,
     ),
     "seeds": ([{**DARE, "seed": seed, "density": d} for seed, d in ((7, 0.4), (8, 0.4), (8, 0.9))], 1),
