@@ -25,17 +25,7 @@ CASES += [
     Case("consensus", "fp32", rank=128),
     Case("elect_max", rank=0),
 ]
-CASES += [
-    Case(name, "fp32", rank=rank, recipes=2, base=True)
-    for name, rank in (
-        ("ties", 16),
-        ("ties, mergekit, unequal weights", 16),
-        ("ties, mergekit, unequal weights", 32),
-        ("dare_ties, frequency, unequal weights", 16),
-        ("dare_ties, frequency, unequal weights", 64),
-        ("elect_max, frequency", 64),
-    )
-]
+CASES += [Case("ties", "fp32", recipes=2), Case("dare_ties, unequal weights", "fp32", recipes=2, base=True)]
 
 # On the other targets, the kernels of a merge and those with the most registers.
 GATED = ("sm_80", "sm_90", "sm_100", "gfx942")
