@@ -7,6 +7,7 @@ from peft_adapters import rewrite
 from plain_adapters import factors_of, save_plain, save_three
 
 import merge_engine
+from merge_engine.engine.plan import ModulePlan
 from merge_engine.errors import MergeError, RecipeError
 
 
@@ -66,3 +67,20 @@ def test_different_bases_are_warned_of(folders, tmp_path):
     other = rewrite(folders[0], tmp_path / "other", lambda A, B: (A, B), base_model_name_or_path="another/base")
     with pytest.warns(UserWarning, match=r"^other was trained on another/base, chat on tiny: "):
         merge_engine.merge([folders[1], other], method="cat")
+
+
+@pytest.mark.quick
+def test_a_rank_is_the_sum_of_ranks_up_to_the_smaller_side(tmp_path):
+    sizes = {"q": (20, 7), "v": (5, 20), "up": (20, 20)}
+    for name in ("a", "b", "c"):
+        factors = {module: (torch.ones(3, columns), torch.ones(rows, 3)) for module, (columns, rows) in sizes.items()}
+        save_factors(tmp_path / name, factors)
+    merged = merge_engine.merge([tmp_path / name for name in ("a", "b", "c")], method="ties")
+    assert {module.name: module.rank for module in merged.plan.modules} == {"q": 7, "v": 5, "up": 9} == merged.ranks
+
+
+@pytest.mark.quick
+def test_weights_of_factors_are_square_roots_and_0_stays_0():
+    module = ModulePlan("q", 4, 5, (0, 1, 2), (0.0, -8.0, 2.0), (0.5, 0.5, 2.0), (1.0, 1.0, 1.0), 3)
+    assert module.weights_of("delta") == [0.0, -8.0, 2.0]
+    assert module.weights_of("A") == [0.0, -2.0, 2.0] and module.weights_of("B") == [0.0, 2.0, 2.0]

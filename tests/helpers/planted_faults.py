@@ -1,11 +1,14 @@
 """Faults that the tests have to notice: each is planted in a copy of the checkout, where the nearest tests must fail.
 
-    python tests/helpers/planted_faults.py [-j COPIES] [--log FILE] [FOLDER ...]   (some folders of the package, or all)
+    python tests/helpers/planted_faults.py [-j COPIES] [--log FILE] [--at PLACE] [FOLDER ...]
+
+FOLDER: some folders of the package; default: all.
 
 Run it by hand after tests were moved or made faster. The faults are in the tables of `planted`. It prints a line a
 fault and a count by folder, and ends with 1 where a fault was not seen. A fault whose text is no longer there once is
 an error, as are tests that fail without a fault: bring the tables up to date. With a log, a run that was stopped goes
-on: what it had seen noticed, by the same row, is not run again.
+on: what it had seen noticed, by the same row, is not run again. With a place for the copies, the loops that Numba
+compiled there serve the next run, too.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 900  # after which tests count as hung
 NOTICED, MISSED, HARMLESS, ERROR = "noticed", "MISSED", "harmless", "ERROR"
 # What nearly all tests import: once here, and not in each of the processes that are forked for the faults.
-PRELOADED = ("torch", "triton", "numba", "pytest", "safetensors.torch", "transformers", "peft")
+PRELOADED = ("torch", "triton", "numba", "pytest", "hypothesis", "safetensors.torch", "transformers", "peft")
 _LOADED_BEFORE = "ignore:Module already imported so cannot be rewritten"
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - .*)?$", re.MULTILINE)
 
@@ -53,11 +57,13 @@ def texts_in(root: Path, fault: Fault) -> int:
 
 
 def make_copy(folder: Path) -> Path:
-    """A copy of what git has of the checkout."""
+    """A copy of what git has. A file that is there already stays as it is: Numba looks at its time."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     for name in filter(None, names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / name, folder / name)
+        content = (ROOT / name).read_bytes()
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            (folder / name).write_bytes(content)
     return folder
 
 
@@ -150,7 +156,7 @@ def settled(log: Path | None) -> dict[Fault, Outcome]:
     return {fault: outcome for fault, outcome in last.items() if outcome.kind in (NOTICED, HARMLESS)}
 
 
-def run(faults: Sequence[Fault], copies: int, log: Path | None) -> dict[Fault, Outcome]:
+def run(faults: Sequence[Fault], copies: int, log: Path | None, at: Path | None) -> dict[Fault, Outcome]:
     """The outcome of every fault, printed as they come, and added to the log."""
     known = settled(log)
     outcomes = {fault: known[fault] for fault in faults if fault in known}
@@ -163,7 +169,7 @@ def run(faults: Sequence[Fault], copies: int, log: Path | None) -> dict[Fault, O
             with log.open("a") as lines:
                 lines.write(json.dumps([fault, outcome]) + "\n")
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if at is None else nullcontext(at) as folder:
         free = [make_copy(Path(folder, str(number))) for number in range(copies)]
         sources = {fault.file: (free[0] / fault.file).read_text() for fault in faults if texts_in(free[0], fault)}
         running: dict[int, Running] = {}
@@ -209,6 +215,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folders", nargs="*")
     parser.add_argument("-j", type=int, default=2, dest="copies")
     parser.add_argument("--log", type=Path)
+    parser.add_argument("--at", type=Path)
     options = parser.parse_args(arguments)
     faults = [fault for fault in FAULTS if not options.folders or fault.folder in options.folders]
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
@@ -216,7 +223,7 @@ def main(arguments: list[str]) -> int:
     for name in PRELOADED:
         importlib.import_module(name)
     gc.freeze()  # or each child would go through all of it
-    outcomes = run(faults, options.copies, options.log)
+    outcomes = run(faults, options.copies, options.log, options.at)
     kinds = Counter(outcome.kind for outcome in outcomes.values())
     for folder in dict.fromkeys(fault.folder for fault in faults):
         own = Counter(outcomes[fault].kind for fault in faults if fault.folder == folder)

@@ -17,7 +17,7 @@ FAULTS = [
         f"{COMPARE}/figures.py",
         "return math.inf if math.isnan(value) else -value",
         "return -math.inf if math.isnan(value) else -value",
-        "tests/compare",
+        "tests/compare/test_figures.py",
         "what has no figure comes first",
     ),
     Fault(
@@ -143,7 +143,7 @@ FAULTS = [
         f"{SWEEPS}/table.py",
         "row.score = _scored(evaluation, row.metrics)",
         "row.evaluate = evaluation.text",
-        "tests/sweeps",
+        "tests/sweeps/test_table.py",
         "a score by another goal is kept",
     ),
     Fault(
