@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
+from lora_files import save_factors
 from peft_adapters import WEIGHTS, deltas_of, in_peft, peft_deltas, relative
 
 import merge_engine
+from merge_engine.engine.output import output_bytes
 
 
 @pytest.mark.parametrize("rank", ["auto", 3, 40])
@@ -43,3 +46,22 @@ def test_one_rank_holds_the_same_deltas_as_own_ranks(uneven, tmp_path):
         assert one.modules[name].scaling == module.scaling == 1
         assert (wide_a[: len(a)] == a).all() and (wide_b[:, : len(a)] == b).all()
         assert not wide_a[len(a) :].any() and not wide_b[:, len(a) :].any()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("recipe", "elements"),
+    [
+        ({"ranks": "own"}, 7 * 27 + 5 * 25 + 9 * 40),
+        ({"ranks": "one"}, 7 * 27 + 5 * 25 + 9 * 40 + 9 * (27 + 25 + 40)),  # own ranks, and beside them the padded ones
+        ({"ranks": "one", "rank": 5}, 5 * (27 + 25 + 40)),
+        ({"ranks": "one", "rank": 5, "energy": 0.9}, 2 * 5 * (27 + 25 + 40)),  # which may choose smaller ranks
+    ],
+)
+def test_the_disk_that_is_asked_for(tmp_path, recipe, elements):
+    sizes = {"q": (20, 7), "v": (5, 20), "up": (20, 20)}
+    for name in ("a", "b", "c"):
+        factors = {module: (torch.ones(3, columns), torch.ones(rows, 3)) for module, (columns, rows) in sizes.items()}
+        save_factors(tmp_path / name, factors)
+    merged = merge_engine.merge([tmp_path / name for name in ("a", "b", "c")], method="ties", **recipe)
+    assert output_bytes(merged.plan) == 4 * elements

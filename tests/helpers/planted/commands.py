@@ -87,7 +87,7 @@ FAULTS = [
         f"{PEFT}/request.py",
         "            if value != values[first]:\n",
         "            if value is None:\n",
-        "tests/peft_backend/test_request.py tests/peft_backend/test_layers.py",
+        "tests/peft_backend/test_request.py tests/peft_backend/test_saved.py",
         "adapters of different invocation tokens are merged",
     ),
     Fault(
