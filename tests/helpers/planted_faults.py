@@ -9,6 +9,11 @@ fault and a count by folder, and ends with 1 where a fault was not seen. A fault
 an error, as are tests that fail without a fault: bring the tables up to date. With a log, a run that was stopped goes
 on: what it had seen noticed, by the same row, is not run again. With a place for the copies, the loops that Numba
 compiled there serve the next run, too.
+
+The last run, of 29 November 2026, on two busy cores (Intel Xeon), over several commits, each fault once its test was
+written, and never yet as a whole: of 287 faults 165 were run. 162 were noticed, 2 are harmless, and 1 was missed:
+mergekit/layers.py, a head that one model declares untied. 122 were not run: those of kernels, into, many, compare,
+peft_backend, sweeps, searches, serve, demo and cli, and most of engine and loops.
 """
 
 import argparse
