@@ -86,6 +86,22 @@ def test_a_head_of_its_own_unties_the_output(tmp_path):
     assert torch.equal(merged.model.embed_tokens.weight, one.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("order", [("tied", "apart"), ("apart", "tied")], ids=str)
+def test_one_head_of_its_own_among_models_unties_the_output(tmp_path, order):
+    """The tied model brings its embedding as its head."""
+    models = {name: save(tmp_path / name, seed, tied=name == "tied") for seed, name in enumerate(("tied", "apart"))}
+    slices = [
+        {"sources": [cut(tmp_path / name, *layers)["sources"][0] | {"parameters": {"weight": 0.5}} for name in order]}
+        for layers in ((0, 2), (2, 4))
+    ]
+    merge_recipe({"merge_method": "linear", "dtype": "float32", "slices": slices}, tmp_path / "out")
+    got = load_file(tmp_path / "out" / MODEL)
+    tied, apart = models["tied"].model.embed_tokens.weight, models["apart"]
+    assert torch.equal(got["lm_head.weight"], (tied + apart.lm_head.weight) / 2)
+    assert torch.equal(got["model.embed_tokens.weight"], (tied + apart.model.embed_tokens.weight) / 2)
+    assert not open_checkpoint(tmp_path / "out").ties_embeddings
+
+
 def test_a_scale_by_filter_and_one_layer_often(tmp_path):
     """The depth-upscaled models of public cards silence what they repeat."""
     model = save(tmp_path / "one", 1)
