@@ -19,10 +19,12 @@ def end(code: int, frame: FrameType | None) -> None:
         if frame.f_code.co_name not in _OUTERMOST:
             return
         frame = frame.f_back
-    if sys.gettrace() or sys.getprofile():
+    # Private in Python, but there from 3.9 on.
+    join_threads, run_handlers = getattr(threading, "_shutdown", None), getattr(atexit, "_run_exitfuncs", None)
+    if sys.gettrace() or sys.getprofile() or join_threads is None or run_handlers is None:
         return
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
+    join_threads()
+    run_handlers()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
