@@ -49,6 +49,23 @@ def ratio(above: str, below: str, field: str = "seconds", **where: str) -> Figur
     return figure
 
 
+def span(form: str, figures: Callable[[Rows], list[float]]) -> Figure:
+    """The least and the largest of some figures, as 0.9 to 3.1."""
+
+    def figure(rows: Rows) -> str:
+        found = figures(rows)
+        return f"{form.format(min(found))} to {form.format(max(found))}"
+
+    return figure
+
+
+def each(field: str, **where: str) -> Callable[[Rows], list[float]]:
+    """The field of all rows of which this holds."""
+    return lambda rows: [
+        float(row[field]) for row in rows if all(row[name] == wanted for name, wanted in where.items())
+    ]
+
+
 def in_text(seconds: float) -> str:
     """72 ms, or 2.8 s."""
     return f"{digits(seconds * 1e3)} ms" if seconds < 0.9995 else f"{digits(seconds)} s"
@@ -169,6 +186,14 @@ for _name in (
         f"demo_{_key}_scale": amount("best_scale", "{:g}", name=_name),
         f"demo_{_key}_tuned": amount("best_mean", "{:.1f}", name=_name),
     }
+FIGURES |= {
+    "shared_iso_c": lambda rows: digits(value(rows, "best_mean", name="linear") - value(rows, "mean", name="iso_c")),
+    "first_merge": time(what="bundled adapters, empty cache"),
+    "second_merge": time(what="bundled adapters, full cache"),
+    "compiling": amount("seconds", "{:.0f}", what="compiling"),
+    "served_new": span("{:.1f}", each("seconds", what="served, new")),
+    "served_kept": time(what="served, kept"),
+}
 _svd_merge, _svd_merge_of = "kohya's svd_merge", _of("svd_merge", "linear 3x r32 3072x3072 d0.2 fp32")
 for _type in ("linear", "ties"):
     _work = _of("image", f"{_type} 3x r32 19 layers of Flux d0.2 bf16")

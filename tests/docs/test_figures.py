@@ -9,12 +9,9 @@ figures = script("figures")
 # What no file of bench/results has, by page: sizes of caches, limits that are wanted, what papers report, and what was
 # measured once.
 TYPED = {
-    "README.md": ["10 seconds"],
     "benchmarks.md": ["2 MiB", "1 MiB", "25 s", "4 %"],
     "search.md": ["49 s"],
-    "servers.md": ["1.7 s", "1 ms"],
-    "methods.md": ["6 points", "0.3 points", "3.1 points", "5 points", "8.3 points"],
-    "start.md": ["15 s"],
+    "methods.md": ["6 points", "0.3 points", "3.1 points", "8.3 points"],
 }
 _CODE = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)", re.DOTALL)
 _UNITS = "ns|ms|s|seconds|minutes|hours|KiB|MiB|GiB|MB|GB|CPU-seconds|points|times"
