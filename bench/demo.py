@@ -14,19 +14,16 @@ from bench.harness import machine
 from bench.reporting.files import write_csv
 from merge_engine.demo import adapter_paths
 from merge_engine.demo.run import run
-from merge_engine.demo.sets import DEMO_SETS, HALF_KNOWN, MERGES, DemoSet
+from merge_engine.demo.sets import DEMO_SETS, HALF_KNOWN, MERGES
 from merge_engine.demo.train import SHARED_A
 
 FILES = {HALF_KNOWN: "demo.csv", "unknown": "demo_unknown.csv", "shared": "demo_shared.csv"}
 
 
-def set_of(name: str) -> DemoSet:
-    """The set of a name."""
-    if name != "shared":
-        return DEMO_SETS[name]
-    group = {task: path for task, path in adapter_paths().items() if task in SHARED_A}
-    merges = {row: MERGES[row] for row in ("linear", "iso_c", "tsv")}
-    return replace(DEMO_SETS[HALF_KNOWN], groups={"": group}, merges=merges)
+_SHARED = {task: path for task, path in adapter_paths().items() if task in SHARED_A}
+DEMO_SETS["shared"] = replace(
+    DEMO_SETS[HALF_KNOWN], groups={"": _SHARED}, merges={row: MERGES[row] for row in ("linear", "iso_c", "tsv")}
+)
 
 
 def main() -> None:
@@ -37,7 +34,7 @@ def main() -> None:
     known = machine.versions(("torch", "peft", "transformers", "merge-engine"))
     for name in options.sets:
         rows = []
-        for row in run(print, set_of(name)):
+        for row in run(print, name):
             if row.kind == "relative":
                 group = {"group": row.group, "known": row.known} if row.group else {}
                 tuned = {"best_scale": row.best_scale, "best_mean": row.best_mean} if row.best else {}

@@ -28,6 +28,5 @@ def add_to(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from merge_engine.demo.run import run as run_demo
-    from merge_engine.demo.sets import DEMO_SETS
 
-    run_demo(print, DEMO_SETS[options.set])
+    run_demo(print, options.set)

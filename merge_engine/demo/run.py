@@ -55,15 +55,15 @@ class Row:
         return measure.mean(self.best)
 
 
-def run(print_line: Callable[[str], object], shown: DemoSet = DEMO_SETS[HALF_KNOWN]) -> list[Row]:
+def run(print_line: Callable[[str], object], name: str = HALF_KNOWN) -> list[Row]:
     """Merge and measure; call ``print_line`` with each line of the table as soon as it is known. Returns the rows.
 
-    shown: one of `DEMO_SETS`, or another. Raises MergeError if transformers or peft is not installed.
+    name: of a set of `DEMO_SETS`. Raises MergeError if transformers or peft is not installed.
     """
     from merge_engine import merge
 
     measure.require()
-    started = time.perf_counter()
+    started, shown = time.perf_counter(), DEMO_SETS[name]
     rows: list[Row] = []
 
     def add(row: Row) -> None:
