@@ -1,4 +1,4 @@
-"""The tables of `merge-engine demo` as results files: python -m bench.demo [SET ...] [--output bench/results]
+"""The tables of `merge-engine demo` as results files: python -m bench.demo SET ... [--output bench/results]
 
 Percent of the own adapter's figure at scale 1, the best scale, and the figure there; means over tasks. Sets:
 half-known  demo.csv: what `merge-engine demo` prints
@@ -28,7 +28,7 @@ DEMO_SETS["shared"] = replace(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("sets", nargs="*", choices=FILES, default=[HALF_KNOWN], metavar="SET")
+    parser.add_argument("sets", nargs="+", choices=FILES, metavar="SET")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), help="folder to write into")
     options = parser.parse_args()
     known = machine.versions(("torch", "peft", "transformers", "merge-engine"))
