@@ -12,8 +12,8 @@ compiled there serve the next run, too.
 
 The last run, of 29 November 2026, on two busy cores (Intel Xeon), over several commits, each fault once its test was
 written, and never yet as a whole: of 287 faults 172 were run, 170 were noticed and 2 are harmless. 115 were not run:
-those of kernels, into, many, compare, peft_backend, sweeps, searches, serve, demo and cli, and most of engine and loops.
-The run was stopped, so its last step, the same tests without faults, was not made.
+those of kernels, into, many, compare, peft_backend, sweeps, searches, serve, demo and cli, and most of engine and
+loops. The run was stopped, so its last step, the same tests without faults, was not made.
 """
 
 import argparse
