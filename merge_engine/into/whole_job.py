@@ -18,7 +18,7 @@ from merge_engine.into.full_inputs import FullInput, common_dtype, is_float
 from merge_engine.into.resume import VERSIONS, files_in
 from merge_engine.models.token_rows import TokenRows
 from merge_engine.models.vocabulary import token_keys
-from merge_engine.rules.whole_methods import WHOLE_METHODS
+from merge_engine.rules.whole_methods import WHOLE_METHODS, models_wanted
 
 Part = tuple[int, str]  # an input's number, and the key of a tensor in it
 _COSTS = {"element": 1, "tensor": 2, "selection": 4, "rows": 8}  # of an element, by how a method looks at it
@@ -140,10 +140,9 @@ def check_count(method: str, count: int, based: bool, subject: str) -> None:
     total = count + based
     if row.base == "needed" and not based:
         raise RecipeError(f"base_model: {method} needs one, got none for {subject}")
-    for low, high, got, what in ((row.least, row.most, total, "in all"), (*row.others, others, "besides the base")):
+    for low, high, got in ((row.least, row.most, total), (*row.others, others)):
         if got < low or (high is not None and got > high):
-            wanted = f"{low}" if low == high else f"at least {low}" if got < low else f"at most {high}"
-            raise RecipeError(f"models: {method} takes {wanted} {what}, got {got} for {subject}")
+            raise RecipeError(f"models: {method} takes {models_wanted(method)}, got {got} for {subject}")
 
 
 def _aligned(sources: Sequence[FullInput], works: Sequence[TensorWork]) -> frozenset[str]:

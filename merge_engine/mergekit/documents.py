@@ -32,7 +32,8 @@ def in_order(documents: Sequence[Any], file: str, output: Path) -> Iterator[tupl
     names = [document.get(NAME) for document in documents]
     for name in names:
         if names.count(name) > 1:
-            raise RecipeError(f"{file}: {NAME}: wanted one document {'without a name' if name is None else name}")
+            wanted = f"one document {'without a name' if name is None else f'named {name}'}, got {names.count(name)}"
+            raise RecipeError(f"{file}: {NAME}: wanted {wanted}; rename the others")
     final = names.index(None) if None in names else len(names) - 1
     steps = Path(f"{output}.steps")
     places = {name: steps / str(name) if i != final else output for i, name in enumerate(names) if name is not None}

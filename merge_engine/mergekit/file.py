@@ -7,7 +7,7 @@ of the tensor's name. Checks that need the models are in `mergekit.layers`.
 Source: mergekit 0.1.5 (https://github.com/arcee-ai/mergekit), its documentation and its behaviour.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -16,8 +16,9 @@ from merge_engine.errors import RecipeError
 from merge_engine.into.whole_job import check_count
 from merge_engine.mergekit.reader import Parameters, Reader, Reference
 from merge_engine.mergekit.tokens import TokenizerSpec, tokenizer_spec
+from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES
-from merge_engine.rules.whole_methods import WHOLE_METHODS
+from merge_engine.rules.whole_methods import WHOLE_METHODS, models_wanted
 
 _KEYS = (
     "merge_method",
@@ -33,11 +34,13 @@ _KEYS = (
     "chat_template",
     "name",
 )
+_MOE = "a recipe of mergekit-moe, which builds a mixture of experts; use mergekit-moe, merge-engine does not build them"
 # What other programs of mergekit's read, by the key that shows it, and what to use.
 _OTHERS = {
-    "gate_mode": "a recipe of mergekit-moe, which builds a mixture of experts; merge-engine merges models into one",
-    "experts": "a recipe of mergekit-moe, which builds a mixture of experts; merge-engine merges models into one",
-    "genome": "a recipe of mergekit-evolve; wanted the recipe of one merge",
+    "gate_mode": _MOE,
+    "experts": _MOE,
+    "genome": "a recipe of mergekit-evolve; use merge-engine search, or give the recipe of one merge",
+    "layer_slices": "a recipe of bakllama; use merge_method: passthrough, with slices",
 }
 # Methods that mergekit does not have (any more), by name, and what does the same or is nearest.
 _GONE = {
@@ -45,7 +48,20 @@ _GONE = {
     "dare": "dare_ties or dare_linear",
     "ties_dare": "dare_ties",
     "slerp_ties": "slerp or ties",
-    "moe": "a method that merges models into one; mixtures of experts are not built",
+    "della_ties": "della, which elects signs",
+    "lerp": "linear",
+    "average": "linear",
+    "frankenmerge": "passthrough, with slices",
+    "moe": "mergekit-moe: mixtures of experts are not built here",
+}
+# What to do where a method does not take so many models.
+_FOR_FEWER = {"model_stock": "slerp takes two", "nuslerp": "slerp takes the base as one of two"}
+_FOR_MORE = {
+    "passthrough": "to stack layers of several models, give each a slice of its own",
+    "slerp": "multislerp and karcher take more",
+    "nuslerp": "multislerp and karcher take more",
+    "nearswap": "merge two, and the result with the next",
+    "arcee_fusion": "merge two, and the result with the next",
 }
 
 
@@ -141,7 +157,12 @@ class _Recipe(Reader):
         if isinstance(name, str):
             if name in _GONE:
                 raise RecipeError(f"{self.file}: merge_method: {name} is not there; use {_GONE[name]}")
-            alike = get_close_matches(name, WHOLE_METHODS, 1, 0.75)
+            if name in METHODS:
+                use = f"use merge-engine merge --method {name}"
+                raise RecipeError(f"{self.file}: merge_method: {name} is no method of mergekit's; for adapters {use}")
+            plain = name.strip().lower().replace("-", "_")
+            alike = get_close_matches(plain, WHOLE_METHODS, 1, 0.75)
+            alike += [each for each in WHOLE_METHODS if len(plain) > 3 and plain in each]
             if alike:
                 raise RecipeError(f"{self.file}: merge_method: {name} is not known; did you mean {alike[0]}?")
         raise self.error("merge_method", f"one of {known}", name)
@@ -161,9 +182,15 @@ class _Recipe(Reader):
         """All layers of all models, and of the base, which is added where it is not among them."""
         entries = []
         for place, each in self.items(f"{where}models", holder["models"]):
-            found = self.table(place, each, ("model", "parameters"))
+            found = self.input(place, each, ("model", "parameters"))
             entries.append(self.entry(place, found, method))
         if base is not None and all(entry.reference != base for entry in entries):
+            row = WHOLE_METHODS[method]
+            if row.most == len(entries):
+                names = [str(entry.reference) for entry in entries]
+                use = f"set base_model to {' or '.join(names)}" if row.base == "needed" else "remove base_model"
+                wanted, got = f"{method} takes {models_wanted(method)}", f"{', '.join(names)} and the base {base}"
+                raise RecipeError(f"{self.file}: {where}models: {wanted}, got {got}; {use}")
             entries.append(Entry(base, {}))
         return (Slice(f"{where}models", tuple(entries), {}, base),)
 
@@ -171,10 +198,10 @@ class _Recipe(Reader):
         """Slices of layers, one after the other."""
         slices = []
         for place, each in self.items(f"{where}slices", holder["slices"]):
-            part = self.table(place, each, ("sources", "base_model", "parameters", "residual_weight"))
+            part = self.table(place, each, ("sources", "base_model", "parameters"))
             entries = []
-            for source, one in self.items(f"{place}.sources", part.get("sources")):
-                found = self.table(source, one, ("model", "parameters", "layer_range"))
+            for source, one in self.items(f"{place}.sources", part.get("sources"), " of models with a layer_range"):
+                found = self.input(source, one, ("model", "parameters", "layer_range"))
                 entry = self.entry(source, found, method)
                 entries.append(replace(entry, layers=self.layers(f"{source}.layer_range", found.get("layer_range"))))
             counts = {entry.layers[1] - entry.layers[0] for entry in entries if entry.layers}
@@ -185,13 +212,19 @@ class _Recipe(Reader):
             slices.append(Slice(place, tuple(entries), parameters, own))
         return tuple(slices)
 
+    def input(self, where: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:
+        """The table of one model."""
+        if isinstance(value, str):
+            raise self.error(where, f"a table with model: {value}", value)
+        return self.table(where, value, keys)
+
     def entry(self, where: str, found: Mapping[str, Any], method: str) -> Entry:
         reference = self.reference(f"{where}.model", found.get("model"))
         return Entry(reference, self.parameters(f"{where}.parameters", found, method, of_model=True))
 
     def layers(self, where: str, value: Any) -> tuple[int, int]:
         if not isinstance(value, list | tuple) or len(value) != 2 or not all(type(each) is int for each in value):
-            raise self.error(where, "two whole numbers", value)
+            raise self.error(where, "two whole numbers, as [0, 32]", value)
         if not 0 <= value[0] < value[1]:
             raise self.error(where, "a first layer and a later end", value)
         return value[0], value[1]
@@ -201,19 +234,33 @@ class _Recipe(Reader):
         names = [entry.reference for entry in part.entries]
         for name in names:
             if names.count(name) > 1:
-                raise RecipeError(f"{self.file}: {part.where}: {name} is there twice, wanted each model once")
+                use = "remove one entry"
+                if part.entries[0].layers is not None:
+                    use = "for other layers, link its folder under another name"
+                raise RecipeError(f"{self.file}: {part.where}: {name} is there twice, wanted each model once; {use}")
         base = None if WHOLE_METHODS[method].base == "none" else part.base
         if base is not None and base not in names:
-            raise RecipeError(f"{self.file}: {part.where}: wanted {base} among the sources, the base model")
+            use = f"set base_model to {' or '.join(map(str, names))}"
+            use = use if WHOLE_METHODS[method].most == len(names) else f"add it, or {use}"
+            raise RecipeError(f"{self.file}: {part.where}: wanted {base} among the sources, the base model; {use}")
         try:
             check_count(method, len(names) - (base is not None), base is not None, part.where)
         except RecipeError as error:
-            raise RecipeError(f"{self.file}: {error}") from error
+            raise RecipeError(f"{self.file}: {error}; {self.way_out(method, part)}") from error
         if base is not None and names == [base]:
             raise RecipeError(f"{self.file}: {part.where}: wanted at least one model besides {base}, got none")
         for entry in part.entries:
             if entry.reference == base and set(entry.parameters) - {"int8_mask"}:
                 self.warn(f"the parameters of {entry.reference}", f"{method} has none for the base model", "have")
+
+    def way_out(self, method: str, part: Slice) -> str:
+        """What to do where a method does not take the models of a slice."""
+        row, names = WHOLE_METHODS[method], [str(entry.reference) for entry in part.entries]
+        if row.base == "needed" and part.base is None:
+            one = " or ".join(names) if row.most == len(names) else "the model that the others were trained from"
+            return f"set base_model to {one}"
+        few = len(names) < row.least or len(part.others) < row.others[0]
+        return (_FOR_FEWER if few else _FOR_MORE).get(method, "name one more")
 
     def dtype(self, found: Mapping[str, Any]) -> str | None:
         """The dtype of the output: out_dtype, else dtype."""

@@ -18,6 +18,7 @@ INERT = "int8_mask"  # the dtype of mergekit's masks, which changes no result
 PARAMETERS: dict[str, Option] = {
     name: option for row in reversed(WHOLE_METHODS.values()) for name, option in row.options.items()
 }
+UNFILTERED = "set it under parameters, without a filter"  # what to do where a parameter is missing
 _ALIKE = 0.75  # from this similarity on, an unknown key is taken for a misspelt one
 
 
@@ -85,7 +86,8 @@ class Reader:
         self.file = file
 
     def error(self, where: str, wanted: str, got: Any) -> RecipeError:
-        return RecipeError(f"{self.file}: {where}: wanted {wanted}, got {got!r}")
+        subject = f"{self.file}: {where}" if where else self.file
+        return RecipeError(f"{subject}: wanted {wanted}, got {got!r}")
 
     def warn(self, subject: str, why: str, verb: str = "has") -> None:
         warnings.warn(f"{self.file}: {subject} {verb} no effect: {why}", stacklevel=2)
@@ -117,10 +119,10 @@ class Reader:
                     raise RecipeError(f"{self.file}: {where}: {key} is not supported; wanted one of {', '.join(keys)}")
         return self.table(where, value, keys)
 
-    def items(self, where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    def items(self, where: str, value: Any, of: str = "") -> Iterator[tuple[str, Any]]:
         """(its place, a member) for each member of a list."""
         if not isinstance(value, list) or not value:
-            raise self.error(where, "a list", value)
+            raise self.error(where, f"a list{of}", value)
         return ((f"{where}[{i}]", each) for i, each in enumerate(value))
 
     def reference(self, where: str, value: Any) -> Reference:
@@ -130,7 +132,8 @@ class Reader:
             model = self.path(f"{where}.model", found.get("model"))
             return replace(model, lora=self.path(f"{where}.lora", found["lora"]) if "lora" in found else None)
         if not isinstance(value, str) or value.count("+") > 1:
-            raise self.error(where, "model or model+lora", value)
+            more = ", another entry for another adapter" if isinstance(value, str) else ""
+            raise self.error(where, f"model or model+lora{more}", value)
         full, _, lora = value.partition("+")
         return replace(self.path(where, full), lora=self.path(where, lora) if "+" in value else None)
 
@@ -175,6 +178,8 @@ class Reader:
         if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
             clauses = []
             for i, each in enumerate(value):
+                if not isinstance(each, Mapping):
+                    raise self.error(f"{where}[{i}]", f"a table, as value: {each}", each)
                 found = self.strict(f"{where}[{i}]", each, ("filter", "value"))
                 if not isinstance(found.get("filter", ""), str):
                     raise self.error(f"{where}[{i}].filter", "a part of tensor names", found["filter"])

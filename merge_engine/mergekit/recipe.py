@@ -5,6 +5,7 @@ fits the tensor counts. Recipes that are one merge into a base by a method of ou
 ``convention="mergekit"`` (`mergekit.factors`); all others are merged tensor by tensor (`into.whole_job`).
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -15,8 +16,9 @@ import yaml
 
 from merge_engine.errors import RecipeError
 from merge_engine.files.shards import SHARD_SIZE
-from merge_engine.formats.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from merge_engine.formats.checkpoint import FLOATS, MODEL_CONFIG, Checkpoint, open_checkpoint
 from merge_engine.formats.open import open_adapter
+from merge_engine.formats.peft_config import ADAPTER_CONFIG
 from merge_engine.into.full_inputs import FullInput, full_input
 from merge_engine.into.merge import MergedModel, merge_models
 from merge_engine.into.whole_companions import MERGEKIT_FILE, companions_of, output_config
@@ -77,7 +79,7 @@ def merge_recipe(
     parsed = read_recipe(documents[0] if documents else None, file)
     name = base_of(parsed) if convention == "mergekit" else None
     if name is not None:
-        base = open_checkpoint(name.path, revision=name.revision)
+        base = _open_model(name)
         bound = bind(parsed, base)
         if bound is not None:
             inputs = [_open(entry.reference) for entry in bound.entries]
@@ -94,6 +96,14 @@ def _open(reference: Reference) -> Any:
     """The adapter if there is one, else the full model."""
     if reference.lora is not None:
         return open_adapter(reference.lora.path, revision=reference.lora.revision)
+    return _open_model(reference)
+
+
+def _open_model(reference: Reference) -> Checkpoint:
+    """The full model, without its adapter. Raises MergeError: RecipeError where it is an adapter."""
+    folder = Path(os.path.expanduser(reference.path))
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file():
+        raise RecipeError(f"{reference.path} is an adapter; wanted it with its model, as MODEL+{reference.path}")
     return open_checkpoint(reference.path, revision=reference.revision)
 
 
@@ -140,7 +150,7 @@ def _open_all(recipe: MergekitRecipe) -> dict[Reference, FullInput]:
     inputs = {}
     for reference in recipe.references:
         if reference.place not in opened:
-            opened[reference.place] = open_checkpoint(reference.path, revision=reference.revision)
+            opened[reference.place] = _open_model(reference)
         lora = reference.lora
         adapter = None if lora is None else open_adapter(lora.path, revision=lora.revision)
         inputs[reference] = full_input(opened[reference.place], adapter)

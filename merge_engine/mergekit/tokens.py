@@ -3,12 +3,16 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_engine.errors import RecipeError
 from merge_engine.formats.checkpoint import Checkpoint, open_checkpoint
 from merge_engine.mergekit.reader import Reader, Reference
 from merge_engine.models.token_rows import Asked, TokenRows, has_tokenizer, token_rows
+
+_SOURCES = ("union", "base")  # beside the names of models
 
 
 class TokenSource(NamedTuple):
@@ -36,6 +40,8 @@ def tokenizer_spec(reader: Reader, found: Mapping[str, Any]) -> TokenizerSpec | 
     if "tokenizer" not in found:
         source = found.get("tokenizer_source")
         return None if source is None else TokenizerSpec(_source(reader, "tokenizer_source", source))
+    if isinstance(found["tokenizer"], str):
+        raise reader.error("tokenizer", f"a table with source: {found['tokenizer']}", found["tokenizer"])
     held = reader.table("tokenizer", found["tokenizer"], ("source", "tokens", "pad_to_multiple_of"))
     multiple = held.get("pad_to_multiple_of")
     if multiple is not None and (type(multiple) is not int or multiple < 1):
@@ -48,7 +54,14 @@ def tokenizer_spec(reader: Reader, found: Mapping[str, Any]) -> TokenizerSpec | 
 
 
 def _source(reader: Reader, where: str, value: Any) -> str | Reference:
-    return value if value in ("union", "base") else reader.reference(where, value)
+    if value in _SOURCES:
+        return value
+    if isinstance(value, str) and value.startswith("model:"):  # as the first versions of mergekit had it
+        raise reader.error(where, f"the name alone, {value.removeprefix('model:')}", value)
+    alike = get_close_matches(value.lower(), _SOURCES, 1, 0.75) if isinstance(value, str) else []
+    if alike and not Path(value).exists():
+        raise RecipeError(f"{reader.file}: {where}: there is no model {value}; did you mean {alike[0]}?")
+    return reader.reference(where, value)
 
 
 def _token(reader: Reader, where: str, value: Any) -> TokenSource:
@@ -65,6 +78,8 @@ def _token(reader: Reader, where: str, value: Any) -> TokenSource:
         if (token is None) == (row is None) or not isinstance(row, int | None) or not isinstance(token, str | None):
             raise reader.error(f"{where}.source", "either token, a text, or token_id, a whole number", source)
         return TokenSource(reader.reference(f"{where}.source.model", held.get("model")), token, row, forced)
+    if kind is not None:
+        raise reader.error(f"{where}.source.kind", "zero or model_token", kind)
     if source is None:
         raise reader.error(f"{where}.source", "a model, or a table with kind: zero or kind: model_token", None)
     return TokenSource(reader.reference(f"{where}.source", source), forced=forced)

@@ -24,6 +24,7 @@ from merge_engine.whole_tensors.group import Group, combination, differences, sw
 from merge_engine.whole_tensors.ranks import chances_of_ranks, keep_by_rank
 
 TINY = 1e-8  # sums of weights below this are not divided by
+NO_SUM = "wanted other weights, or normalize: false"  # what to do there
 _TINY_NORM = 1e-7  # below this mergekit does not rescale
 
 
@@ -33,7 +34,7 @@ def linear(group: Group) -> None:
     if group.options["normalize"]:
         total = math.fsum(weights)
         if abs(total) < TINY:
-            raise RecipeError(f"weight: linear divides by their sum, got 0 for {group.name}")
+            raise RecipeError(f"weight: linear divides by their sum, got 0 for {group.name}; {NO_SUM}")
         weights = [weight / total for weight in weights]
     combination(group, weights)
 

@@ -97,7 +97,8 @@ def multislerp(group: Group) -> None:
         return
     if group.options["normalize_weights"]:
         if not weights.sum():
-            raise RecipeError(f"weight: multislerp divides by their sum, got 0 for {group.name}")
+            use = "wanted other weights, or normalize_weights: false"
+            raise RecipeError(f"weight: multislerp divides by their sum, got 0 for {group.name}; {use}")
         weights = weights / weights.sum()
     products = gram(group.tensors, group.base)
     norms = np.sqrt(products.diagonal())

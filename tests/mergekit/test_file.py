@@ -45,7 +45,7 @@ def bad(change, message):
             "recipe: chat_template: wanted auto, one of alpaca, .*, got 'chatlm'",
         ),
         bad(put("chat_template", ["auto"]), "recipe: chat_template: wanted auto, a name or a template, got "),
-        bad(put("experts", []), "recipe: experts: a recipe of mergekit-moe, which builds a mixture of experts"),
+        bad(put("experts", []), "recipe: experts: a recipe of mergekit-moe, .*; use mergekit-moe"),
         bad(
             put("models/0/parameters/weight", [{"filter": "mlp", "values": 1}]),
             r"recipe: models\[0\].parameters.weight\[0\]: values is not supported; wanted one of filter, value",
@@ -58,6 +58,16 @@ def bad(change, message):
             put("models/0/model", {"model": {"path": "ft1", "x": 1}}), r"recipe: models\[0\].model.model: x is not supp"
         ),
         bad(put("tokenizer/pad_to_multiple_of", 0), "recipe: tokenizer.pad_to_multiple_of: wanted a whole number"),
+        bad(put("tokenizer", "union"), "recipe: tokenizer: wanted a table with source: union, got 'union'"),
+        bad(put("tokenizer_source", "unoin"), r"recipe: tokenizer_source: .* no model unoin; did you mean union\?"),
+        bad(
+            put("tokenizer_source", "model:ft1"),
+            "recipe: tokenizer_source: wanted the name alone, ft1, got 'model:",
+        ),
+        bad(
+            put("tokenizer/tokens", {"a": {"source": {"kind": "mean"}}}),
+            "recipe: tokenizer.tokens.a.source.kind: wanted zero or model_token, got 'mean'",
+        ),
         bad(put("tokenizer/tokens", []), r"recipe: tokenizer.tokens: wanted a table of tokens, got \[\]"),
         bad(put("tokenizer/tokens", {"a": {"force": True}}), "recipe: tokenizer.tokens.a.source: wanted a model"),
         bad(
@@ -69,20 +79,36 @@ def bad(change, message):
             "recipe: tokenizer.tokens.a: wanted one of the models, base, ft1, ft2, got ft3",
         ),
         bad(put("merge_method", "della_liner"), r"recipe: merge_method: della_liner is not known; did you mean della"),
+        bad(put("merge_method", "TIES"), r"recipe: merge_method: TIES is not known; did you mean ties\?"),
+        bad(put("merge_method", "stock"), r"recipe: merge_method: stock is not known; did you mean model_stock\?"),
+        bad(
+            put("merge_method", "iso_c"),
+            "recipe: merge_method: iso_c is no method of .*; for adapters use merge-engine merge --method iso_c$",
+        ),
+        bad(put("merge_method", "moe"), "recipe: merge_method: moe is not there; use mergekit-moe"),
+        bad(put("genome", {}), "recipe: genome: a recipe of mergekit-evolve; use merge-engine search"),
+        bad(put("layer_slices", []), "recipe: layer_slices: .* bakllama; use merge_method: passthrough, with slices$"),
         bad(put("merge_method", "dare"), "recipe: merge_method: dare is not there; use dare_ties or dare_linear"),
         bad(put("merge_method", "frank"), "recipe: merge_method: wanted one of linear, .*, got 'frank'"),
         bad(put("merge_method", ["ties"]), r"recipe: merge_method: wanted one of .*, got \['ties'\]"),
         bad(put("slices", [{}]), "recipe: wanted one of models, slices and modules, got models and slices"),
         bad(put("models", None), "recipe: wanted one of models, slices and modules, got none"),
         bad(put("models", {}), "recipe: wanted one of models, slices and modules, got none"),
-        bad(put("models/0", "ft1"), r"recipe: models\[0\]: wanted a table of keys, got 'ft1'"),
+        bad(put("models/0", "ft1"), r"recipe: models\[0\]: wanted a table with model: ft1, got 'ft1'"),
+        bad(put("models/0", 1), r"recipe: models\[0\]: wanted a table of keys, got 1"),
+        bad([1], "recipe: wanted a table of keys, got 1"),
         bad(put("models/0/model", None), r"recipe: models\[0\].model: wanted model or model\+lora, got None"),
-        bad(put("models/0/model", "a+b+c"), r"recipe: models\[0\].model: wanted model or model\+lora, got 'a\+b\+c'"),
+        bad(
+            put("models/0/model", "a+b+c"),
+            r"recipe: models\[0\].model: .*, another entry for another adapter, got 'a",
+        ),
+        bad(put("models/0/model", "lo1"), r"lo1 is an adapter; wanted it with its model, as MODEL\+lo1$"),
+        bad(put("base_model", "lo1"), r"lo1 is an adapter; wanted it with its model, as MODEL\+lo1$"),
         bad(put("models/0/model", "a@b@c"), r"recipe: models\[0\].model: wanted a path, or path@revision, got 'a@b@c'"),
         bad(put("models/0/model", "base+"), r"recipe: models\[0\].model.path: wanted a name, got ''"),
-        bad(put("models/0/model", "ft2"), "recipe: models: ft2 is there twice, wanted each model once"),
+        bad(put("models/0/model", "ft2"), "recipe: models: ft2 is there twice, .* once; remove one entry$"),
         bad(put("models", [model("base")]), "recipe: models: wanted at least one model besides base, got none"),
-        bad(put("base_model", None), "recipe: base_model: ties needs one, got none"),
+        bad(put("base_model", None), "recipe: base_model: ties needs one, .*; set base_model to the model that the"),
         bad(
             put("models/1/parameters/weight", None), r"recipe: models\[1\].parameters.weight: wanted a number, got None"
         ),
@@ -91,7 +117,7 @@ def bad(change, message):
         bad(put("models/1/parameters/weight", [1, float("nan")]), "recipe: .*weight: wanted a number, got nan"),
         bad(
             put("models/1/parameters/weight", [1, {"value": 2}]),
-            r"recipe: .*weight\[0\]: wanted a table of keys, got 1",
+            r"recipe: .*weight\[0\]: wanted a table, as value: 1, got 1",
         ),
         bad(
             put("models/1/parameters/weight", {"filter": "mlp"}), r"recipe: .*weight\[0\].value: wanted a number, got N"
@@ -100,7 +126,7 @@ def bad(change, message):
             put("models/1/parameters/weight", {"filter": 1, "value": 1}),
             r"recipe: .*filter: wanted a part of tensor na",
         ),
-        bad(put("models/1/parameters", {}), "recipe: wanted a weight for ft2, got none for "),
+        bad(put("models/1/parameters", {}), "recipe: wanted a weight for ft2, got none .*; set it under parameters"),
         bad(put("models/1/parameters/density", 1.5), "recipe: .*density: wanted a number from 0 to 1, got 1.5"),
         bad(put("parameters/normalize", "maybe"), "recipe: parameters.normalize: wanted true or false, got 'maybe'"),
         bad(put("dtype", "float64"), "recipe: dtype: wanted one of float32, float16, bfloat16, got 'float64'"),
@@ -115,6 +141,39 @@ def test_what_cannot_be_done_is_said(here, tmp_path, asked, message):
     with pytest.raises(RecipeError, match=f"^{message}"):
         merge_recipe(asked, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def of(method, *names, base=None, **keys):
+    return {"merge_method": method, "models": [model(name) for name in names], "base_model": base, **keys}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        bad(of("passthrough", "ft1", "ft2"), "passthrough takes 1 model, got 2 .*; to stack .* a slice of its own$"),
+        bad(
+            of("passthrough", "ft1", base="base"),
+            "passthrough takes 1 model, got ft1 and the base base; remove base_model$",
+        ),
+        bad(of("slerp", "ft1", "ft2", "ft3", base="ft1"), "slerp takes 2 models, .*, got 3 .*; multislerp and karcher"),
+        bad(of("slerp", "ft1", "ft2", "base", base="base"), "slerp takes 2 models, .*, got 3 .*; multislerp and karch"),
+        bad(
+            of("slerp", "ft1", "ft2", base="base"), ".*, got ft1, ft2 and the base base; set base_model to ft1 or ft2$"
+        ),
+        bad(of("slerp", "ft1", "ft2"), "base_model: slerp needs one, .*; set base_model to ft1 or ft2$"),
+        bad(of("nearswap", "ft1", "ft2", "ft3", base="ft1"), ".*; merge two, and the result with the next$"),
+        bad(of("model_stock", "ft1", base="base"), "model_stock takes at least 3 models, .*; slerp takes two$"),
+        bad(of("nuslerp", "ft1", "ft2", "ft3"), "nuslerp takes 2 models besides the base, got 3 .*; multislerp and"),
+        bad(
+            of("nuslerp", "ft1", base="base"),
+            "nuslerp takes 2 .*, got 1 .*; slerp takes the base as one of two$",
+        ),
+        bad(of("slerp", "ft1", base="ft1"), "slerp takes 2 models, .*, got 1 for models; name one more$"),
+    ],
+)
+def test_other_numbers_of_models_are_refused_with_a_way_out(here, tmp_path, asked, message):
+    with pytest.raises(RecipeError, match=message):
+        merge_recipe(asked, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

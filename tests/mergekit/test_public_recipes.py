@@ -30,7 +30,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base; A to E tuned from it, B with a token of its own; adapters lora1 and lora2 on base."""
+    """base; A to E tuned from it, B with a token of its own; A2 to A4, links to A; adapters lora1 and lora2 on base."""
     folder = tmp_path_factory.mktemp("public")
     generator = torch.Generator().manual_seed(0)
     base = {key: torch.randn(shape, generator=generator) for key, shape in SHAPES.items()}
@@ -45,6 +45,8 @@ def folder(tmp_path_factory):
         tokens = ["to", "be", "or", "not", "<a>"] + (["<b>"] if name == "B" else [])
         write_tokenizer(folder / name, numbered(*tokens))
         (folder / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    for number in (2, 3, 4):
+        (folder / f"A{number}").symlink_to("A", target_is_directory=True)
     for number in (1, 2):
         modules = [f"model.layers.{i}.self_attn.q_proj" for i in range(LAYERS)]
         factors = {m: [torch.randn(s, generator=generator) for s in ((1, WIDTH), (WIDTH, 1))] for m in modules}
@@ -61,15 +63,16 @@ def test_most_of_them_run():
 @pytest.mark.parametrize("number", range(len(PUBLIC)))
 def test_a_public_recipe(folder, tmp_path, monkeypatch, number):
     monkeypatch.chdir(folder)
-    each = PUBLIC[number]
+    recipe = PUBLIC[number]["recipe"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of keys that mergekit does not read either
-        if "refused" in each:
+        if "refused" in PUBLIC[number]:
             with pytest.raises(RecipeError) as refused:
-                merge_recipe(each["recipe"], tmp_path / "out")
-            assert each["refused"] in str(refused.value)
-            return
-        merge_recipe(each["recipe"], tmp_path / "out")
+                merge_recipe(recipe, tmp_path / "out")
+            assert str(refused.value) == f"recipe: {PUBLIC[number]['refused']}"
+            recipe = recipe | PUBLIC[number]["instead"]  # what the message says to use instead
+            recipe = {key: value for key, value in recipe.items() if value is not None}
+        merge_recipe(recipe, tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -77,5 +80,4 @@ def test_a_public_recipe(folder, tmp_path, monkeypatch, number):
     assert f"model.layers.{config['num_hidden_layers']}.mlp.down_proj.weight" not in tensors
     assert len(tensors["lm_head.weight"]) == config["vocab_size"]
     assert str(tensors["model.norm.weight"].dtype) == f"torch.{config['dtype']}"
-    wanted = each["recipe"].get("out_dtype", each["recipe"].get("dtype", "float32"))
-    assert config["dtype"] == wanted
+    assert config["dtype"] == recipe.get("out_dtype", recipe.get("dtype", "float32"))
