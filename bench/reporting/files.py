@@ -30,7 +30,8 @@ def write(report: Report, folder: Path, name: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV file with these columns, whole or not at all."""
+    """Write a CSV file with these columns, whole or not at all; its folder is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def write_it(part: Path) -> None:
         with part.open("w", newline="") as file:

@@ -232,6 +232,35 @@ for _group in ("replay", "alone"):
             f"{_key}_tuned": amount("best_mean", "{:.1f}", **_row),
             f"{_key}_known": amount("known", "{:.1f}", **_row),
         }
+def _above_linear(name: str, field: str = "best_mean") -> Callable[[Rows], list[float]]:
+    """By seed: how far a row is above `linear` at its best scale, in points."""
+
+    def above(rows: Rows) -> list[float]:
+        seeds = dict.fromkeys(row["seed"] for row in rows)
+        return [
+            value(rows, field, seed=seed, name=name) - value(rows, "best_mean", seed=seed, name="linear")
+            for seed in seeds
+        ]
+
+    return above
+
+
+def _below(above: Callable[[Rows], list[float]]) -> Callable[[Rows], list[float]]:
+    return lambda rows: [-points for points in above(rows)]
+
+
+FIGURES |= {
+    "seeds_tsv": span("{:.1f}", _above_linear("tsv")),
+    "seeds_actmat": span("{:.1f}", _above_linear("actmat, ridge .3")),
+    "seeds_linear_auto": lambda rows: f"{-min(_above_linear('linear, auto', 'mean')(rows)):.1f}",
+    "seeds_ties": span("{:.1f}", _below(_above_linear("ties d=.2"))),
+    "search_time": span("{:.0f}", each("seconds")),
+}
+for _sample in ("reported", "21"):
+    FIGURES |= {
+        f"search_one_{_sample}": amount("score", "{:.2f}", seed="0", merge="one scale", sample=_sample),
+        f"search_found_{_sample}": span("{:.2f}", each("score", merge="found", sample=_sample)),
+    }
 for _type in ("dare_linear", "dare_linear_svd"):
     for _way in ("PEFT", "torch", "philox"):
         FIGURES[f"{_type}_{_way}"] = amount("processor", "{:.2f} s", type=_type, rng=_way)

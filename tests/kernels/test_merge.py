@@ -19,6 +19,7 @@ from kernel_groups import (
 )
 from merge_engine.kernels.merge import merge_deltas, vote_balance
 from merge_engine.kernels.source import Dense, Drop, Keep, Lora, Source, Trim, pack
+from merge_engine.kernels.terms import terms_of
 from merge_engine.kernels.trims import trims
 from torch import Tensor
 
@@ -106,6 +107,14 @@ def test_equal_negative_and_zero_weights(
     check(merge_by(rule, source, weights, keep, torch.float32), kept_tensors(rule, source, keep), weights, rule)
 
 
+@pytest.mark.parametrize("weight", [0.3, 0.7001])
+def test_equal_weights_cancel_in_a_mean_by_weight(weight: float, device: torch.device) -> None:
+    """To the last bit: nothing is multiplied by them, and no sum of them is divided by."""
+    source = group(device=device)
+    how = {"elect": "total", "divisor": "weight", "vote_weighted": True}
+    assert torch.equal(merge_deltas(source, [[weight] * 3], **how), merge_deltas(source, [[1.0] * 3], **how))
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("tied", [1, -1])
 def test_a_tied_vote_elects_the_side_it_is_told_to(tied: int, device: torch.device) -> None:
@@ -145,6 +154,17 @@ def test_masks_are_those_of_the_host(density: float, device: torch.device) -> No
         for module in range(2):
             masks = [mask_of(drop, module, adapter, 7, 133, recipe) for adapter in range(3)]
             assert torch.equal(out[recipe, module], masks[0] + 2.0 * masks[1] + 4.0 * masks[2])
+
+
+def test_a_density_that_keeps_no_word_keeps_nothing(device: torch.device) -> None:
+    """Random words are 32 bits wide: a density of up to 2**-33 keeps none of their values."""
+    densities = [2.0**-34, 2.0**-33, 2.0**-32, 0.5]
+    source = Dense(torch.ones(1, 4, 3, 5, device=device))
+    density = torch.tensor(densities, dtype=torch.float64).view(1, 1, 4)
+    drop = Drop(density, [SEED], torch.tensor([0]), torch.arange(4))
+    terms = terms_of(source, drop, torch.ones(1, 4, device=device))
+    gains = terms[0, 0, :, 0].cpu().view(torch.float32).tolist()
+    assert gains == [0.0 if round(each * 2.0**32) == 0 else 1 / each for each in densities]
 
 
 def test_several_recipes_are_what_each_is_alone(device: torch.device) -> None:

@@ -68,6 +68,8 @@ def test_every_range_of_magnitudes(device: torch.device) -> None:
     source = Dense(x.to(device))
     for k in (1, 60, 130, 300, 500, 700, 1000, 1130, 1199):
         assert_trimmed(source, trims(source, torch.full((1, 1, 1), k)), k)
+        (of_model,) = model_trims([source], torch.full((1, 1), k))
+        assert_trimmed(source, of_model, k)
 
 
 @pytest.mark.quick

@@ -13,7 +13,7 @@ from kernel_groups import FLOATS, group, seen
 from merge_engine.kernels import trims as module
 from merge_engine.kernels.launch import Launch
 from merge_engine.kernels.merge import merge_deltas
-from merge_engine.kernels.search import LOWEST
+from merge_engine.kernels.search import BINS, FIRST, HELD, INFINITY, LOWEST, ORDER, STATE, WIDTH, _narrow_kernel
 from merge_engine.kernels.source import Dense, Source
 from merge_engine.kernels.trims import bands, list_length, sample_of, trims
 from operators import Operators
@@ -140,6 +140,28 @@ def test_a_bracket_that_misses_changes_nothing(
         mock.patch.object(module, "list_length", lambda numel: 8 if short else list_length(numel)),
     ):
         assert_exact(source, k, launch=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("order", "wanted"),
+    [
+        (7, (140, INFINITY.value + 1 - 140, 7, 7)),  # the last above the bracket
+        (8, (139, 1, 1, 2)),  # the first in it
+        (12, (100, 1, 3, 3)),  # the last in it
+        (13, (0, 100, 1, 88)),  # the first below
+    ],
+)
+def test_a_bracket_that_misses_by_one_is_noticed(order: int, wanted: tuple[int, ...], device: torch.device) -> None:
+    """Of 100 elements 7 are above the bracket [100, 140), 5 in it, and 88 below."""
+    state = torch.zeros(1, STATE.value, dtype=torch.int64, device=device)
+    state[0, FIRST.value], state[0, WIDTH.value], state[0, ORDER.value] = 100, 40, order
+    counts = torch.zeros(1, BINS.value, dtype=torch.int32, device=device)
+    counts[0, 0], counts[0, 39] = 3, 2
+    reached = torch.tensor([12], device=device)
+    _narrow_kernel[(1,)](state, counts, reached, 100, EXACT=True, LIST=1024, AREA=256)
+    fields = (FIRST, WIDTH, ORDER, HELD)
+    assert tuple(int(state[0, field.value]) for field in fields) == wanted
+    assert not counts.any()
 
 
 @pytest.mark.quick
