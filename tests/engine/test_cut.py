@@ -22,6 +22,16 @@ def test_energy_picks_the_smallest_rank(folders):
     assert merged.total_energy == pytest.approx(kept / total, abs=1e-6)
 
 
+@pytest.mark.parametrize("recipe", [{"method": "linear"}, {"method": "ties", "density": 0.4}], ids=str)
+def test_energy_picks_the_smallest_rank_among_factors(folders, recipe):
+    full = deltas_of(merge_engine.merge(folders, space="factors", **recipe))
+    merged = merge_engine.merge(folders, space="factors", energy=0.8, **recipe)
+    for name, result in merged.modules.items():
+        spectrum = torch.linalg.svdvals(full[name].double()).square()
+        share = spectrum.cumsum(0) / spectrum.sum()
+        assert len(result.A) == int((share < 0.8).sum()) + 1
+
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -49,7 +59,10 @@ def test_factors_whose_product_leaves_float32(tmp_path):
             merge_engine.merge([tmp_path / "a"] * 2, tmp_path / "out", method=method, density=density, rank=2)
     with pytest.raises(AdapterError, match="the delta of q may reach"):
         merge_engine.Session([tmp_path / "a"])
-    factors = torch.full((2, 9), 3e38), torch.full((8, 2), 1e-3)
-    save_factors(tmp_path / "b", {"q": factors}, lora_alpha=1)
+
+
+@pytest.mark.parametrize(("of_A", "of_B"), [(3e38, 1e-3), (1e-3, 3e38)])
+def test_either_factor_of_a_merge_may_leave_float32(tmp_path, of_A, of_B):
+    save_factors(tmp_path / "b", {"q": (torch.full((2, 9), of_A), torch.full((8, 2), of_B))}, lora_alpha=1)
     with pytest.raises(RecipeError, match=r"^q: its merge overflows float32; wanted smaller weights"):
         merge_engine.merge([tmp_path / "b"] * 2, tmp_path / "out", method="linear", space="factors", weights=[4, 4])

@@ -98,6 +98,15 @@ def test_the_ties_of_knots(zoo, tasks):
         assert float(error.norm()) <= 16 * U32 * sizes[name], name
 
 
+def test_a_majority_that_is_tied_elects_the_negative_side(tmp_path):
+    """As the code of TIES does: it compares the elected sign with 0, and 0 is not above it."""
+    tasks = [[1.0, -1.0, 0.25], [1.0, -1.0, -0.25]]  # votes of +, - and 0: none is the majority
+    for name, task in zip("ab", tasks, strict=True):
+        save_factors(tmp_path / name, {"q": (torch.tensor([task]), torch.ones(1, 1))}, r=1, lora_alpha=1)
+    merged = merge_engine.merge([tmp_path / "a", tmp_path / "b"], method="ties", convention="paper", density=1.0)
+    assert product(merged.modules["q"]).flatten().tolist() == pytest.approx([1.0, -1.0, -0.25])
+
+
 @pytest.mark.parametrize("space", ["knots", "core"])
 def test_linear_in_a_space_is_linear(zoo, space):
     for options in ({}, {"rank": 2}, {"scale": "auto"}, {"balance": "pico"}):
