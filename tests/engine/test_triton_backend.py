@@ -95,6 +95,24 @@ def test_a_module_has_the_same_bits_in_any_company(uneven, recipe):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_random_drops_do_not_depend_on_who_else_has_a_module(uneven, tmp_path, backend):
+    """The first adapter lacks most modules, or has zeros there: those after it drop the same elements."""
+    few, *others = uneven[::-1]
+    tensors = load_file(others[0] / "adapter_model.safetensors")
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in tensors.items() if "layers.1.q" not in key}
+    padded = tmp_path / "padded"
+    padded.mkdir()
+    save_file(zeros | load_file(few / "adapter_model.safetensors"), padded / "adapter_model.safetensors")
+    config = json.loads((few / "adapter_config.json").read_text())
+    config["rank_pattern"] = {name: 17 for name in ("layers.0.q", "layers.2.q", "layers.0.up")}
+    (padded / "adapter_config.json").write_text(json.dumps(config))
+    recipe = {"method": "dare_linear", "density": 0.4, "rank": 24, "seed": 3, "backend": backend}
+    got, want = (deltas(merge_engine.merge([first, *others], **recipe)) for first in (few, padded))
+    for name in ("layers.0.q", "layers.2.q", "layers.0.up"):
+        assert relative(got[name], want[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_weights_by_module(uneven, scope, backend):
     """Each module is what it is in a merge of its weights: no threshold depends on them."""
