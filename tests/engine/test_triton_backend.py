@@ -117,7 +117,7 @@ def test_random_drops_do_not_depend_on_who_else_has_a_module(uneven, tmp_path, b
 def test_weights_by_module(uneven, scope, backend):
     """Each module is what it is in a merge of its weights: no threshold depends on them."""
     one, other = [1.0, 0.0, 0.3], [1.0, -0.5, 0.3]
-    table = {"layers.0.up": other, "layers.0.q": one, "layers.1.q": other, "layers.2.q": one}
+    table = {"layers.0.up": other, "layers.0.q": one, "layers.1.q": one, "layers.2.q": other}
     recipe = {"method": "ties", "density": 0.3, "scope": scope, "rank": 24, "backend": backend}
     got = merge_engine.merge(uneven, module_weights=table, **recipe).modules
     for weights in (one, other):
