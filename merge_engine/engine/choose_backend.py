@@ -31,7 +31,7 @@ def choose(name: str | None = None) -> Backend:
     if name == "torch" or (name == "auto" and not torch.cuda.is_available()):
         return TorchBackend()  # without Triton's import, of 0.2 s
     device, reason = triton_device()
-    if device is None or (name == "auto" and device.type == "cpu"):
+    if device is None:
         if name == "triton":
             raise RecipeError(f"backend: triton cannot run here: {reason}")
         return TorchBackend()

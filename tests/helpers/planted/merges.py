@@ -190,8 +190,8 @@ FAULTS = [
     ),
     Fault(
         f"{ENGINE}/choose_backend.py",
-        'device is None or (name == "auto" and device.type == "cpu")',
-        "device is None",
+        'name == "torch" or (name == "auto" and not torch.cuda.is_available())',
+        'name == "torch"',
         "tests/engine/test_choose_backend.py",
         "Triton's interpreter is taken without being asked for",
     ),
