@@ -95,6 +95,18 @@ def test_a_module_has_the_same_bits_in_any_company(uneven, recipe):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ties_over_the_model_are_taken_in_the_order_of_modules(tmp_path, backend):
+    """All magnitudes are equal: half of the elements stay, the first ones, whatever is merged with what at once."""
+    shapes = {"a.q": (5, 8), "b.up": (16, 5), "c.q": (5, 8)}
+    ones = {name: (torch.ones(1, columns), torch.ones(rows, 1)) for name, (rows, columns) in shapes.items()}
+    folder = save_factors(tmp_path / "a", ones, lora_alpha=1)
+    recipe = {"method": "magnitude_prune", "density": 0.5, "scope": "model", "rank": 5, "backend": backend}
+    kept = deltas(merge_engine.merge([folder], **recipe))
+    got = torch.cat([kept[name].flatten() for name in shapes])
+    torch.testing.assert_close(got, (torch.arange(160) < 80).double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_random_drops_do_not_depend_on_who_else_has_a_module(uneven, tmp_path, backend):
     """The first adapter lacks most modules, or has zeros there: those after it drop the same elements."""
     few, *others = uneven[::-1]
