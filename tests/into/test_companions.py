@@ -72,7 +72,14 @@ def test_every_tokenizer_file_tells_of_the_added_tokens(toys):
 
 def test_vocabularies_inside_a_part_of_the_configuration(tmp_path):
     folders = [
-        save_toy(tmp_path / str(i), numbered("to", *added), 1 + len(added), seed=i, text_config={"vocab_size": 1})
+        save_toy(
+            tmp_path / str(i),
+            numbered("to", *added),
+            1 + len(added),
+            seed=i,
+            text_config={"vocab_size": 1},
+            audio_config={"vocab_size": 7},
+        )
         for i, added in enumerate([[], ["<a>"]])
     ]
     for folder in folders:
@@ -81,7 +88,11 @@ def test_vocabularies_inside_a_part_of_the_configuration(tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
     merge_engine.merge_models(folders[0], folders[1:], tmp_path / "out", vocab="union")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config == {"tie_word_embeddings": False, "text_config": {"vocab_size": 2}}
+    assert config == {
+        "tie_word_embeddings": False,
+        "text_config": {"vocab_size": 2},
+        "audio_config": {"vocab_size": 7},  # another part, with other tokens
+    }
 
 
 def test_more_added_tokens_than_a_card_can_list(tmp_path):
