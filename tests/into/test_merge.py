@@ -120,6 +120,17 @@ def test_what_is_asked_for_as_dtype(base, three, tmp_path):
     assert not (tmp_path / "over").exists() and not (tmp_path / ".over.partial").exists()
 
 
+def test_a_copied_value_beyond_float16_is_an_error(base, three, tmp_path):
+    folder = tmp_path / "large"
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = 1e5  # no adapter has this module
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"^lm_head\.weight has a value beyond 65504, the largest of float16"):
+        merge_engine.merge_into(folder, three, tmp_path / "out", method="linear", dtype="float16", weights=WEIGHTS)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "cat"])
 def test_factor_space(base, three, tmp_path, method):
     recipe = {"method": method, "space": "factors", "density": 0.4, "weights": WEIGHTS, "scale": 0.5}

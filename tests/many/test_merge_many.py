@@ -32,6 +32,30 @@ def test_factors_have_the_bits_of_a_merge_alone(alike):
         assert identical(got, alone(alike, recipe, backend="torch")), recipe
 
 
+def test_merges_that_differ_in_their_energy(alike):
+    grid = [{"method": "linear", "energy": energy} for energy in (0.3, 0.9)]
+    few, many = results = list(merge_many(alike, grid, backend="torch"))
+    for recipe, got in zip(grid, results, strict=True):
+        assert identical(got, alone(alike, recipe, backend="torch")), recipe
+    assert all(len(few.modules[name].A) < len(module.A) for name, module in many.modules.items())
+
+
+def test_merges_whose_weights_turn_the_majority(tmp_path):
+    """In q all votes are tied, whatever the sign of both weights; in up it turns the majority."""
+    ones = torch.ones(1, 3)
+    folders = [
+        save_factors(tmp_path / name, {"q": (ones, sign * torch.ones(4, 1)), "up": (ones, torch.ones(4, 1))}, r=1)
+        for name, sign in (("a", 1.0), ("b", -1.0))
+    ]
+    paper = {"method": "ties", "convention": "paper", "density": 1.0}
+    grid = [{**paper, "weights": [sign, sign]} for sign in (1.0, -1.0)]
+    results = list(merge_many(folders, grid, backend="torch"))
+    for recipe, got in zip(grid, results, strict=True):
+        assert identical(got, merge(folders, backend="torch", **recipe)), recipe
+    signs = [float((got.modules["q"].B @ got.modules["q"].A).sign().mean()) for got in results]
+    assert signs == [1.0, -1.0]
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_module_that_is_the_same_in_two_merges_may_have_another_majority(tmp_path, backend):
     """In q all votes are tied; in up the majority is - of all elements, and + of the few largest."""
