@@ -40,7 +40,7 @@ def test_merges_that_differ_in_their_energy(alike):
     assert all(len(few.modules[name].A) < len(module.A) for name, module in many.modules.items())
 
 
-def test_merges_whose_weights_turn_the_majority(tmp_path):
+def test_weights_that_turn_the_majority(tmp_path):
     """In q all votes are tied, whatever the sign of both weights; in up it turns the majority."""
     ones = torch.ones(1, 3)
     folders = [
@@ -49,11 +49,12 @@ def test_merges_whose_weights_turn_the_majority(tmp_path):
     ]
     paper = {"method": "ties", "convention": "paper", "density": 1.0}
     grid = [{**paper, "weights": [sign, sign]} for sign in (1.0, -1.0)]
-    results = list(merge_many(folders, grid, backend="torch"))
-    for recipe, got in zip(grid, results, strict=True):
-        assert identical(got, merge(folders, backend="torch", **recipe)), recipe
-    signs = [float((got.modules["q"].B @ got.modules["q"].A).sign().mean()) for got in results]
-    assert signs == [1.0, -1.0]
+    with Session(folders, backend="torch") as session:
+        for results in (list(merge_many(folders, grid, backend="torch")), [session.merge(**each) for each in grid]):
+            for recipe, got in zip(grid, results, strict=True):
+                assert identical(got, merge(folders, backend="torch", **recipe)), recipe
+            signs = [float((got.modules["q"].B @ got.modules["q"].A).sign().mean()) for got in results]
+            assert signs == [1.0, -1.0]
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
