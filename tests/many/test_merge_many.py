@@ -40,15 +40,13 @@ def test_merges_that_differ_in_their_energy(alike):
     assert all(len(few.modules[name].A) < len(module.A) for name, module in many.modules.items())
 
 
-def test_weights_that_turn_the_majority(tmp_path):
-    """In q all votes are tied, whatever the sign of both weights; in up it turns the majority."""
-    ones = torch.ones(1, 3)
-    folders = [
-        save_factors(tmp_path / name, {"q": (ones, sign * torch.ones(4, 1)), "up": (ones, torch.ones(4, 1))}, r=1)
-        for name, sign in (("a", 1.0), ("b", -1.0))
-    ]
+def test_a_weight_of_0_may_turn_the_majority(tmp_path):
+    """In q two adapters tie; the third, in up, makes the majority + where it counts at all."""
+    row = torch.ones(1, 3)
+    modules = {"a": {"q": (row, torch.ones(4, 1))}, "b": {"q": (row, -torch.ones(4, 1))}, "c": {"up": (row, row.T)}}
+    folders = [save_factors(tmp_path / name, factors) for name, factors in modules.items()]
     paper = {"method": "ties", "convention": "paper", "density": 1.0}
-    grid = [{**paper, "weights": [sign, sign]} for sign in (1.0, -1.0)]
+    grid = [{**paper, "weights": [1.0, 1.0, weight]} for weight in (1.0, 0.0)]
     with Session(folders, backend="torch") as session:
         for results in (list(merge_many(folders, grid, backend="torch")), [session.merge(**each) for each in grid]):
             for recipe, got in zip(grid, results, strict=True):
