@@ -40,13 +40,13 @@ def test_merges_that_differ_in_their_energy(alike):
     assert all(len(few.modules[name].A) < len(module.A) for name, module in many.modules.items())
 
 
-def test_a_weight_of_0_may_turn_the_majority(tmp_path):
-    """In q two adapters tie; the third, in up, makes the majority + where it counts at all."""
+def test_a_weight_may_turn_the_majority(tmp_path):
+    """In q two adapters tie; the third, in up, makes the majority. The votes of this method are weighted."""
     row = torch.ones(1, 3)
     modules = {"a": {"q": (row, torch.ones(4, 1))}, "b": {"q": (row, -torch.ones(4, 1))}, "c": {"up": (row, row.T)}}
     folders = [save_factors(tmp_path / name, factors) for name, factors in modules.items()]
-    paper = {"method": "ties", "convention": "paper", "density": 1.0}
-    grid = [{**paper, "weights": [1.0, 1.0, weight]} for weight in (1.0, 0.0)]
+    paper = {"method": "elect_max", "convention": "paper", "density": 1.0}
+    grid = [{**paper, "weights": [1.0, 1.0, weight]} for weight in (1.0, -1.0)]
     with Session(folders, backend="torch") as session:
         for results in (list(merge_many(folders, grid, backend="torch")), [session.merge(**each) for each in grid]):
             for recipe, got in zip(grid, results, strict=True):
