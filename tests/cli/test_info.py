@@ -49,6 +49,13 @@ def test_info_as_json(three, capsys):
         assert module["norm"] == pytest.approx(2 * (B.double() @ A.double()).norm().item(), rel=1e-6)
 
 
+def test_a_norm_is_positive_whatever_the_scaling(tmp_path, capsys):
+    folder = save_factors(tmp_path / "a", {"q": (torch.ones(1, 4), torch.ones(9, 1))}, lora_alpha=-0.5)
+    assert run_cli(capsys, "info", folder)[1].split()[-1] == "3"
+    (module,) = json.loads(run_cli(capsys, "info", folder, "--json")[1])["adapters"][0]["modules"]
+    assert (module["scaling"], module["norm"]) == (-0.5, 3.0)
+
+
 def test_info_of_dora_and_experts(tmp_path, capsys):
     from expert_models import save_experts
     from peft_models import llama, saved

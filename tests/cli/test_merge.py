@@ -10,6 +10,7 @@ from toy_models import bytes_of, save_adapter, save_base
 
 import merge_engine
 from merge_engine.cli.main import main
+from merge_engine.cli.result import result_of
 from merge_engine.errors import OutputError
 
 
@@ -132,3 +133,10 @@ def test_json_of_a_model_and_of_a_sweep(tmp_path, capsys):
     merges = json.loads(out)["merges"]
     assert code == 0 and len(merges) == 2
     assert all((tmp_path / "swept" / each["name"]).samefile(each["output"]) for each in merges)
+
+
+@pytest.mark.quick
+def test_seconds_are_those_of_the_merge_where_it_tells_them(capsys):
+    with result_of({"json": True}) as result:
+        result.say("merged", seconds=12.5)
+    assert json.loads(capsys.readouterr().out) == {"seconds": 12.5, "warnings": []}

@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import torch
 from compared import HEAD, Q, V, invented
+from lora_files import save_factors
 
 import merge_engine
 from merge_engine.compare.figures import CAVEAT, SHOWN, figure, upper
@@ -25,6 +27,16 @@ def test_table_has_the_most_conflicting_first(three):
     figures = result.modules[Q]
     wanted = [f"{100 * figures.conflict_rate:.1f}", "%", f"{100 * figures.contested / 1200:.1f}", "%", "-1.000"]
     assert row[1:] == wanted
+
+
+def test_modules_without_a_figure_come_last(tmp_path):
+    """As those of one adapter, which nothing can conflict with."""
+    ones = torch.ones(1, 3), torch.ones(3, 1)
+    save_factors(tmp_path / "a", {"alone": ones, "q": ones, "v": ones})
+    save_factors(tmp_path / "b", {"q": ones, "v": (ones[0], -ones[1])})
+    result = merge_engine.interference([tmp_path / "a", tmp_path / "b"], density=1.0)
+    assert [(name, figures.conflict_rate) for name, figures in result.ranked()][:2] == [("v", 1.0), ("q", 0.0)]
+    assert result.ranked()[2][0] == "alone" and math.isnan(result.ranked()[2][1].conflict_rate)
 
 
 def test_table_stays_short():

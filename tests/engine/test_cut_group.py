@@ -244,6 +244,19 @@ def test_modules_of_several_shapes_and_ranks(mixed, recipe):
         assert got.squared_norm == pytest.approx(want.squared_norm, rel=1e-5)
 
 
+def test_out_of_memory_cuts_each_module_of_a_group(mixed, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine_cut_group, "cut_matrices", full)
+    _, backend = backends("torch")
+    plan = planned(mixed, {"method": "ties", "density": 0.4, "rank": 4, "weights": WEIGHTS})
+    works = list(merge_groups(plan, backend, prepare(plan, backend, lambda covered: None)))
+    for work, got in zip(works, cut_group(plan, backend, works), strict=True):
+        want = cut(plan, backend, work).factors
+        assert torch.equal(got.factors.A, want.A) and torch.equal(got.factors.B, want.B), work.module.name
+
+
 def test_out_of_memory_goes_on_one_by_one(mixed, monkeypatch, caplog, one_by_one):
     def full(*_):
         raise torch.OutOfMemoryError("no room")

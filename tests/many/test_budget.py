@@ -1,4 +1,4 @@
-"""Memory: what processes really take."""
+"""Memory: how a budget is divided, and what processes really take."""
 
 import json
 import os
@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 from grids import save_adapter
+
+from merge_engine.engine.cpu_backend import TorchBackend
+from merge_engine.engine.plan import make_plan
+from merge_engine.formats.open import open_adapter
+from merge_engine.many.budget import room
+from merge_engine.rules.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 MEASURE = """
@@ -33,6 +39,13 @@ def peaks(*arguments):
     command = [sys.executable, "-c", MEASURE, json.dumps(arguments, default=str)]
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
+
+
+def test_results_that_stay_in_memory_are_counted(tmp_path):
+    adapters = [open_adapter(save_adapter(tmp_path / name, 0, {"q": (512, 1024)}, rank=8)) for name in "ab"]
+    plans = [make_plan(adapters, Recipe.from_mapping({"method": "linear", "scale": scale})) for scale in (1, 2, 3)]
+    on_disk, in_memory = (room(plans, TorchBackend(), 10**9, in_memory=each) for each in (False, True))
+    assert on_disk.cache - in_memory.cache == 3 * 4 * 16 * (512 + 1024)  # float32 factors of rank 8 + 8
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.variants import ALoraLinearVariant
+from peft.utils import ModulesToSaveWrapper
 from peft_zoo import STOCK, factors
 from transformers import LlamaConfig, LlamaForCausalLM
 from unchanged import assert_unchanged, snapshot
@@ -154,6 +155,17 @@ def test_saved_layers_of_one_adapter_each_are_carried_over(tmp_path):
     torch.testing.assert_close(logits(again(model, tmp_path, "merged"), "merged"), logits(model, "merged"))
     STOCK(model.base_model, names, [1, 0.5], "theirs", "ties", density=0.5)
     assert torch.equal(inner.lm_head.modules_to_save["theirs"].weight, inner.lm_head.original_module.weight)
+
+
+def test_weights_that_saved_layers_share_are_shared_by_their_copies():
+    """As of an embedding and a head that are tied: once in memory, and once in what is trained on."""
+    embedding, head = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5, bias=False)
+    wrappers = [ModulesToSaveWrapper(layer, "x") for layer in (embedding, head)]
+    for wrapper in wrappers[1:]:
+        wrapper.modules_to_save["x"].weight = wrappers[0].modules_to_save["x"].weight
+    Saved(modules=[(wrapper, "x") for wrapper in wrappers]).install("merged", [])
+    one, other = (wrapper.modules_to_save["merged"].weight for wrapper in wrappers)
+    assert one is other and one is not wrappers[0].modules_to_save["x"].weight
 
 
 @pytest.mark.parametrize("extra", [{"trainable_token_indices": [3]}, {"modules_to_save": ["lm_head"]}])

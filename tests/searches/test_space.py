@@ -32,12 +32,31 @@ def test_a_method_has_only_the_parameters_that_it_looks_at():
     assert ties.recipe({"method": "linear"}) == {"method": "linear", "seed": 3, "scale": "auto"}
 
 
+@pytest.mark.parametrize(
+    ("over", "wanted"), [((0.0, 2.0), False), ((-1.0, 2.0), False), ((0.5, 1.0), False), ((0.25, 1.0), True)]
+)
+def test_a_wide_span_above_0_is_searched_by_ratio(over, wanted):
+    by_ratio = []
+    space = make_space({"weights": over}, {}, NAMES, MODULES)
+    space.suggest(lambda name, low, high, ratio: by_ratio.append(ratio) or low, lambda name, choices: choices[0])
+    assert by_ratio == [wanted] * 2
+
+
 def test_values_become_recipes():
     space = make_space({"weights": (0.0, 2.0), "scale": [0.5, 1]}, {"method": "linear"}, NAMES, MODULES)
     assert space.recipe(drawn(space, None)) == {"method": "linear", "weights": [1.0, 1.0], "scale": 0.5}
     assert not space.automatic
     same = make_space({"weights": (0.0, 2.0)}, {}, ["a", "b", "a"], MODULES)
     assert list(drawn(same, None)) == ["weight of a #1", "weight of b", "weight of a #3"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_layer_is_in_a_group(count):
+    """Whatever the number of groups: as many layers each, or one more."""
+    modules = [f"layers.{layer}.q" for layer in range(11)]
+    space = make_space({"weights": (0.0, 2.0)}, {"method": "tsv"}, NAMES, modules, groups=count)
+    assert sorted(module for group in space.groups.values() for module in group) == sorted(modules)
+    assert {len(group) for group in space.groups.values()} <= {11 // count, 11 // count + 1}
 
 
 def test_groups_of_layers_have_their_own_weights():

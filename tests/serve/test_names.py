@@ -40,6 +40,7 @@ HOSTILE = [
     "merge:a*1e999",
     "merge:a*nan",
     "merge:a*1000000",
+    "merge:a*-1000000",
     "merge:a*0x10",
     "merge:a*1_0",
     "merge:a@../../x",

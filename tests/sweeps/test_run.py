@@ -1,6 +1,7 @@
 """What becomes of each merge of a sweep, and that the next run goes on from the last one."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -121,6 +122,23 @@ def test_an_interrupted_merge_goes_on(three, tmp_path, monkeypatch):
         run(three, output, trials)
     assert not any(path.is_dir() for path in output.iterdir())
     run(three, output, trials)
+    for trial in trials:
+        assert_same(output / trial.name, three, **trial.recipe)
+
+
+def test_an_interrupted_replacement_goes_on(three, tmp_path, monkeypatch):
+    """A folder that is still the merge of adapters before they changed is not taken for theirs."""
+    trials, output = sweep_trials({"density": [0.2, 0.4]}, {}, 3), tmp_path / "out"
+    run(three, output, trials)
+    shutil.copy(three[1] / "adapter_model.safetensors", three[0])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Output, "add", interrupted)
+        run(three, output, trials, overwrite=True)
+    run(three, output, trials, overwrite=True)
     for trial in trials:
         assert_same(output / trial.name, three, **trial.recipe)
 

@@ -29,8 +29,8 @@ FAULTS = [
     ),
     Fault(
         "kernels/merge.py",
-        'len(set(row)) == 1 and (row[0] > 0 or elect == "none")',
-        "len(set(row)) == 1",
+        'len(set(weights)) == 1 and (weights[0] > 0 or elect == "none")',
+        "len(set(weights)) == 1",
         MERGE,
         "equal negative weights are put into the scale, and turn no vote",
     ),
