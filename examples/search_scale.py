@@ -1,4 +1,4 @@
-"""Several scales, each scored; the best one: python examples/search_scale.py OUT
+"""Several methods and densities, each scored; the best one: python examples/search_scale.py OUT
 
 The score here is the cosine to the plain sum of the deltas. Put your own evaluation in its place: a function of the
 folder that returns a number.

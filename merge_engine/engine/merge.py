@@ -36,28 +36,32 @@ def merge(
 ) -> Merged:
     """scale * method(w_1 t_1, ..., w_n t_n) for every module of the adapters, cut to a rank: one merged adapter.
 
-    adapters: folders or hub ids (``user/repo``) of LoRA adapters as PEFT writes them; or a mapping of them to weights.
-    output: the folder to write, loadable by PEFT; it appears complete or not at all, and an existing one is refused
-        unless overwrite. None keeps the result in memory.
+    adapters: folders, ``.safetensors`` files or hub ids (``user/repo``) of LoRA adapters on one base; or a mapping of
+        them to weights.
+    output: the folder to write, loadable by PEFT (a ``.safetensors`` file where the adapters are such files); it
+        appears complete or not at all; an existing one is refused unless overwrite. None keeps the result in memory.
     progress: a bar on standard error; None shows it on a terminal only.
     backend: "triton", "torch", or "auto" (Triton on a GPU, torch elsewhere); None: as MERGE_ENGINE_BACKEND says.
 
-    Fields of the recipe, with their defaults; `Recipe` says more:
-    method: "ties"; a row of the table of methods. weights: None, 1.0 for each adapter; numbers without unit.
-    density: None, 0.2: the share of elements, 0 to 1, that a trim or a drop keeps.
-    scale: 1.0, a factor of the result, or "auto". gain: 1.0, a factor of "auto".
-    space: "delta", or "factors", "core", "knots". balance: None, or "pico".
-    convention: "peft", or "mergekit", "paper". election: "total", or "frequency".
-    scope, trim_ties: None, as the convention says; "tensor" or "model"; "exact" or "keep".
-    normalize, rescale: None, as the convention says; True or False; "density" or "l1".
-    seed: 0, of random drops.
-    rank: "auto", the sum of the ranks, or a number of directions. energy: None, or a share from 0 to 1 to keep;
-        1 keeps all that is not rounding.
-    ranks: "one" rank for all modules of what is written, or each its "own". dtype: None, that of the adapters.
-    saved: None, or "average", "first": of saved layers that differ.
-    gamma: 0.01, a share of elements, of breadcrumbs. mask: 0.4, a ratio, and min_tasks: 2, a number of adapters, of
-        consensus. ridge: 1.0, in units of the mean eigenvalue, of actmat.
-    block_weights, module_weights, module_densities: None; tables by module.
+    Fields of the recipe; the value after the colon is the default, and `Recipe` says more:
+    method: "ties"; any of those that ``merge-engine merge --help`` lists.
+    weights: None, which is 1.0 for each adapter; they are not normalised.
+    density: None, which is 0.2: the share of elements, 0 to 1, that a trim or a drop keeps.
+    scale: 1.0; multiplies the result. "auto": each merged layer is as large as the adapters' are on average.
+    gain: 1.0; multiplies scale="auto".
+    space: "delta"; or "factors", "core", "knots". balance: None; or "pico".
+    convention: "peft"; or "mergekit", "paper". election: "total"; or "frequency".
+    scope, trim_ties: None, as the convention says; or "tensor", "model" and "exact", "keep".
+    normalize, rescale: None, as the convention says; or True, False and "density", "l1".
+    seed: 0; of random drops.
+    rank: "auto", the sum of the ranks; or a number. energy: None; or the share of the squared norm to keep, 0 to 1, by
+        the smallest rank up to `rank`; 1 keeps all that is not rounding.
+    ranks: "one", the same rank for all modules of what is written; or "own". dtype: None, that of the adapters.
+    saved: None, which refuses whole layers that differ between adapters; or "average", "first".
+    gamma: 0.01; breadcrumbs drops this share of the elements, the largest ones.
+    mask: 0.4, a ratio. min_tasks: 2, a number of adapters. Both belong to consensus.
+    ridge: 1.0, in units of the mean eigenvalue; belongs to actmat.
+    block_weights, module_weights, module_densities: None; or tables by module.
     combination_type, majority_sign_method, svd_rank: PEFT's names for method and space, election, and rank.
 
     No base model is loaded, and no delta of an adapter is stored. Raises MergeError before anything is written.

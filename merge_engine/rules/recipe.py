@@ -25,7 +25,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WRITTEN
 class Recipe:
     """How adapters are merged: ``scale * method(w_1 t_1, ..., w_n t_n)`` in a space, then cut to a rank.
 
-    method: a row of `rule.METHODS`. weights: one an adapter, in order or as a table by their names; 1.0 each if None.
+    method: a row of `methods.METHODS`. weights: one an adapter, in order or as a table by names; 1.0 each if None.
     density: the share that a trim or a drop keeps: one number, one an adapter, or a table {module pattern: either},
         where a pattern matches as in PEFT's rank_pattern (see `patterns`), and the first match counts.
         0.2 if None; methods that keep everything do not look at it.
@@ -37,7 +37,7 @@ class Recipe:
         the merged delta before it is cut. gain: 1.0, only with scale="auto"; a number, or a table {module pattern:
         number}, as {"q_proj": 2, ".*": 1}, in which the first match counts.
     election: sign of the sum ("total"), or of the sum of signs ("frequency").
-    convention: "peft", "mergekit" or "paper" (see `rule.Convention`); scope and trim_ties override what it says.
+    convention: "peft", "mergekit" or "paper" (see `conventions.Convention`); scope and trim_ties override what it says.
     seed: of the random drops, 0 <= seed < 2**64.
     rank: of the result: "auto" (sum of the ranks, at most min(M, N)), or a number; energy: the smallest rank up to
         that whose kept energy |BA|^2 / |delta|^2 is at least this, or that rank where none is. energy 1 keeps every

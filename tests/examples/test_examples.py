@@ -40,8 +40,8 @@ def test_merge_three(run, tmp_path):
     assert "14 modules of rank 24, kept energy 1.0000" in text
 
 
-def test_compare_first(run, tmp_path):
-    text = run(ROOT / "examples" / "compare_first.py", tmp_path / "out")
+def test_compare_first(run):
+    text = run(ROOT / "examples" / "compare_first.py")
     assert merge_engine.interference(list(adapter_paths().values())).table() in text
 
 
