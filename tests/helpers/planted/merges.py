@@ -79,7 +79,7 @@ FAULTS = [
         f"{ENGINE}/prepare.py",
         "{side: 1 if total > 0 else -1 for",
         "{side: 1 if total >= 0 else -1 for",
-        "tests/rules/test_methods.py tests/engine/test_merge.py tests/engine/test_plan.py",
+        "tests/engine/test_spaces.py tests/engine/test_merge.py",
         "a majority that is tied elects +",
     ),
     Fault(
