@@ -10,10 +10,8 @@ an error, as are tests that fail without a fault: bring the tables up to date. W
 on: what it had seen noticed, by the same row, is not run again. With a place for the copies, the loops that Numba
 compiled there serve the next run, too.
 
-The last run, of 29 November 2026, on two busy cores (Intel Xeon), over several commits, each fault once its test was
-written, and never yet as a whole: of 287 faults 172 were run, 170 were noticed and 2 are harmless. 115 were not run:
-those of kernels, into, many, compare, peft_backend, sweeps, searches, serve, demo and cli, and most of engine and
-loops. The run was stopped, so its last step, the same tests without faults, was not made.
+The last run, of 29 November 2026, on two cores (AMD EPYC): of 292 faults 288 were noticed and 4 are harmless, as their
+rows explain; without faults the same tests pass. Some 55 that no test had noticed before became tests.
 """
 
 import argparse
