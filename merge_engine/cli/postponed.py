@@ -1,19 +1,25 @@
 """Parts of torch that a merge does not use, imported only when something asks for them.
 
-``import torch`` takes some 1.2 s, a quarter of it for kernels of tensors without data (of torch.compile, torch.export
-and the device "meta") that torch registers from Python. The command's process puts an empty module in their place. It
-is filled when one of its attributes is asked for, and before the import of a package that uses such tensors.
+``import torch`` takes about a second, a quarter of it for kernels of tensors without data (of torch.compile,
+torch.export and the device "meta") that torch registers from Python. The command's process puts empty modules in their
+place, and in that of a few others. One is filled when one of its attributes is asked for, and all are before the import
+of a package that uses such tensors.
 """
 
 import importlib.machinery
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.abc import Loader
 from types import ModuleType
 from typing import Any
 
-POSTPONED = ("torch._meta_registrations", "torch.export")
+POSTPONED = (
+    "torch._meta_registrations",
+    "torch.export",
+    "torch.distributions",
+    "torch.quantization",
+    "torch.utils.data",
+)
 USERS = (
     "torch._dynamo",
     "torch._inductor",
@@ -36,10 +42,10 @@ class _Empty(ModuleType):
         return ModuleType.__getattribute__(self, name)
 
 
-class _Later(Loader):
+class _Later:
     """Makes the empty module; loader: the real one."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
@@ -62,7 +68,7 @@ class _Finder:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Later(spec.loader)
+            spec.loader = _Later(spec.loader)  # type: ignore[assignment]
         return spec
 
 
@@ -89,4 +95,4 @@ def _fill(module: _Empty) -> None:
             assert module.__spec__ is not None
             module.__spec__.loader = module.__loader__ = loader.loader
             loader.loader.exec_module(module)
-            module.__class__ = ModuleType  # type: ignore[assignment]
+            module.__class__ = ModuleType

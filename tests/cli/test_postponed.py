@@ -10,10 +10,10 @@ import sys, types
 from merge_engine.cli import postponed
 postponed.postpone()
 import torch
-both = [sys.modules[name] for name in postponed.POSTPONED]
-assert all(type(module) is not types.ModuleType for module in both), both
+all_of_them = [sys.modules[name] for name in postponed.POSTPONED]
+assert all(type(module) is not types.ModuleType for module in all_of_them), all_of_them
 """
-FILLED = "assert all(type(module) is types.ModuleType for module in both), both\n"
+FILLED = "assert all(type(module) is types.ModuleType for module in all_of_them), all_of_them\n"
 
 
 def run(text):
@@ -55,7 +55,7 @@ from merge_engine.cli.main import main
 from merge_engine.demo import adapter_paths
 adapters = list(map(str, adapter_paths().values()))[:3]
 assert main(["merge", *adapters, "-o", {str(tmp_path / "out")!r}, "--method", "tsv", "--scale", "auto"]) == 0
-assert all(type(module) is not types.ModuleType for module in both), both
+assert all(type(module) is not types.ModuleType for module in all_of_them), all_of_them
 """
     done = run(text)
     assert done.returncode == 0, done.stderr
