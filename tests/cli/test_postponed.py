@@ -10,10 +10,10 @@ import sys, types
 from merge_engine.cli import postponed
 postponed.postpone()
 import torch
-all_of_them = [sys.modules[name] for name in postponed.POSTPONED]
-assert all(type(module) is not types.ModuleType for module in all_of_them), all_of_them
+parts = [sys.modules[name] for name in postponed.POSTPONED]
+assert all(type(module) is not types.ModuleType for module in parts), parts
 """
-FILLED = "assert all(type(module) is types.ModuleType for module in all_of_them), all_of_them\n"
+FILLED = "assert all(type(module) is types.ModuleType for module in parts), parts\n"
 
 
 def run(text):
@@ -55,7 +55,7 @@ from merge_engine.cli.main import main
 from merge_engine.demo import adapter_paths
 adapters = list(map(str, adapter_paths().values()))[:3]
 assert main(["merge", *adapters, "-o", {str(tmp_path / "out")!r}, "--method", "tsv", "--scale", "auto"]) == 0
-assert all(type(module) is not types.ModuleType for module in all_of_them), all_of_them
+assert all(type(module) is not types.ModuleType for module in parts), parts
 """
     done = run(text)
     assert done.returncode == 0, done.stderr
