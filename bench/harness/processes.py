@@ -3,6 +3,7 @@
 import ctypes
 import json
 import multiprocessing
+import os
 import shlex
 import subprocess
 import sys
@@ -88,7 +89,11 @@ print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss / 
 
 
 def whole_process(command: Sequence[str]) -> Sample:
-    """A command from its start to its end: wall and CPU time, peak memory, MiB written. RuntimeError if it fails."""
+    """A command from its start to its end: wall and CPU time, peak memory, MiB written. RuntimeError if it fails.
+
+    What earlier commands wrote is on the disk first, or a command that flushes its own output would wait for theirs.
+    """
+    os.sync()
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCHER, *command], capture_output=True, text=True, check=True)
     code, seconds, peak, processor, written = json.loads(done.stdout)
     if code:
