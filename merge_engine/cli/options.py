@@ -19,6 +19,7 @@ _KINDS = {
 }
 
 _OURS = ("run", "parser")  # what a command adds to its options
+_OF_OVERWRITE = ("; pass overwrite to replace it", ", so overwrite does not replace it")  # of Python's messages
 
 
 def methods_text(kinds: Collection[str]) -> str:
@@ -200,7 +201,9 @@ def take_push(given: dict[str, Any]) -> str | None:
 
 
 def as_flag(message: str, options: argparse.Namespace) -> str:
-    """A message that begins with the name of an option which was given: with the option as it is typed."""
+    """A message of Python's with options as they are typed: overwrite, and a given one that the message begins with."""
+    for phrase in _OF_OVERWRITE if hasattr(options, "overwrite") else ():
+        message = message.replace(phrase, phrase.replace("overwrite", "--overwrite"))
     name, colon, rest = message.partition(":")
     given = vars(options).get(name) is not None and name not in (*_OURS, "adapters", "models", "recipe")
     return f"--{name.replace('_', '-')}:{rest}" if colon and given else message
