@@ -61,7 +61,12 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         help="multiplies the result: a number, or auto (each merged layer as large as the adapters' are on average); "
         "default: 1",
     )
-    add("--gain", type=float, help="multiplies --scale auto; default: 1")
+    add(
+        "--gain",
+        type=split_list,
+        metavar="G...",
+        help="multiplies --scale auto: one number, or PATTERN=NUMBER by module; default: 1",
+    )
     add("--gamma", type=float, help="breadcrumbs: drop this share of the elements, the largest ones; default: 0.01")
     add(
         "--mask",
@@ -179,8 +184,9 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {key: value for key, value in vars(options).items() if value is not None and key not in _OURS}
     if "weights" in given:
         given |= weights(given.pop("weights"))
-    if "density" in given:
-        given["density"] = density(given["density"])
+    for field in ("density", "gain"):
+        if field in given:
+            given[field] = by_module(field, given[field])
     if "sweep" in given:
         from merge_engine.sweeps.trials import parse_axes
 
@@ -275,17 +281,17 @@ def weights(texts: Sequence[str]) -> dict[str, Any]:
     return ({"weights": numbers} if numbers else {}) | ({"block_weights": blocks} if blocks else {})
 
 
-def density(texts: Sequence[str]) -> Any:
+def by_module(field: str, texts: Sequence[str]) -> Any:
     """0.2 -> 0.2; 0.2 0.3 -> [0.2, 0.3]; .*q_proj=0.3 .*=0.2 -> {".*q_proj": 0.3, ".*": 0.2}."""
     pairs = [text.rpartition("=") for text in texts]
     try:
         numbers = [float(number) for _, _, number in pairs]
     except ValueError:
-        raise RecipeError(f"density: wanted numbers or PATTERN=NUMBER, got {' '.join(texts)}") from None
+        raise RecipeError(f"{field}: wanted numbers or PATTERN=NUMBER, got {' '.join(texts)}") from None
     if all(equals for _, equals, _ in pairs):
         return {pattern: number for (pattern, _, _), number in zip(pairs, numbers, strict=True)}
     if any(equals for _, equals, _ in pairs):
-        raise RecipeError(f"density: wanted numbers or PATTERN=NUMBER, not both, got {' '.join(texts)}")
+        raise RecipeError(f"{field}: wanted numbers or PATTERN=NUMBER, not both, got {' '.join(texts)}")
     return numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from merge_engine.errors import printable
 
-LISTS = ("--weights", "--density", "--sweep")  # options that take several values
+LISTS = ("--weights", "--density", "--gain", "--sweep")  # options that take several values
 _END = "\n"  # between values that were joined; no value holds it
 _INVALID = re.compile(r"argument (?P<flag>[^:]+): (?P<text>.*)", re.DOTALL)
 
