@@ -18,6 +18,7 @@ _KINDS = {
     **dict.fromkeys(["overwrite", "dry_run", "json"], bool),
 }
 
+_OPTIONS = {"block_weights": "weights"}  # of fields that have another name on the command line
 _OURS = ("run", "parser")  # what a command adds to its options
 _OF_OVERWRITE = ("; pass overwrite to replace it", ", so overwrite does not replace it")  # of Python's messages
 
@@ -210,7 +211,8 @@ def as_flag(message: str, options: argparse.Namespace) -> str:
     """A message of Python's with options as they are typed: overwrite, and a given one that the message begins with."""
     for phrase in _OF_OVERWRITE if hasattr(options, "overwrite") else ():
         message = message.replace(phrase, phrase.replace("overwrite", "--overwrite"))
-    name, colon, rest = message.partition(":")
+    field, colon, rest = message.partition(":")
+    name = _OPTIONS.get(field, field)
     given = vars(options).get(name) is not None and name not in (*_OURS, "adapters", "models", "recipe")
     return f"--{name.replace('_', '-')}:{rest}" if colon and given else message
 
