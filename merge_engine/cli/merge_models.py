@@ -6,7 +6,14 @@ from typing import Any
 
 from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output, take_push
 from merge_engine.cli.result import Result, result_of
-from merge_engine.cli.whole_models import is_whole, merge_whole, whole_options, whole_text
+from merge_engine.cli.whole_models import (
+    check_convention,
+    conventions_text,
+    is_whole,
+    merge_whole,
+    whole_options,
+    whole_text,
+)
 from merge_engine.errors import RecipeError
 from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS
 
@@ -38,11 +45,14 @@ def add_to(commands: Any) -> None:
         if action.dest in ("method", "convention"):
             more = WHOLE_METHODS if action.dest == "method" else WHOLE_CONVENTIONS
             action.choices = tuple(dict.fromkeys([*(action.choices or ()), *more]))
+        if action.dest == "convention":
+            action.help = conventions_text()
 
 
 def run(options: argparse.Namespace) -> None:
     given = given_options(options)
     with result_of(given) as result:
+        check_convention(given)
         if is_whole(given):
             output, repo = take_output(given), take_push(given)
             merged = merge_whole(given, output)

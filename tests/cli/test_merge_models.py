@@ -5,7 +5,7 @@ from mergekit_oracle import save_home
 from tuned_models import save_model, save_three, weights_of
 
 import merge_engine
-from merge_engine.cli.main import main
+from merge_engine.cli.main import main, make_parser
 
 
 def test_the_command_equals_the_api(tmp_path, capsys):
@@ -65,11 +65,21 @@ def test_whole_tensors_by_options_and_by_recipe(tmp_path, monkeypatch, options, 
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 
+@pytest.mark.quick
+def test_the_help_says_which_methods_have_which_conventions():
+    text = " ".join(make_parser()._subparsers._group_actions[0].choices["merge-models"].format_help().split())
+    engine, whole = "peft (default), mergekit or paper", "published (default) or mergekit"
+    assert f"whose arithmetic to follow: {engine}; of methods of whole tensors, and without --base: {whole}" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("ft1 ft2 --method slerp --t 0.5 --density 0.5", "--density: slerp does not know it; it belongs to task_ar"),
-        ("--method slerp ft1 ft2", "recipe: wanted a t for models, got none for "),
+        (
+            "--method slerp ft1 ft2",
+            "t: slerp has no default; wanted --t X (in a recipe file parameters: {t: X}), got n",
+        ),
         ("--method slerp --t 0.5 ft1", "models: slerp takes 2 models, one of them the base, got none besides ft1"),
         (
             "--method model_stock ft1 ft2",
@@ -79,7 +89,19 @@ def test_whole_tensors_by_options_and_by_recipe(tmp_path, monkeypatch, options, 
         ("--method linear ft1 ft2 --weights 1 2 3", "weight: wanted 1 or 2 numbers, one for each model but the base"),
         (
             "--method slerp --t 1 ft1 ft2 --convention paper",
-            "--convention: slerp has published and mergekit, got",
+            "--convention: slerp has published and mergekit, got 'paper'",
+        ),
+        (
+            "--method slerp --t 1 ft1 ft2 --convention peft",
+            "--convention: slerp has published and mergekit, got 'peft'",
+        ),
+        (
+            "--method linear ft1 ft2 --convention peft",
+            "--convention: linear without --base has published and mergekit, got 'peft'",
+        ),
+        (
+            "--base base ft1 ft2 --convention published",
+            "--convention: ties with --base has peft, mergekit and paper, got 'published'",
         ),
     ],
 )

@@ -95,7 +95,7 @@ def test_settings_say_of_every_tensor_what_numpy_does(home, own, shared, scale):
     asked = recipe("task_arithmetic", model("ft1", weight=own), model("ft2", weight=1), parameters=parameters)
     want = {key: look_up("weight", key, {"weight": own}, parameters) for key in SHAPES}
     if None in want.values():
-        with pytest.raises(RecipeError, match=r"^recipe: wanted a weight for ft1, got none for .*; set it under"):
+        with pytest.raises(RecipeError, match=r"^recipe: wanted a weight for ft1, got none for .*; set it under parameters, as parameters: {weight: X}, with"):
             bind(read_recipe(asked), base)
         return
     bound = bind(read_recipe(asked), base)
