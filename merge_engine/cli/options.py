@@ -143,7 +143,7 @@ def evaluation_options(add: Any) -> None:
     add("--minimize", dest="best", action="store_const", const="lowest", help="the lowest score is best")
     add("--best", choices=("highest", "lowest"), help="the same as --maximize or --minimize")
     add("--pattern", metavar="REGEX", help="read what is printed by named groups, as 'acc=(?P<acc>[0-9.]+)'")
-    add("--results", metavar="PATH", help="read a JSON file, or a folder of lm-eval's, with {path} in it")
+    add("--results", metavar="PATH", help="read a JSON file, or lm-eval's results*.json in a folder, with {path} in it")
     add("--timeout", type=float, metavar="SECONDS", help="limit of one evaluation; default: none")
 
 
