@@ -14,7 +14,7 @@ from merge_engine.cli.whole_models import (
     whole_options,
     whole_text,
 )
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
 from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS
 
 MODELS_EXAMPLES = """\
@@ -87,13 +87,14 @@ def say_model(merged: Any, output: Any, result: Result) -> None:
 
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    what = f"{merged.inputs} inputs, {merged.merged} tensors merged, {merged.copied} copied, {size_text(merged.nbytes)}"
+    tensors = f"{some(merged.merged, 'tensor')} merged, {merged.copied} copied"
+    what = f"{some(merged.inputs, 'input')}, {tensors}, {size_text(merged.nbytes)}"
     if merged.path is None:
         shards = [f"  {name}  {size_text(nbytes)}" for name, nbytes in merged.shards.items()]
-        files = f"{len(shards)} file{'s' * (len(shards) > 1)}"
-        text = "\n".join([f"{output}: would be {what} in {files}, in about {merged.seconds:.1f} s", *shards])
+        size = f"{what} in {some(len(shards), 'file')}"
+        text = "\n".join([f"{output}: would be {size}, in about {merged.seconds:.1f} s", *shards])
     else:
-        resumed = f", {merged.resumed} tensors finished by an earlier run" if merged.resumed else ""
+        resumed = f", {some(merged.resumed, 'tensor')} finished by an earlier run" if merged.resumed else ""
         text = f"{output}: {what}, {merged.seconds:.1f} s{resumed}"
     result.say(
         text,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
 from merge_engine.rules.choices import CHOICES
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS, models_wanted
@@ -141,7 +141,8 @@ def _of(name: str, values: Any, number: int, count: int, default: float | None) 
     if len(values) == 1:
         return values[0]
     if len(values) != count:
-        raise RecipeError(f"{name}: wanted 1 or {count} numbers, one for each model but the base, got {len(values)}")
+        wanted = f"{'1 or ' * (count > 1)}{some(count, 'number')}, one for each model but the base"
+        raise RecipeError(f"{name}: wanted {wanted}, got {len(values)}")
     return values[number]
 
 

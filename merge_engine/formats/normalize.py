@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from merge_engine.errors import AdapterError, RecipeError, writing
+from merge_engine.errors import AdapterError, RecipeError, some, writing
 from merge_engine.files.folder import output_path, place_folder
 from merge_engine.formats.adapter import Adapter, common_dtype, short_name
 from merge_engine.formats.biases import BIAS
@@ -46,7 +46,7 @@ class Normalized:
 
     def __str__(self) -> str:
         how = f"{len(self.rounded)} of them rounded once to {short_name(self.dtype)}" if self.rounded else "bit-exact"
-        return f"{self.path}: {self.modules} modules at rank {self.rank}, scaling 1, {how}"
+        return f"{self.path}: {some(self.modules, 'module')} at rank {self.rank}, scaling 1, {how}"
 
 
 def normalize(

@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.plan import Plan
-from merge_engine.errors import writing
+from merge_engine.errors import some, writing
 from merge_engine.files.folder import check_target, output_path
 from merge_engine.files.locate import SINGLE
 from merge_engine.files.shards import SHARD_SIZE, Layout
@@ -54,8 +54,8 @@ class MergedModel:
 
     def __repr__(self) -> str:
         where = "not written" if self.path is None else str(self.path)
-        tensors = f"{self.merged} tensors merged, {self.copied} copied"
-        return f"MergedModel({where}: {self.inputs} inputs, {tensors}, {self.nbytes} bytes)"
+        tensors = f"{some(self.merged, 'tensor')} merged, {self.copied} copied"
+        return f"MergedModel({where}: {some(self.inputs, 'input')}, {tensors}, {some(self.nbytes, 'byte')})"
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Send the model to ``user/repo`` on the hub, with a card that loads it from there; the address.

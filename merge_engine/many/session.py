@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.output import Merged, output_of
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
 from merge_engine.files.folder import output_path
 from merge_engine.formats.adapter import Adapter
 from merge_engine.many.one_pass import merged_modules
@@ -78,7 +78,7 @@ class Session:
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         modules = len({module for adapter in pool.adapters for module in adapter.modules})
         cache = f"cache {size_text(pool.cache.held)} of {size_text(pool.cache.limit)}"
-        return f"Session({len(names)} adapters: {shown}; {modules} modules; {cache})"
+        return f"Session({some(len(names), 'adapter')}: {shown}; {some(modules, 'module')}; {cache})"
 
     def __enter__(self) -> "Session":
         return self

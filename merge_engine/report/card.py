@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from merge_engine.errors import some
+
 RECIPE_FILE = "recipe.yaml"
 _SHOWN = 64  # added tokens that a model card lists
 _USE = "\n## Use\n"
@@ -71,7 +73,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
         if not key.startswith("module_"):
             shown[key] = value
         elif value:
-            shown[key] = f"of {len(value)} modules, listed in {RECIPE_FILE}"
+            shown[key] = f"of {some(len(value), 'module')}, listed in {RECIPE_FILE}"
     return yaml.safe_dump(shown, sort_keys=False).strip()
 
 

@@ -18,6 +18,8 @@ def test_the_command_equals_the_api(tmp_path, capsys):
     assert weights_of(tmp_path / "one").keys() == weights_of(base).keys()
     one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+    assert main(["merge-models", str(three[0]), "--base", str(base), "-o", str(tmp_path / "alone")]) == 0
+    assert "alone: 1 input, 7 tensors merged" in capsys.readouterr().out
     assert main(["merge-models", *map(str, three), "-o", str(tmp_path / "three")]) == 2
     assert (
         "base: ties takes changes of a base, and at least 1 of them; wanted --base, got none" in capsys.readouterr().err

@@ -95,7 +95,7 @@ def test_settings_say_of_every_tensor_what_numpy_does(home, own, shared, scale):
     asked = recipe("task_arithmetic", model("ft1", weight=own), model("ft2", weight=1), parameters=parameters)
     want = {key: look_up("weight", key, {"weight": own}, parameters) for key in SHAPES}
     if None in want.values():
-        with pytest.raises(RecipeError, match=r"^recipe: wanted a weight for ft1, got none for .*; set it under parameters, as parameters: {weight: X}, with"):
+        with pytest.raises(RecipeError, match=r"wanted a weight for ft1, got none .* parameters: {weight: X}"):
             bind(read_recipe(asked), base)
         return
     bound = bind(read_recipe(asked), base)
@@ -225,7 +225,7 @@ def test_tables_by_module_cover_every_module(here, tmp_path):
         with pytest.raises(RecipeError, match=f"^{field}: wanted an entry for every module, got none for "):
             merge_engine.merge_models("base", ["ft1"], tmp_path / "out", **{field: {"other": [1.0]}})
         table = {key.removesuffix(".weight"): [1.0, 1.0] for key in SHAPES}
-        with pytest.raises(RecipeError, match=f"^{field}: wanted 1 numbers for lm_head, got 2"):
+        with pytest.raises(RecipeError, match=f"^{field}: wanted 1 number for lm_head, got 2"):
             merge_engine.merge_models("base", ["ft1"], tmp_path / "out", **{field: table})
 
 
