@@ -40,8 +40,16 @@ class Card:
         header = ["---", yaml.safe_dump(dict(self.front), sort_keys=False).strip(), "---", "", f"# {self.title}", ""]
         table = [self.lead, "", f"| {self.what} | weight |", "| --- | --- |", *rows, ""]
         recipe = ["## Recipe", "", "```yaml", recipe_text(self.recipe), "```", ""]
-        repeat = [f"`merge-engine merge {RECIPE_FILE} -o OUT` repeats the merge, where the inputs are.", ""]
-        return "\n".join([*header, *table, *recipe, *repeat, *self.more, *use_section(self.use)])
+        return "\n".join([*header, *table, *recipe, *repeat(RECIPE_FILE), *self.more, *use_section(self.use)])
+
+
+def repeat(recipe: str) -> list[str]:
+    """The lines on how to repeat the merge. recipe: the file beside the card, with options if there are any."""
+    return [
+        f"`merge-engine merge FOLDER/{recipe} -o OUT` repeats the merge; `FOLDER` is the path of this folder. Run it "
+        "in the folder where the merge was run: relative paths of inputs begin there.",
+        "",
+    ]
 
 
 def use_section(use: Sequence[str]) -> list[str]:
@@ -78,7 +86,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def recipe_file(inputs: Sequence[str], recipe: Mapping[str, Any], into: str | None = None) -> str:
-    """The text of recipe.yaml: what `merge-engine merge recipe.yaml -o OUT` repeats the merge by.
+    """The text of recipe.yaml: what `merge-engine merge FOLDER/recipe.yaml -o OUT` repeats the merge by.
 
     inputs: as they were given. into: the base of a merge into one.
     """
@@ -86,7 +94,7 @@ def recipe_file(inputs: Sequence[str], recipe: Mapping[str, Any], into: str | No
 
     values = {"adapters": list(inputs), **({} if into is None else {"into": into}), **recipe}
     return (
-        f"# merge-engine merge {RECIPE_FILE} -o OUT\n"
+        f"# merge-engine merge FOLDER/{RECIPE_FILE} -o OUT, with the path of this file's folder\n"
         "# Folders are as they were given: relative ones to where the merge was run.\n"
         + yaml.safe_dump(values, sort_keys=False)
     )

@@ -58,7 +58,7 @@ class SearchResult:
 
     @property
     def recipe_file(self) -> Path:
-        """What repeats the best merge: ``merge-engine merge recipe.yaml -o OUT``."""
+        """What repeats the best merge: ``merge-engine merge FOLDER/recipe.yaml -o OUT``."""
         return self.folder / RECIPE_FILE
 
     @property

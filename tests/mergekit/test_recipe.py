@@ -283,7 +283,7 @@ def test_the_card_of_a_merge_of_whole_models(here, tmp_path):
     merge_recipe({**asked, "parameters": {"t": 0.25}}, tmp_path / "out", seed=3)
     _, front, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "merge-engine"]}
-    assert "`merge-engine merge mergekit_config.yml --seed 3 -o OUT` repeats the merge" in card
+    assert "`merge-engine merge FOLDER/mergekit_config.yml --seed 3 -o OUT` repeats the merge" in card
     assert '.from_pretrained(".")' in card.split("## Use\n")[1]
     merge_recipe(tmp_path / "out" / "mergekit_config.yml", tmp_path / "again", seed=3)
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
