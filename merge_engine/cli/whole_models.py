@@ -30,13 +30,22 @@ def whole_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each parameter of the methods of whole tensors."""
     for name, methods in own_options().items():
         option = WHOLE_METHODS[methods[0]].options[name]
-        what = f"{', '.join(methods)}: as in mergekit's recipes; default: "
-        default = "none" if option.default is None else str(option.default).lower()
+        what = f"{', '.join(methods)}: as in mergekit's recipes; default: {_defaults(name, methods)}"
         flag = f"--{name.replace('_', '-')}"
         if option.kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=what + default)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=what)
         else:
-            parser.add_argument(flag, type=option.kind, metavar="X", help=what + default)
+            parser.add_argument(flag, type=option.kind, metavar="X", help=what)
+
+
+def _defaults(name: str, methods: Sequence[str]) -> str:
+    """The default of an option, or those that methods have: 0.15 (della, della_linear), 1e-05 (ram, ramplus_tl)."""
+    found: dict[str, list[str]] = {}
+    for method in methods:
+        found.setdefault(str(WHOLE_METHODS[method].options[name].default).lower(), []).append(method)
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{default} ({', '.join(having)})" for default, having in found.items())
 
 
 def whole_text() -> str:

@@ -68,10 +68,12 @@ def test_whole_tensors_by_options_and_by_recipe(tmp_path, monkeypatch, options, 
 
 
 @pytest.mark.quick
-def test_the_help_says_which_methods_have_which_conventions():
+def test_the_help_says_which_methods_have_which_conventions_and_defaults():
     text = " ".join(make_parser()._subparsers._group_actions[0].choices["merge-models"].format_help().split())
     engine, whole = "peft (default), mergekit or paper", "published (default) or mergekit"
     assert f"whose arithmetic to follow: {engine}; of methods of whole tensors, and without --base: {whole}" in text
+    assert "default: 0.15 (della, della_linear), 1e-05 (ram, ramplus_tl) --t X slerp, nearswap: as in" in text
+    assert "default: none --nuslerp-row-wise" in text
 
 
 @pytest.mark.parametrize(
