@@ -232,6 +232,8 @@ for _group in ("replay", "alone"):
             f"{_key}_tuned": amount("best_mean", "{:.1f}", **_row),
             f"{_key}_known": amount("known", "{:.1f}", **_row),
         }
+
+
 def _above_linear(name: str, field: str = "best_mean") -> Callable[[Rows], list[float]]:
     """By seed: how far a row is above `linear` at its best scale, in points."""
 
