@@ -51,6 +51,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
+def some(count: int, what: str) -> str:
+    """1 module, 2 modules."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 @contextmanager
 def about(subject: str) -> Iterator[None]:
     """Turn a ValueError, such as that of a number that overflows float32, into a RecipeError that names ``subject``."""

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator
 
 from merge_engine.cli.main import make_parser
+from merge_engine.cli.parser import LISTS
 from merge_engine.rules.choices import CHOICES
 
 LISTED_ELSEWHERE = ("help", "parser")
@@ -17,10 +18,11 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
 
 def command_page() -> str:
     """Each command with its usage, its options and its examples."""
+    lists = ", ".join(f"`{flag}`" for flag in LISTS)
     parts = [
         "# Command line",
-        "Made from the command's own parser. Lists (`--weights`, `--density`, `--sweep`) may stand before the adapters "
-        "and be written with spaces or commas. A mistake is one line on standard error, and exit code 2.",
+        f"Made from the command's own parser. Lists ({lists}) may stand before the adapters and be written with "
+        "spaces or commas. A mistake is one line on standard error, and exit code 2.",
     ]
     for name, parser in parsers().items():
         usage = " ".join(parser.format_usage().removeprefix("usage: ").split())

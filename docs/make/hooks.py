@@ -5,10 +5,13 @@
 
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -17,26 +20,33 @@ import commands  # noqa: E402
 import figures  # noqa: E402
 import measured  # noqa: E402
 
+# {a page that is made: what makes its text}
+PAGES: dict[str, Callable[[], str]] = {
+    "reference/command.md": commands.command_page,
+    "reference/recipe.md": commands.recipe_page,
+    "measured.md": partial(measured.page, ROOT / "bench" / "results"),
+    "changelog.md": (ROOT / "CHANGELOG.md").read_text,
+    "contributing.md": (ROOT / "CONTRIBUTING.md").read_text,
+}
 SHOWN = ("*.png", "*.csv")  # of bench/results
 MOVED = {"../CHANGELOG.md": "changelog.md", "../CONTRIBUTING.md": "contributing.md", "../README.md": "index.md"}
 _LINK = re.compile(r"(?<=\]\()\.\./[^)\s#]+")
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: "Files", config: Any) -> "Files":
     """Add the pages that are made, and the files of bench/results that pages show."""
-    pages = {
-        "reference/command.md": commands.command_page(),
-        "reference/recipe.md": commands.recipe_page(),
-        "measured.md": measured.page(ROOT / "bench" / "results"),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
-        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text(),
-    }
-    for name, text in pages.items():
-        files.append(File.generated(config, name, content=text))
-    for pattern in SHOWN:
-        for path in sorted((ROOT / "bench" / "results").glob(pattern)):
-            files.append(File.generated(config, f"bench/results/{path.name}", abs_src_path=str(path)))
+    from mkdocs.structure.files import File  # not at the top: tests read PAGES without mkdocs
+
+    for name, make in PAGES.items():
+        files.append(File.generated(config, name, content=make()))
+    for path in shown():
+        files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
     return files
+
+
+def shown() -> list[Path]:
+    """The files of bench/results that the site has, under the same path."""
+    return [path for pattern in SHOWN for path in sorted((ROOT / "bench" / "results").glob(pattern))]
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

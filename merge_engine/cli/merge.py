@@ -20,7 +20,7 @@ from merge_engine.cli.options import (
     take_push,
 )
 from merge_engine.cli.result import Result, result_of
-from merge_engine.errors import RecipeError, printable
+from merge_engine.errors import RecipeError, printable, some
 from merge_engine.rules.choices import CHOICES, KINDS
 
 MERGE_EXAMPLES = """\
@@ -124,7 +124,7 @@ def _merged(given: dict[str, Any], result: Result) -> int | None:
     merged = merge(adapters, output, **given)
     servers = "" if merged.server_note is None else f"; {merged.server_note}"
     result.say(
-        f"{output}: {len(adapters)} adapters, {len(merged.ranks)} modules, "
+        f"{output}: {some(len(adapters), 'adapter')}, {some(len(merged.ranks), 'module')}, "
         f"rank up to {merged.rank}, kept energy {merged.total_energy:.4f}{servers}",
         output=output,
         adapters=len(adapters),

@@ -6,8 +6,15 @@ from typing import Any
 
 from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output, take_push
 from merge_engine.cli.result import Result, result_of
-from merge_engine.cli.whole_models import is_whole, merge_whole, whole_options, whole_text
-from merge_engine.errors import RecipeError
+from merge_engine.cli.whole_models import (
+    check_convention,
+    conventions_text,
+    is_whole,
+    merge_whole,
+    whole_options,
+    whole_text,
+)
+from merge_engine.errors import RecipeError, some
 from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS
 
 MODELS_EXAMPLES = """\
@@ -38,11 +45,14 @@ def add_to(commands: Any) -> None:
         if action.dest in ("method", "convention"):
             more = WHOLE_METHODS if action.dest == "method" else WHOLE_CONVENTIONS
             action.choices = tuple(dict.fromkeys([*(action.choices or ()), *more]))
+        if action.dest == "convention":
+            action.help = conventions_text()
 
 
 def run(options: argparse.Namespace) -> None:
     given = given_options(options)
     with result_of(given) as result:
+        check_convention(given)
         if is_whole(given):
             output, repo = take_output(given), take_push(given)
             merged = merge_whole(given, output)
@@ -77,13 +87,14 @@ def say_model(merged: Any, output: Any, result: Result) -> None:
 
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    what = f"{merged.inputs} inputs, {merged.merged} tensors merged, {merged.copied} copied, {size_text(merged.nbytes)}"
+    tensors = f"{some(merged.merged, 'tensor')} merged, {merged.copied} copied"
+    what = f"{some(merged.inputs, 'input')}, {tensors}, {size_text(merged.nbytes)}"
     if merged.path is None:
         shards = [f"  {name}  {size_text(nbytes)}" for name, nbytes in merged.shards.items()]
-        files = f"{len(shards)} file{'s' * (len(shards) > 1)}"
-        text = "\n".join([f"{output}: would be {what} in {files}, in about {merged.seconds:.1f} s", *shards])
+        size = f"{what} in {some(len(shards), 'file')}"
+        text = "\n".join([f"{output}: would be {size}, in about {merged.seconds:.1f} s", *shards])
     else:
-        resumed = f", {merged.resumed} tensors finished by an earlier run" if merged.resumed else ""
+        resumed = f", {some(merged.resumed, 'tensor')} finished by an earlier run" if merged.resumed else ""
         text = f"{output}: {what}, {merged.seconds:.1f} s{resumed}"
     result.say(
         text,

@@ -18,7 +18,9 @@ _KINDS = {
     **dict.fromkeys(["overwrite", "dry_run", "json"], bool),
 }
 
+_OPTIONS = {"block_weights": "weights"}  # of fields that have another name on the command line
 _OURS = ("run", "parser")  # what a command adds to its options
+_OF_OVERWRITE = ("; pass overwrite to replace it", ", so overwrite does not replace it")  # of Python's messages
 
 
 def methods_text(kinds: Collection[str]) -> str:
@@ -60,7 +62,12 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         help="multiplies the result: a number, or auto (each merged layer as large as the adapters' are on average); "
         "default: 1",
     )
-    add("--gain", type=float, help="multiplies --scale auto; default: 1")
+    add(
+        "--gain",
+        type=split_list,
+        metavar="G...",
+        help="multiplies --scale auto: one number, or PATTERN=NUMBER by module; default: 1",
+    )
     add("--gamma", type=float, help="breadcrumbs: drop this share of the elements, the largest ones; default: 0.01")
     add(
         "--mask",
@@ -136,7 +143,7 @@ def evaluation_options(add: Any) -> None:
     add("--minimize", dest="best", action="store_const", const="lowest", help="the lowest score is best")
     add("--best", choices=("highest", "lowest"), help="the same as --maximize or --minimize")
     add("--pattern", metavar="REGEX", help="read what is printed by named groups, as 'acc=(?P<acc>[0-9.]+)'")
-    add("--results", metavar="PATH", help="read a JSON file, or a folder of lm-eval's, with {path} in it")
+    add("--results", metavar="PATH", help="read a JSON file, or lm-eval's results*.json in a folder, with {path} in it")
     add("--timeout", type=float, metavar="SECONDS", help="limit of one evaluation; default: none")
 
 
@@ -178,8 +185,9 @@ def given_options(options: argparse.Namespace) -> dict[str, Any]:
     given = {key: value for key, value in vars(options).items() if value is not None and key not in _OURS}
     if "weights" in given:
         given |= weights(given.pop("weights"))
-    if "density" in given:
-        given["density"] = density(given["density"])
+    for field in ("density", "gain"):
+        if field in given:
+            given[field] = by_module(field, given[field])
     if "sweep" in given:
         from merge_engine.sweeps.trials import parse_axes
 
@@ -200,8 +208,11 @@ def take_push(given: dict[str, Any]) -> str | None:
 
 
 def as_flag(message: str, options: argparse.Namespace) -> str:
-    """A message that begins with the name of an option which was given: with the option as it is typed."""
-    name, colon, rest = message.partition(":")
+    """A message of Python's with options as they are typed: overwrite, and a given one that the message begins with."""
+    for phrase in _OF_OVERWRITE if hasattr(options, "overwrite") else ():
+        message = message.replace(phrase, phrase.replace("overwrite", "--overwrite"))
+    field, colon, rest = message.partition(":")
+    name = _OPTIONS.get(field, field)
     given = vars(options).get(name) is not None and name not in (*_OURS, "adapters", "models", "recipe")
     return f"--{name.replace('_', '-')}:{rest}" if colon and given else message
 
@@ -272,17 +283,17 @@ def weights(texts: Sequence[str]) -> dict[str, Any]:
     return ({"weights": numbers} if numbers else {}) | ({"block_weights": blocks} if blocks else {})
 
 
-def density(texts: Sequence[str]) -> Any:
+def by_module(field: str, texts: Sequence[str]) -> Any:
     """0.2 -> 0.2; 0.2 0.3 -> [0.2, 0.3]; .*q_proj=0.3 .*=0.2 -> {".*q_proj": 0.3, ".*": 0.2}."""
     pairs = [text.rpartition("=") for text in texts]
     try:
         numbers = [float(number) for _, _, number in pairs]
     except ValueError:
-        raise RecipeError(f"density: wanted numbers or PATTERN=NUMBER, got {' '.join(texts)}") from None
+        raise RecipeError(f"{field}: wanted numbers or PATTERN=NUMBER, got {' '.join(texts)}") from None
     if all(equals for _, equals, _ in pairs):
         return {pattern: number for (pattern, _, _), number in zip(pairs, numbers, strict=True)}
     if any(equals for _, equals, _ in pairs):
-        raise RecipeError(f"density: wanted numbers or PATTERN=NUMBER, not both, got {' '.join(texts)}")
+        raise RecipeError(f"{field}: wanted numbers or PATTERN=NUMBER, not both, got {' '.join(texts)}")
     return numbers[0] if len(numbers) == 1 else numbers
 
 

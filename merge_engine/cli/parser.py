@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from merge_engine.errors import printable
 
-LISTS = ("--weights", "--density", "--sweep")  # options that take several values
+LISTS = ("--weights", "--density", "--gain", "--sweep")  # options that take several values
 _END = "\n"  # between values that were joined; no value holds it
 _INVALID = re.compile(r"argument (?P<flag>[^:]+): (?P<text>.*)", re.DOTALL)
 
@@ -61,7 +61,7 @@ def meant(word: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" for the known word that is spelt most like this one, or nothing."""
     import difflib  # takes a tenth of the time of --help
 
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 

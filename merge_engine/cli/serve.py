@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.cli.options import add_command
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
 
 SERVE_EXAMPLES = """\
 examples:
@@ -55,6 +55,6 @@ def run(options: argparse.Namespace) -> None:
         options.adapters, options.cache, limit=options.limit, builds=options.builds, waiting=options.timeout,
         max_rank=options.max_rank,
     )  # fmt: skip
-    print(f"merge-engine: {len(resolver.names())} adapters on {options.host}:{options.port}", file=sys.stderr)
+    print(f"merge-engine: {some(len(resolver.names()), 'adapter')} on {options.host}:{options.port}", file=sys.stderr)
     app = make_app(resolver, token=token, server=options.load_into, timeout=options.timeout)
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
+from merge_engine.rules.choices import CHOICES
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.whole_methods import WHOLE_CONVENTIONS, WHOLE_METHODS, models_wanted
 
@@ -28,13 +30,22 @@ def whole_options(parser: argparse.ArgumentParser) -> None:
     """Add an option for each parameter of the methods of whole tensors."""
     for name, methods in own_options().items():
         option = WHOLE_METHODS[methods[0]].options[name]
-        what = f"{', '.join(methods)}: as in mergekit's recipes; default: "
-        default = "none" if option.default is None else str(option.default).lower()
+        what = f"{', '.join(methods)}: as in mergekit's recipes; default: {_defaults(name, methods)}"
         flag = f"--{name.replace('_', '-')}"
         if option.kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=what + default)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=what)
         else:
-            parser.add_argument(flag, type=option.kind, metavar="X", help=what + default)
+            parser.add_argument(flag, type=option.kind, metavar="X", help=what)
+
+
+def _defaults(name: str, methods: Sequence[str]) -> str:
+    """The default of an option, or those that methods have: 0.15 (della, della_linear), 1e-05 (ram, ramplus_tl)."""
+    found: dict[str, list[str]] = {}
+    for method in methods:
+        found.setdefault(str(WHOLE_METHODS[method].options[name].default).lower(), []).append(method)
+    if len(found) == 1:
+        return next(iter(found))
+    return ", ".join(f"{default} ({', '.join(having)})" for default, having in found.items())
 
 
 def whole_text() -> str:
@@ -43,6 +54,27 @@ def whole_text() -> str:
     width = max(map(len, rows))
     lines = [f"  {name:{width}}  {row.summary} ({models_wanted(name)})" for name, row in rows.items()]
     return "\n".join(["", "methods of whole tensors, for full models (--base where it says so):", *lines, ""])
+
+
+def conventions_text() -> str:
+    """Which methods have which conventions, for the help text of the option."""
+    tables = (CHOICES["convention"], WHOLE_CONVENTIONS)
+    engine, whole = (_joined([f"{default} (default)", *others], "or") for default, *others in tables)
+    return f"whose arithmetic to follow: {engine}; of methods of whole tensors, and without --base: {whole}"
+
+
+def check_convention(given: dict[str, Any]) -> None:
+    """Raise RecipeError for a convention that the merge asked for does not have."""
+    whole, method = is_whole(given), given.get("method", "ties")
+    known = WHOLE_CONVENTIONS if whole else CHOICES["convention"]
+    if given.get("convention", known[0]) not in known:
+        side = f" {'without' if whole else 'with'} --base" if is_elementwise(method) else ""
+        raise RecipeError(f"convention: {method}{side} has {_joined(known, 'and')}, got {given['convention']!r}")
+
+
+def _joined(words: Sequence[str], last: str) -> str:
+    """a, b or c."""
+    return f"{', '.join(words[:-1])} {last} {words[-1]}"
 
 
 def is_elementwise(method: str) -> bool:
@@ -62,9 +94,7 @@ def merge_whole(given: dict[str, Any], output: Any) -> Any:
 
     run = {key: given.pop(key) for key in _RUN if key in given}
     given.setdefault("method", "ties")
-    convention = given.pop("convention", "published")
-    if convention not in WHOLE_CONVENTIONS:
-        raise RecipeError(f"convention: {given['method']} has {' and '.join(WHOLE_CONVENTIONS)}, got {convention!r}")
+    convention = given.pop("convention", WHOLE_CONVENTIONS[0])
     return merge_recipe(recipe_of(given), output, convention=convention, **run)
 
 
@@ -93,6 +123,10 @@ def recipe_of(given: dict[str, Any]) -> dict[str, Any]:
                 own[name] = _of(name, values, number, len(others), default)
         entries.append({"model": _named(model, base)} | ({"parameters": own} if own else {}))
     recipe["models"] = entries
+    for name, option in row.options.items():
+        if option.of == "merge" and option.default is None and name not in given:
+            where = f"wanted --{name} X (in a recipe file parameters: {{{name}: X}})"
+            raise RecipeError(f"{name}: {method} has no default; {where}, got none")
     for name, key in (("dtype", "out_dtype"), ("vocab", "tokenizer_source")):
         if name in given:
             recipe[key] = given.pop(name)
@@ -116,7 +150,8 @@ def _of(name: str, values: Any, number: int, count: int, default: float | None) 
     if len(values) == 1:
         return values[0]
     if len(values) != count:
-        raise RecipeError(f"{name}: wanted 1 or {count} numbers, one for each model but the base, got {len(values)}")
+        wanted = f"{'1 or ' * (count > 1)}{some(count, 'number')}, one for each model but the base"
+        raise RecipeError(f"{name}: wanted {wanted}, got {len(values)}")
     return values[number]
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from merge_engine.errors import some
+
 SHOWN = 10  # adapters, pairs and modules in the table for a terminal
 LONGER, PARALLEL, OPPOSED = 2.0, 0.9, -0.1  # a ratio of norms and cosines beyond which a note is written
 CAVEAT = (
@@ -278,11 +280,6 @@ def figure(value: float, how: str) -> str:
 
 def percent(share: float) -> str:
     return figure(100 * share, ".1f") + ("" if math.isnan(share) else " %")
-
-
-def some(count: int, what: str) -> str:
-    """1 module, 2 modules."""
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _of(what: str, count: int) -> str:

@@ -7,9 +7,10 @@ from html import escape
 
 import numpy as np
 
-from merge_engine.compare.figures import CAVEAT, Figures, Interference, figure, percent, some, together, upper
+from merge_engine.compare.figures import CAVEAT, Figures, Interference, figure, percent, together, upper
 from merge_engine.compare.plots import Lines, by_layer, defined, heat_map, layer_plot, lines_by_kind
 from merge_engine.compare.recommend import UNMEASURED, recommendation_of
+from merge_engine.errors import some
 
 PAIRS = 20  # in the table
 STYLE = """

@@ -90,11 +90,10 @@ def _findings(result: Interference, pairs: Sequence[Pair]) -> list[str]:
             f"{longest[1]} has {longest[0] / shortest[0]:.1f} times the norm of {shortest[1]} "
             f"({longest[0]:.3g} and {shortest[0]:.3g}): with equal weights it decides most of a sum."
         )
-    low, high = min(pair.cosine for pair in pairs), max(pair.cosine for pair in pairs)
-    found.append(
-        f"Cosines of the {len(pairs)} pairs are {figure(low, '.3f')} to {figure(high, '.3f')} (0: unrelated); "
-        f"{result.summary()}."
-    )
+    low, high = (figure(end(pair.cosine for pair in pairs), ".3f") for end in (min, max))
+    many = f"Cosines of the {len(pairs)} pairs are {low} to {high}"
+    cosines = many if len(pairs) > 1 else f"The cosine of the pair is {low}"
+    found.append(f"{cosines} (0: unrelated); {result.summary()}.")
     ranks = [rank for rank in overall.effective_ranks if not math.isnan(rank)]
     found.append(
         f"Effective ranks are {min(ranks):.1f} to {max(ranks):.1f}; a merge of all needs up to {sum(ranks):.0f}."

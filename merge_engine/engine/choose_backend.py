@@ -9,7 +9,7 @@ import torch
 
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.cpu_backend import TorchBackend
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
 from merge_engine.loops import door
 from merge_engine.runtime.processes import gpu
 from merge_engine.version import __version__
@@ -69,7 +69,8 @@ def system() -> dict[str, str]:
     return {
         "merge-engine": __version__,
         "python": platform.python_version(),
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": f"{torch.__version__}, {some(torch.get_num_threads(), 'thread')}, "
+        + torch.backends.cpu.get_cpu_capability(),
         "numba": _numba(),
         "triton": reason if device is not None else f"not used: {reason}",
         "backend": f"{chosen.name} on {chosen.device}" + (f" ({VARIABLE}={asked})" if asked else ""),

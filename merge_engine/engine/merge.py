@@ -17,6 +17,7 @@ from merge_engine.engine.cut_group import cut_modules
 from merge_engine.engine.output import Merged, output_of
 from merge_engine.engine.plan import ModulePlan, Plan, make_plan
 from merge_engine.engine.prepare import prepare, work_of
+from merge_engine.files.folder import output_path
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
 from merge_engine.rules.fields import RecipeFields
@@ -66,11 +67,12 @@ def merge(
 
     No base model is loaded, and no delta of an adapter is stored. Raises MergeError before anything is written.
     """
+    path = None if output is None else output_path(output)
     adapters, fields = split_weights(adapters, recipe)
     asked = Recipe.from_mapping(fields)
     opened = open_adapters(adapters)
     chosen = choose(backend)
-    return run(make_plan(opened, asked), output, backend=chosen, overwrite=overwrite, progress=progress)
+    return run(make_plan(opened, asked), path, backend=chosen, overwrite=overwrite, progress=progress)
 
 
 def run(

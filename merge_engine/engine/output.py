@@ -14,7 +14,7 @@ from merge_engine.engine.backend import Backend
 from merge_engine.engine.cut import ENOUGH, ENOUGH_RANK, LOW, NUMERICAL_RANK, SMALLEST_ROW, Finished
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import OutputError
-from merge_engine.files.folder import place_file, place_folder
+from merge_engine.files.folder import output_path, place_file, place_folder
 from merge_engine.files.locate import SINGLE
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.families import MLX, PEFT, Family
@@ -83,8 +83,9 @@ class Merged:
         """
         from merge_engine.engine.in_hand import save
 
-        save(self, Path(path), overwrite)
-        return replace(self, path=Path(path), modules={})
+        place = output_path(path)
+        save(self, place, overwrite)
+        return replace(self, path=place, modules={})
 
     def as_tensors(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(adapter_config.json as a table, {key: tensor}) as they are written, for engines that load from memory.

@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from merge_engine.errors import OutputError, writing
 from merge_engine.files.journal import journals
 from merge_engine.files.working import Working, flush
+from merge_engine.rules.guesses import describe
 from merge_engine.runtime.memory import size_text
 
 # `overwrite` deletes a folder with all that is in it, so only folders with one of these files are replaced.
@@ -101,6 +103,15 @@ def place_file(
         for parent in made:
             _remove_if_empty(parent)
         raise
+
+
+def output_path(output: Any) -> Path:
+    """The path of an output. Raises OutputError for what is none, as a recipe that stands in its place."""
+    if isinstance(output, str | os.PathLike):
+        return Path(output)
+    raise OutputError(
+        f"output: wanted the path to write to, got {describe(output)}; fields of a recipe are keywords: method='linear'"
+    )
 
 
 def working_folder(target: Path) -> Path:

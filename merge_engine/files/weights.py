@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from merge_engine.errors import AdapterError, shown
+from merge_engine.errors import AdapterError, shown, some
 from merge_engine.files.dtypes import DTYPE_NAMES, STORED_DTYPES
 from merge_engine.files.text import TwiceError, unique_keys
 from merge_engine.runtime.memory import new_tensor
@@ -115,7 +115,7 @@ class StoredTensor:
             rest = rest[count:]
 
     def _short(self, missing: int) -> AdapterError:
-        return AdapterError(f"{self.file} ends inside tensor {self.key}, {missing} bytes short")
+        return AdapterError(f"{self.file} ends inside tensor {self.key}, {some(missing, 'byte')} short")
 
     def same_as(self, other: "StoredTensor") -> bool:
         """Whether two tensors have the same shape, dtype and bits; raises as `read` does."""

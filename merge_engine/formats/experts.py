@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.errors import AdapterError
+from merge_engine.errors import AdapterError, some
 from merge_engine.files.weights import DerivedTensor, StoredTensor
 from merge_engine.formats.adapter import Expert, Factor, Module
 
@@ -86,7 +86,7 @@ def _by_parameter(
     """{(layer, parameter): its pair}, from a layer's pairs by depth; AdapterError where that is not known."""
     if sorted(pairs) != list(range(len(names))):
         raise AdapterError(
-            f"{adapter}: {layer} has {len(pairs)} pairs of factors, wanted one for each of {', '.join(names)}, "
+            f"{adapter}: {layer} has {some(len(pairs), 'pair')} of factors, wanted one for each of {', '.join(names)}, "
             "which target_parameters names"
         )
     inner_first = _inner_first(f"{adapter}: {layer}", names)

@@ -9,6 +9,7 @@ Sources: the loaders of diffusers 0.38, ComfyUI, kohya's sd-scripts, OneTrainer,
 import re
 import warnings
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, NamedTuple
 
 from merge_engine.errors import AdapterError
@@ -104,8 +105,9 @@ REFUSED: tuple[tuple[str, str], ...] = (
 )
 
 _DIFFUSERS_SAVES = "diffusers' load_lora_weights followed by save_lora_weights makes diffusers' files of them"
-# What turns the files of one family, or of one tool's names, into those of another.
+# What turns the files of one family, or of one tool's names, into those of another; a folder and a file have no row.
 _CONVERTERS = {
+    **{frozenset(two): _DIFFUSERS_SAVES for two in combinations_with_replacement((KOHYA, PEFT_NAMED, DIFFUSERS), 2)},
     frozenset({KOHYA}): "sd-scripts' convert_flux_lora.py and musubi-tuner's convert_lora.py translate names",
     frozenset({PEFT_NAMED}): "musubi-tuner's convert_lora.py and diffusers' save_lora_weights translate names",
     frozenset({PEFT.name, MLX.name}): "no tool converts them; mlx_lm.fuse merges an adapter of MLX into its model",
@@ -131,7 +133,7 @@ def names_of(modules: Sequence[str], adapter: str) -> str | None:
 
 
 def check_one_family(adapters: Sequence["Adapter"]) -> None:
-    """Raise AdapterError, which names a tool that converts, where two adapters are spelled or named differently.
+    """Raise AdapterError, where two adapters are spelled or named differently; it names a tool that converts.
 
     Warns (UserWarning) where two files of image models have no module in common.
     """
@@ -141,7 +143,7 @@ def check_one_family(adapters: Sequence["Adapter"]) -> None:
             if one.name != two.name or (one.names != two.names and None not in (one.names, two.names)):
                 raise AdapterError(
                     f"{adapter.name} is {two}, {other.name} is {one}: names are kept as they are, so both must be of "
-                    f"one family; {_converter(one.name, two.name)}"
+                    f"one family{_converter(one.name, two.name)}"
                 )
             if not two.single:
                 continue
@@ -157,6 +159,7 @@ def check_one_family(adapters: Sequence["Adapter"]) -> None:
 
 
 def _converter(one: str, two: str) -> str:
+    """What converts, after a semicolon; empty where nothing does."""
     known = (KOHYA, PEFT_NAMED, DIFFUSERS, MLX.name, PEFT.name)
     kinds = frozenset(next(kind for kind in known if name.startswith(kind)) for name in (one, two))
-    return _CONVERTERS.get(kinds, _DIFFUSERS_SAVES)
+    return f"; {_CONVERTERS[kinds]}" if kinds in _CONVERTERS else ""

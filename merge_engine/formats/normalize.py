@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from merge_engine.errors import AdapterError, RecipeError, writing
-from merge_engine.files.folder import place_folder
+from merge_engine.errors import AdapterError, RecipeError, some, writing
+from merge_engine.files.folder import output_path, place_folder
 from merge_engine.formats.adapter import Adapter, common_dtype, short_name
 from merge_engine.formats.biases import BIAS
 from merge_engine.formats.checkpoint import COMPANIONS, check_inside
@@ -46,7 +46,7 @@ class Normalized:
 
     def __str__(self) -> str:
         how = f"{len(self.rounded)} of them rounded once to {short_name(self.dtype)}" if self.rounded else "bit-exact"
-        return f"{self.path}: {self.modules} modules at rank {self.rank}, scaling 1, {how}"
+        return f"{self.path}: {some(self.modules, 'module')} at rank {self.rank}, scaling 1, {how}"
 
 
 def normalize(
@@ -64,6 +64,7 @@ def normalize(
     """
     if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
         raise RecipeError(f"dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+    path = output_path(output)
     opened = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
     if opened.family.name != PEFT.name:
         raise AdapterError(f"{opened.name} is {opened.family}, wanted {PEFT}: servers load no other")
@@ -72,10 +73,10 @@ def normalize(
     written = DTYPES[dtype] if dtype else common_dtype({module.dtype for module in modules})
     rank = max(module.rank for module in modules)
     nbytes = 2 * rank * sum(module.rows + module.columns for module in modules) * written.itemsize
-    with place_folder(Path(output), overwrite, nbytes, inputs=[opened.path]) as folder:
+    with place_folder(path, overwrite, nbytes, inputs=[opened.path]) as folder:
         rounded = _write(opened, folder, written)
         _copy_files(opened.path, folder)
-    return Normalized(Path(output), rank, len(opened.modules), written, rounded)
+    return Normalized(path, rank, len(opened.modules), written, rounded)
 
 
 def _write(adapter: Adapter, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ from typing_extensions import Unpack
 from merge_engine.engine.backend import Backend
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.plan import Plan
-from merge_engine.errors import writing
-from merge_engine.files.folder import check_target
+from merge_engine.errors import some, writing
+from merge_engine.files.folder import check_target, output_path
 from merge_engine.files.locate import SINGLE
 from merge_engine.files.shards import SHARD_SIZE, Layout
 from merge_engine.formats.adapter import Adapter
@@ -54,8 +54,8 @@ class MergedModel:
 
     def __repr__(self) -> str:
         where = "not written" if self.path is None else str(self.path)
-        tensors = f"{self.merged} tensors merged, {self.copied} copied"
-        return f"MergedModel({where}: {self.inputs} inputs, {tensors}, {self.nbytes} bytes)"
+        tensors = f"{some(self.merged, 'tensor')} merged, {self.copied} copied"
+        return f"MergedModel({where}: {some(self.inputs, 'input')}, {tensors}, {some(self.nbytes, 'byte')})"
 
     def push_to_hub(self, repo: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Send the model to ``user/repo`` on the hub, with a card that loads it from there; the address.
@@ -92,11 +92,12 @@ def merge_into(
     Each merged tensor is base + scale * merged delta in float32, rounded once. Raises MergeError, before anything is
     written unless the disk is full or a file cannot be read.
     """
+    path = output_path(output)
     adapters, fields = split_weights(adapters, recipe)
     return merge_models(
         base,
         open_adapters(adapters),
-        output,
+        path,
         shard_size=shard_size,
         overwrite=overwrite,
         dry_run=dry_run,
@@ -131,6 +132,7 @@ def merge_models(
         tokens, counts as a full model in these two tensors.
     Other arguments, result and errors as in `merge_into`.
     """
+    path = output_path(output)
     models, given = split_weights(models, recipe)
     fields = Recipe.from_mapping(given)
     size = parse_size(shard_size, "shard_size")
@@ -142,7 +144,7 @@ def merge_models(
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base)
     inputs = [model if isinstance(model, Adapter | Checkpoint) else open_input(model) for model in models]
     job = make_job(opened, inputs, fields, size, vocab)
-    return run(job, Path(output), backend=choose(backend), overwrite=overwrite, dry_run=dry_run, progress=progress)
+    return run(job, path, backend=choose(backend), overwrite=overwrite, dry_run=dry_run, progress=progress)
 
 
 def run(

@@ -12,7 +12,7 @@ from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.output import Merged, output_bytes, output_of
 from merge_engine.engine.plan import Plan
 from merge_engine.errors import MergeError, OutputError, RecipeError
-from merge_engine.files.folder import check_space
+from merge_engine.files.folder import check_space, output_path
 from merge_engine.formats.adapter import Adapter
 from merge_engine.many.budget import OWN, result_bytes, room
 from merge_engine.many.one_pass import FinishedOrError, merged_modules
@@ -203,7 +203,7 @@ def _paths(
             raise RecipeError(f"names: wanted each one once, got {name!r} {found.count(name)} times")
     if output_dir is None:
         return [(name, None) for name in found]
-    paths = [Path(output_dir, name) for name in found]
+    paths = [output_path(output_dir) / name for name in found]
     for path in paths:
         if os.path.lexists(path) and not overwrite:
             raise OutputError(f"{path} already exists; pass overwrite to replace it")

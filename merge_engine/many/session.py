@@ -13,7 +13,8 @@ from typing_extensions import Unpack
 
 from merge_engine.engine.choose_backend import choose
 from merge_engine.engine.output import Merged, output_of
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
+from merge_engine.files.folder import output_path
 from merge_engine.formats.adapter import Adapter
 from merge_engine.many.one_pass import merged_modules
 from merge_engine.many.pool import Pool
@@ -51,7 +52,7 @@ class Session:
         Raises MergeError before anything is written: also if the budget is too small for the merge, or the session is
         closed (RecipeError).
         """
-        path = None if output is None else Path(output)
+        path = None if output is None else output_path(output)
         with self._turn:
             if self._pool is None:
                 raise RecipeError("session: wanted an open one, got one that is closed")
@@ -77,7 +78,7 @@ class Session:
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         modules = len({module for adapter in pool.adapters for module in adapter.modules})
         cache = f"cache {size_text(pool.cache.held)} of {size_text(pool.cache.limit)}"
-        return f"Session({len(names)} adapters: {shown}; {modules} modules; {cache})"
+        return f"Session({some(len(names), 'adapter')}: {shown}; {some(modules, 'module')}; {cache})"
 
     def __enter__(self) -> "Session":
         return self

@@ -11,7 +11,7 @@ from merge_engine.errors import RecipeError
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint
 from merge_engine.mergekit.file import Entry, MergekitRecipe
 from merge_engine.mergekit.layers import depths, last_layers
-from merge_engine.mergekit.reader import UNFILTERED, Parameters, Reference, first_value
+from merge_engine.mergekit.reader import Parameters, Reference, first_value, missing
 from merge_engine.rules.whole_methods import WHOLE_METHODS
 from merge_engine.whole_tensors.arithmetic import NO_SUM, TINY
 
@@ -128,7 +128,7 @@ def _values(
     densities = [find("density", entry) for entry in merged]
     for entry, weight in zip(weighed, weights, strict=True):
         if weight is None:
-            raise RecipeError(f"{recipe.file}: wanted a weight for {entry.reference}, got none for {key}; {UNFILTERED}")
+            raise missing(recipe.file, "weight", str(entry.reference), key)
     total = math.fsum(weights)
     if recipe.method == "linear" and normalize and abs(total) < TINY:
         raise RecipeError(f"{recipe.file}: weight: linear divides by their sum, got 0 for {key}; {NO_SUM}")

@@ -14,7 +14,7 @@ from merge_engine.formats.checkpoint import Checkpoint, is_head
 from merge_engine.into.full_inputs import FullInput, is_float
 from merge_engine.into.whole_job import Part, TensorWork
 from merge_engine.mergekit.file import Entry, MergekitRecipe, Slice
-from merge_engine.mergekit.reader import INERT, UNFILTERED, Reference, first_value
+from merge_engine.mergekit.reader import INERT, Reference, first_value, missing
 from merge_engine.rules.whole_methods import WHOLE_METHODS
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -211,7 +211,7 @@ class _Builder:
 
     def given(self, name: str, value: Any, owner: str, key: str, optional: bool) -> Any:
         if value is None and not optional:
-            raise RecipeError(f"{self.recipe.file}: wanted a {name} for {owner}, got none for {key}; {UNFILTERED}")
+            raise missing(self.recipe.file, name, owner, key)
         return value
 
 

@@ -18,7 +18,6 @@ INERT = "int8_mask"  # the dtype of mergekit's masks, which changes no result
 PARAMETERS: dict[str, Option] = {
     name: option for row in reversed(WHOLE_METHODS.values()) for name, option in row.options.items()
 }
-UNFILTERED = "set it under parameters, without a filter"  # what to do where a parameter is missing
 _ALIKE = 0.75  # from this similarity on, an unknown key is taken for a misspelt one
 
 
@@ -77,6 +76,12 @@ def first_value(scopes: Sequence[Parameters], name: str, tensor: str, depth: flo
                     return value
                 break
     return default
+
+
+def missing(file: str, name: str, owner: str, tensor: str) -> RecipeError:
+    """The error for a parameter that no scope has for the tensor. owner: the model, or the part, that lacks it."""
+    way = f"set it under parameters, as parameters: {{{name}: X}}, without a filter"
+    return RecipeError(f"{file}: wanted a {name} for {owner}, got none for {tensor}; {way}")
 
 
 class Reader:

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from merge_engine.errors import RecipeError
+from merge_engine.files.folder import output_path
 from merge_engine.files.shards import SHARD_SIZE
 from merge_engine.formats.checkpoint import FLOATS, MODEL_CONFIG, Checkpoint, open_checkpoint
 from merge_engine.formats.open import open_adapter
@@ -63,13 +64,14 @@ def merge_recipe(
     if convention not in WHOLE_CONVENTIONS:
         raise RecipeError(f"convention: wanted one of {', '.join(WHOLE_CONVENTIONS)}, got {convention!r}")
     options: dict[str, Any] = {"overwrite": overwrite, "dry_run": dry_run, "progress": progress}
+    path = output_path(output)
     documents, file = documents_of(recipe)
     if len(documents) > 1:
         if dry_run:
             raise RecipeError(f"{file}: dry_run: later merges need the results of earlier ones; wanted one document")
         again: dict[str, Any] = {"seed": seed, "shard_size": shard_size, "progress": progress}
         again |= {"convention": convention, "backend": backend, "overwrite": overwrite}
-        for document, place, is_step in in_order(documents, file, Path(output)):
+        for document, place, is_step in in_order(documents, file, path):
             if is_step and is_made(place, document):
                 continue
             result = merge_recipe(document, place, **again)
@@ -87,9 +89,9 @@ def merge_recipe(
                 models = [each for each in inputs if isinstance(each, Checkpoint)]
                 bound.fields["dtype"] = _promoted(parsed.file, base, models)
             fields = {**options, **bound.fields}
-            return merge_models(base, inputs, output, seed=seed, shard_size=shard_size, backend=backend, **fields)
+            return merge_models(base, inputs, path, seed=seed, shard_size=shard_size, backend=backend, **fields)
     job = whole_job(parsed, parse_size(shard_size, "shard_size"), seed, convention == "published")
-    return run_whole(job, Path(output), **options)
+    return run_whole(job, path, **options)
 
 
 def _open(reference: Reference) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_engine.errors import ModelError, shown
+from merge_engine.errors import ModelError, shown, some
 from merge_engine.formats.checkpoint import FLOATS, Checkpoint
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -90,7 +90,7 @@ def unite(base: Checkpoint, models: Sequence[Checkpoint]) -> Union:
         places[model] = place
     if added and len(own.tokens) != first:
         raise ModelError(
-            f"{base.name}: its tokenizer has {len(own.tokens)} tokens and the highest index {first - 1}, "
+            f"{base.name}: its tokenizer has {some(len(own.tokens), 'token')} and the highest index {first - 1}, "
             f"wanted no index free below the tokens to be added ({_named(list(added))})"
         )
     padding = torch.ones(base_rows, dtype=torch.bool)
@@ -113,11 +113,11 @@ def check_vocabulary(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
             if have and have[0] != want[0] and have[1:] == want[1:]:
                 added = [token for token in tokens(model.path) if token not in known]
                 names = f" (added: {_named(added)})" if added else ""
-                told.append(f"{model.name} has {have[0]} rows in {key}{names}")
+                told.append(f"{model.name} has {some(have[0], 'row')} in {key}{names}")
                 break
     if told:
         rows = base.tensors[vocabulary_keys(base)[0]].shape[0]
-        raise ModelError(f"vocabularies differ: {base.name} has {rows} tokens; {'; '.join(told)}")
+        raise ModelError(f"vocabularies differ: {base.name} has {some(rows, 'token')}; {'; '.join(told)}")
 
 
 def vocabulary_keys(base: Checkpoint) -> list[str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from merge_engine.errors import some
+
 RECIPE_FILE = "recipe.yaml"
 _SHOWN = 64  # added tokens that a model card lists
 _USE = "\n## Use\n"
@@ -38,8 +40,16 @@ class Card:
         header = ["---", yaml.safe_dump(dict(self.front), sort_keys=False).strip(), "---", "", f"# {self.title}", ""]
         table = [self.lead, "", f"| {self.what} | weight |", "| --- | --- |", *rows, ""]
         recipe = ["## Recipe", "", "```yaml", recipe_text(self.recipe), "```", ""]
-        repeat = [f"`merge-engine merge {RECIPE_FILE} -o OUT` repeats the merge, where the inputs are.", ""]
-        return "\n".join([*header, *table, *recipe, *repeat, *self.more, *use_section(self.use)])
+        return "\n".join([*header, *table, *recipe, *repeat(RECIPE_FILE), *self.more, *use_section(self.use)])
+
+
+def repeat(recipe: str) -> list[str]:
+    """The lines on how to repeat the merge. recipe: the file beside the card, with options if there are any."""
+    return [
+        f"`merge-engine merge FOLDER/{recipe} -o OUT` repeats the merge; `FOLDER` is the path of this folder. Run it "
+        "in the folder where the merge was run: relative paths of inputs begin there.",
+        "",
+    ]
 
 
 def use_section(use: Sequence[str]) -> list[str]:
@@ -71,12 +81,12 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
         if not key.startswith("module_"):
             shown[key] = value
         elif value:
-            shown[key] = f"of {len(value)} modules, listed in {RECIPE_FILE}"
+            shown[key] = f"of {some(len(value), 'module')}, listed in {RECIPE_FILE}"
     return yaml.safe_dump(shown, sort_keys=False).strip()
 
 
 def recipe_file(inputs: Sequence[str], recipe: Mapping[str, Any], into: str | None = None) -> str:
-    """The text of recipe.yaml: what `merge-engine merge recipe.yaml -o OUT` repeats the merge by.
+    """The text of recipe.yaml: what `merge-engine merge FOLDER/recipe.yaml -o OUT` repeats the merge by.
 
     inputs: as they were given. into: the base of a merge into one.
     """
@@ -84,7 +94,7 @@ def recipe_file(inputs: Sequence[str], recipe: Mapping[str, Any], into: str | No
 
     values = {"adapters": list(inputs), **({} if into is None else {"into": into}), **recipe}
     return (
-        f"# merge-engine merge {RECIPE_FILE} -o OUT\n"
+        f"# merge-engine merge FOLDER/{RECIPE_FILE} -o OUT, with the path of this file's folder\n"
         "# Folders are as they were given: relative ones to where the merge was run.\n"
         + yaml.safe_dump(values, sort_keys=False)
     )

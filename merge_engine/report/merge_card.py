@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from merge_engine.report.card import use_section
+from merge_engine.report.card import repeat, use_section
 
 
 def merge_card(sources: Sequence[str], front: Mapping[str, Any], recipe: Any, use: Sequence[str], repeats: str) -> str:
@@ -18,5 +18,5 @@ def merge_card(sources: Sequence[str], front: Mapping[str, Any], recipe: Any, us
     lines += ["Made by merge-engine from:", "", *(f"- {source}" for source in sources), ""]
     lines += ["## Recipe", "", "```yaml", yaml.safe_dump(recipe, sort_keys=False).strip(), "```", ""]
     if repeats:
-        lines += [f"`merge-engine merge {repeats} -o OUT` repeats the merge, where the inputs are.", ""]
+        lines += repeat(repeats)
     return "\n".join([*lines, *use_section(use), ""])

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal
 
-from merge_engine.errors import AdapterError, RecipeError
+from merge_engine.errors import AdapterError, RecipeError, some
 from merge_engine.rules.methods import METHODS
 
 # PEFT's combination types: {its name: (method, space)}. What ends in svd is cut to svd_rank there, and to rank here.
@@ -162,7 +162,8 @@ def describe(source: Any) -> str:
         return repr(str(source) if isinstance(source, os.PathLike) else source)
     kind = type(source).__name__
     if _is_state_dict(source):
-        return f"a state dict of {len(source)} tensors; save the model with save_pretrained(folder) and give the folder"
+        tensors = some(len(source), "tensor")
+        return f"a state dict of {tensors}; save the model with save_pretrained(folder) and give the folder"
     if hasattr(source, "state_dict"):
         inside = ", or use merge_engine.peft_backend.add_weighted_adapter" if _has_adapters(source) else ""
         return f"a {kind}; save it with save_pretrained(folder) and give the folder{inside}"

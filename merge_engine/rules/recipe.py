@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
 from merge_engine.rules.choices import BALANCES, RANKS, SAVED, SPACES, WRITTEN_DTYPES
 from merge_engine.rules.conventions import CONVENTIONS
 from merge_engine.rules.fields import Density, Gain
@@ -288,7 +288,7 @@ def _of_module(
     if module not in table:
         raise RecipeError(f"{what}: wanted an entry for every module, got none for {module}")
     if len(table[module]) != len(adapters):
-        raise RecipeError(f"{what}: wanted {len(adapters)} numbers for {module}, got {len(table[module])}")
+        raise RecipeError(f"{what}: wanted {some(len(adapters), 'number')} for {module}, got {len(table[module])}")
     return tuple(table[module])
 
 

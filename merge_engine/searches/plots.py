@@ -5,6 +5,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from merge_engine.errors import some
 from merge_engine.files.text import replaced
 from merge_engine.report.charts import COLOURS
 from merge_engine.searches.result import SearchResult, Tried
@@ -96,7 +97,9 @@ def _parallel(plot: Any, scored: list[Tried], outcome: SearchResult, axes: list[
     plot.spines["left"].set_visible(False)
     plot.set_xlim(-0.2, len(labels) - 0.5)
     plot.set_title(
-        f"the best {len(front)} of {len(scored)} trials in colour, the best one in orange", fontsize=10, loc="left"
+        f"the best {len(front)} of {some(len(scored), 'trial')} in colour, the best one in orange",
+        fontsize=10,
+        loc="left",
     )
 
 

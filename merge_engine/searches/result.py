@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from merge_engine.errors import some
 from merge_engine.files.text import replaced
 from merge_engine.report.card import RECIPE_FILE
 from merge_engine.searches.study import STUDY, Study
@@ -57,7 +58,7 @@ class SearchResult:
 
     @property
     def recipe_file(self) -> Path:
-        """What repeats the best merge: ``merge-engine merge recipe.yaml -o OUT``."""
+        """What repeats the best merge: ``merge-engine merge FOLDER/recipe.yaml -o OUT``."""
         return self.folder / RECIPE_FILE
 
     @property
@@ -85,7 +86,7 @@ class SearchResult:
         lines = [
             "  ".join(f"{text:>{width}}" for text, width in zip(row, widths, strict=True)) for row in [header, *rows]
         ]
-        count = f"the best {len(rows)} of {len(self.trials)} trials"
+        count = f"the best {len(rows)} of {some(len(self.trials), 'trial')}"
         failed = f", {len(self.failed)} failed" if self.failed else ""
         return "\n".join([f"{count}{failed}:", *(line.rstrip() for line in lines)])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_engine.errors import MergeError
+from merge_engine.files.folder import output_path
 from merge_engine.files.text import replaced
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
@@ -64,7 +65,7 @@ def search(
     return run(
         adapters,
         evaluation,
-        Path(output),
+        output_path(output),
         space=space,
         fixed=fixed or {},
         trials=trials,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_engine.errors import RecipeError
+from merge_engine.errors import RecipeError, some
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import Recipe
 
@@ -73,7 +73,7 @@ def wanted_of(adapters: Any, weights: Any, fields: Mapping[str, Any]) -> Wanted:
         raise RecipeError("adapters: wanted each name once")
     given = [1.0] * len(adapters) if weights is None else weights
     if not isinstance(given, Sequence) or isinstance(given, str) or len(given) != len(adapters):
-        raise RecipeError(f"weights: wanted {len(adapters)} numbers, got {_shown(weights)}")
+        raise RecipeError(f"weights: wanted {some(len(adapters), 'number')}, got {_shown(weights)}")
     numbers = tuple(_number("weight", weight) for weight in given)
     for number in numbers:
         if abs(number) > LARGEST_WEIGHT:

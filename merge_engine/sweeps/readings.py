@@ -13,6 +13,7 @@ from typing import Any
 from merge_engine.errors import MergeError
 
 SCORE = "score"  # the metric of an output that names none
+RESULTS = "results*.json"  # what lm-eval writes
 Metrics = dict[str, float]
 
 _ESCAPE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
@@ -69,11 +70,11 @@ def metrics_written(place: Path, since: float = 0.0) -> Metrics:
     since: files changed before this time, in seconds since 1970, do not count.
     Raises MergeError where there is no such file, or more than one.
     """
-    files = [place] if place.is_file() else sorted(place.rglob("results*.json"))
+    files = [place] if place.is_file() else sorted(place.rglob(RESULTS))
     new = [file for file in files if file.stat().st_mtime >= since]
     if len(new) != 1:
         names = ", ".join(str(file.relative_to(place)) for file in new) or ("only older ones" if files else "none")
-        raise MergeError(f"evaluate: wanted one new file of results at {place}, got {names}")
+        raise MergeError(f"evaluate: wanted one new file of results at {place} ({RESULTS} in a folder), got {names}")
     try:
         data = json.loads(new[0].read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

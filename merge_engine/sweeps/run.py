@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 
 from merge_engine.engine.output import Merged
 from merge_engine.errors import MergeError, OutputError
+from merge_engine.files.folder import output_path
 from merge_engine.formats.adapter import Adapter
 from merge_engine.formats.open import open_adapters
 from merge_engine.many.merge_many import Failed, merge_each
@@ -47,7 +48,7 @@ def run(
     """
     from tqdm import tqdm
 
-    output, opened = Path(output), open_adapters(adapters)
+    output, opened = output_path(output), open_adapters(adapters)
     digests = [digest_of(adapter) for adapter in opened]
     made_from = [" ".join(digests[number] for number in trial.adapters) for trial in trials]
     table = Table(output / TABLE)
@@ -115,11 +116,12 @@ def sweep(
 
     An error in one merge or evaluation is in its row's `error`. Raises MergeError before anything is written.
     """
+    path = None if output is None else output_path(output)
     options = {"metric": metric, "combine": combine, "best": best, "timeout": timeout}
     evaluation = None if evaluate is None else evaluation_of(evaluate, **options)  # type: ignore[arg-type]
     opened = open_adapters(adapters)
     trials = sweep_trials({name: list(values) for name, values in grid.items()}, recipe, len(opened))
-    place = TemporaryDirectory(prefix="merge-engine-") if output is None else nullcontext(str(output))
+    place = TemporaryDirectory(prefix="merge-engine-") if path is None else nullcontext(path)
     with place as folder:
         return run(
             *(opened, folder, trials),

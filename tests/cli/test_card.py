@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ def test_the_recipe_beside_a_model_repeats_the_merge(tmp_path, capsys, recipe):
     one, two = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "two")
     assert one.keys() == two.keys()
     assert {name for name in one if one[name] != two[name]} <= {"README.md", "merge_report.json"}
+    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "two")
+
+
+def test_the_card_can_be_followed(tmp_path, capsys, monkeypatch):
+    """Its command, run where the merge was run, by inputs that are named from there."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    save_toy_adapter(tmp_path / "work" / "sql", 1)
+    merge_engine.merge(["sql"], tmp_path / "one", method="linear")
+    card = (tmp_path / "one" / "README.md").read_text()
+    (command,) = re.findall(r"`merge-engine (merge FOLDER.* -o OUT)` repeats the merge; ", card)
+    assert run_cli(capsys, *command.replace("FOLDER", "../one").replace("OUT", "../two").split())[0] == 0
     assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "two")
 
 

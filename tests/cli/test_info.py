@@ -30,7 +30,7 @@ def test_info_system_says_which_and_why(capsys, monkeypatch):
     monkeypatch.setenv(VARIABLE, "torch")
     assert main(["info", "--system"]) == 0
     out = capsys.readouterr().out
-    assert f"torch         {torch.__version__}, {torch.get_num_threads()} threads" in out
+    assert f"torch         {torch.__version__}, {torch.get_num_threads()} thread" in out
     assert "backend       torch on cpu (MERGE_ENGINE_BACKEND=torch)" in out
     assert "triton " in out
     assert main(["info"]) == 2

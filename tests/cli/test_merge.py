@@ -66,7 +66,7 @@ def test_an_existing_output_is_kept_unless_overwritten(three, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     code, _, err = run_cli(capsys, "merge", *three, "-o", out)
     assert code == 2
-    assert err == f"merge-engine: error: {out} already exists; pass overwrite to replace it\n"
+    assert err == f"merge-engine: error: {out} already exists; pass --overwrite to replace it\n"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert run_cli(capsys, "merge", *three, "-o", out, "--overwrite")[0] == 0
     assert json.loads((out / "merge_report.json").read_text())["recipe"]["method"] == "ties"

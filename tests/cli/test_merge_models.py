@@ -5,7 +5,7 @@ from mergekit_oracle import save_home
 from tuned_models import save_model, save_three, weights_of
 
 import merge_engine
-from merge_engine.cli.main import main
+from merge_engine.cli.main import main, make_parser
 
 
 def test_the_command_equals_the_api(tmp_path, capsys):
@@ -18,6 +18,8 @@ def test_the_command_equals_the_api(tmp_path, capsys):
     assert weights_of(tmp_path / "one").keys() == weights_of(base).keys()
     one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+    assert main(["merge-models", str(three[0]), "--base", str(base), "-o", str(tmp_path / "alone")]) == 0
+    assert "alone: 1 input, 7 tensors merged" in capsys.readouterr().out
     assert main(["merge-models", *map(str, three), "-o", str(tmp_path / "three")]) == 2
     assert (
         "base: ties takes changes of a base, and at least 1 of them; wanted --base, got none" in capsys.readouterr().err
@@ -65,11 +67,23 @@ def test_whole_tensors_by_options_and_by_recipe(tmp_path, monkeypatch, options, 
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 
+@pytest.mark.quick
+def test_the_help_says_which_methods_have_which_conventions_and_defaults():
+    text = " ".join(make_parser()._subparsers._group_actions[0].choices["merge-models"].format_help().split())
+    engine, whole = "peft (default), mergekit or paper", "published (default) or mergekit"
+    assert f"whose arithmetic to follow: {engine}; of methods of whole tensors, and without --base: {whole}" in text
+    assert "default: 0.15 (della, della_linear), 1e-05 (ram, ramplus_tl) --t X slerp, nearswap: as in" in text
+    assert "default: none --nuslerp-row-wise" in text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ("ft1 ft2 --method slerp --t 0.5 --density 0.5", "--density: slerp does not know it; it belongs to task_ar"),
-        ("--method slerp ft1 ft2", "recipe: wanted a t for models, got none for "),
+        (
+            "--method slerp ft1 ft2",
+            "t: slerp has no default; wanted --t X (in a recipe file parameters: {t: X}), got n",
+        ),
         ("--method slerp --t 0.5 ft1", "models: slerp takes 2 models, one of them the base, got none besides ft1"),
         (
             "--method model_stock ft1 ft2",
@@ -79,7 +93,19 @@ def test_whole_tensors_by_options_and_by_recipe(tmp_path, monkeypatch, options, 
         ("--method linear ft1 ft2 --weights 1 2 3", "weight: wanted 1 or 2 numbers, one for each model but the base"),
         (
             "--method slerp --t 1 ft1 ft2 --convention paper",
-            "--convention: slerp has published and mergekit, got",
+            "--convention: slerp has published and mergekit, got 'paper'",
+        ),
+        (
+            "--method slerp --t 1 ft1 ft2 --convention peft",
+            "--convention: slerp has published and mergekit, got 'peft'",
+        ),
+        (
+            "--method linear ft1 ft2 --convention peft",
+            "--convention: linear without --base has published and mergekit, got 'peft'",
+        ),
+        (
+            "--base base ft1 ft2 --convention published",
+            "--convention: ties with --base has peft, mergekit and paper, got 'published'",
         ),
     ],
 )

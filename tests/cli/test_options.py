@@ -12,15 +12,41 @@ from merge_engine.rules.recipe import DTYPES, Recipe
 from merge_engine.rules.rule import CONVENTIONS
 
 
-def test_density_by_adapter_and_by_pattern(three, tmp_path, capsys):
-    for name, density, same in [
-        ("each", ["0.1", "0.2", "0.3"], [0.1, 0.2, 0.3]),
-        ("table", ["layers.0.*=0.1", ".*=0.4"], {"layers.0.*": 0.1, ".*": 0.4}),
-    ]:
-        code, _, err = run_cli(capsys, "merge", *three, "-o", tmp_path / name, "--density", *density)
-        assert (code, err) == (0, "")
-        merge_engine.merge(three, tmp_path / f"{name}-api", density=same)
-        assert_same(tmp_path / name, tmp_path / f"{name}-api")
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        ("--density 0.1 0.2 0.3", {"density": [0.1, 0.2, 0.3]}),
+        ("--density layers.0.*=0.1 .*=0.4", {"density": {"layers.0.*": 0.1, ".*": 0.4}}),
+        ("--scale auto --gain 0.5", {"scale": "auto", "gain": 0.5}),
+        ("--scale auto --gain layers.0.*=2 .*=1", {"scale": "auto", "gain": {"layers.0.*": 2, ".*": 1}}),
+    ],
+)
+def test_numbers_by_adapter_and_by_pattern(three, tmp_path, capsys, options, recipe):
+    code, _, err = run_cli(capsys, "merge", *options.split(), *three, "-o", tmp_path / "cli")
+    assert (code, err) == (0, "")
+    merge_engine.merge(three, tmp_path / "api", **recipe)
+    assert_same(tmp_path / "cli", tmp_path / "api")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--density q=0.1 0.2", "--density: wanted numbers or PATTERN=NUMBER, not both, got q=0.1 0.2"),
+        ("--scale auto --gain q=x", "--gain: wanted numbers or PATTERN=NUMBER, got q=x"),
+        ("--scale auto --gain 1 2", "--gain: wanted a finite number, got [1.0, 2.0]"),
+        (
+            "--scale auto --gain q_projx=2",
+            "--gain: no pattern of q_projx matches layers.0.q_proj; '.*' matches the rest",
+        ),
+        (
+            "--weights 2 1 1 sql:q_projx=0.5",
+            "--weights: 'q_projx' matches no module of sql; wanted one of them, as layers.0.q_proj",
+        ),
+    ],
+)
+def test_mistakes_in_numbers_name_the_option(three, tmp_path, capsys, options, message):
+    given = [*three, "-o", tmp_path / "out", *options.split()]
+    assert run_cli(capsys, "merge", *given) == (2, "", f"merge-engine: error: {message}\n")
 
 
 def test_recipe_file_and_options_over_it(three, tmp_path, capsys):

@@ -4,6 +4,9 @@ import json
 
 import pytest
 from command_line import run_cli
+from toy_models import save_adapter, save_base
+from tuned_models import save_model
+from tuned_models import save_three as save_models
 
 from merge_engine.cli.main import main
 from merge_engine.cli.parser import join_lists, meant, split_list
@@ -57,7 +60,8 @@ def test_mistakes_are_one_line_that_says_what_was_meant(three, tmp_path, capsys)
     assert "--wieghts is no option; did you mean --weights?" in fails(capsys, "merge", *three, "--wieghts", "2")
     assert "got merg; did you mean merge?" in fails(capsys, "merg", *three)
     assert fails(capsys, "merge", *three, "--method", "tsvv").startswith("merge-engine: error: --method: wanted linear")
-    assert "did you mean tsv?" in fails(capsys, "merge", *three, "--method", "tsvv")
+    for wrong in ("tsvv", "tvs"):
+        assert "did you mean tsv?" in fails(capsys, "merge", *three, "--method", wrong)
     assert "--rank: wanted auto or a whole number, got 'x'" in fails(capsys, "merge", *three, "--rank", "x")
     assert "--sweep: expected one argument; see merge-engine merge --help" in fails(capsys, "merge", *three, "--sweep")
     assert fails(capsys, "merge", "-o", out).startswith("merge-engine: error: the following arguments are required")
@@ -75,3 +79,34 @@ def test_an_option_is_named_as_it_is_typed(three, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"adapters: [{three[0]}, {three[1]}]\noutput: {tmp_path / 'x'}\ndensity: 1.5\n")
     assert "error: density: wanted" in run_cli(capsys, "merge", recipe)[2]
+
+
+@pytest.mark.parametrize(
+    ("command", "made"),
+    [
+        ("merge sql chat", "."),
+        ("merge lora --into full", "."),
+        ("merge sql chat --sweep scale=0.5", "scale=0.5"),
+        ("merge-models --base models/base models/chat", "."),
+        ("merge-models --method karcher models/base models/chat", "."),
+        ("normalize sql", "."),
+    ],
+)
+def test_the_option_that_replaces_an_output_is_named_as_it_is_typed(
+    three, tmp_path, monkeypatch, capsys, command, made
+):
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "full")
+    save_adapter(tmp_path / "lora", 1)
+    save_models(save_model(tmp_path / "models" / "base", 0))
+    taken = tmp_path / "out" / made
+    taken.mkdir(parents=True)
+    code, _, err = run_cli(capsys, *command.split(), "-o", "out")
+    assert (code, err.count("\n")) == (2, 1) and err.endswith("; pass --overwrite to replace it\n")
+
+
+def test_a_folder_that_holds_no_model_is_kept(three, tmp_path, capsys):
+    (tmp_path / "sql" / "notes").mkdir()
+    (tmp_path / "sql" / "notes" / "a.txt").touch()
+    error = run_cli(capsys, "merge", *three[1:], "-o", tmp_path / "sql" / "notes", "--overwrite")[2]
+    assert "notes holds no model, so --overwrite does not replace it; remove it or choose another folder" in error

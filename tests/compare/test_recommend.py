@@ -1,6 +1,7 @@
 """What is recommended, of adapters whose relations are known."""
 
 import json
+import re
 import shlex
 
 import pytest
@@ -48,6 +49,7 @@ def test_twins_opposites_and_giants_are_named_with_their_figures(factors, tmp_pa
     assert "one and foe pull apart (cosine -1.000, 100.0 % of what both keep has opposite signs)" in findings
     assert "big has " in findings and " times the norm of " in findings
     found = merge_engine.recommend([save(tmp_path / "x", a, b), save(tmp_path / "y", a / a.norm() * 40, b)])
+    assert re.match(r"The cosine of the pair is [0-9.-]+ \(0: unrelated\); ", found.findings[-2])
     assert [each.recipe["method"] for each in found.suggestions] == ["linear", "linear"]
     assert "they agree" in found.suggestions[1].why
     norms = [float((second @ first).norm()) for first, second in ((c, d), (e, f * 4))]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import merge_engine
 from merge_engine.errors import OutputError
 from merge_engine.files import working
 from merge_engine.files.folder import place_file, place_folder
@@ -88,6 +89,26 @@ def test_a_parent_that_others_use_by_now_stays(tmp_path):
         (tmp_path / "a" / "theirs").touch()
         raise RuntimeError
     assert os.listdir(tmp_path / "a") == ["theirs"]
+
+
+A_RECIPE = {"method": "linear"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: merge_engine.merge(["sql", "chat"], A_RECIPE),
+        lambda: merge_engine.merge_into("base", ["sql"], A_RECIPE),
+        lambda: merge_engine.merge_models("base", ["model"], A_RECIPE),
+        lambda: merge_engine.merge_recipe("recipe.yaml", A_RECIPE),
+        lambda: merge_engine.search(["sql", "chat"], "true {path}", A_RECIPE),
+        lambda: merge_engine.sweep(["sql", "chat"], {"scale": [1]}, A_RECIPE),
+        lambda: merge_engine.normalize("sql", A_RECIPE),
+    ],
+)
+def test_a_recipe_in_the_place_of_an_output_is_refused_before_anything_is_read(call):
+    with pytest.raises(OutputError, match=r"^output: wanted the path to write to, got a dict; .*: method='linear'"):
+        call()
 
 
 def test_an_existing_target_is_refused_at_once(tmp_path):

@@ -254,7 +254,7 @@ GOOD = {
         (
             {"base_layer.lora_A": None, "base_layer.lora_B": None},
             {},
-            r"experts has 1 pairs of factors, wanted one for each of down_proj, gate_up_proj, which target_parameters",
+            r"experts has 1 pair of factors, wanted one for each of down_proj, gate_up_proj, which target_parameters",
         ),
         (
             {},

@@ -179,6 +179,7 @@ WRONG = [
     ({"names": ["../x"]}, r"^names: wanted the name of a folder, got '\.\./x'$"),
     ({"names": [""]}, r"^names: wanted the name of a folder, got ''$"),
     ({"names": ["taken"]}, r"taken already exists; pass overwrite to replace it$"),
+    ({"output_dir": {"method": "linear"}}, r"^output: wanted the path to write to, got a dict; "),
     ({"memory": "much"}, r"^memory: wanted a size such as 5GB or 200MB, got 'much'$"),
     ({"memory": "100MB"}, r"^memory: wanted at least \d+\.\d\d MB for this merge, got 100\.00 MB$"),
 ]  # fmt: skip

@@ -130,6 +130,8 @@ def test_a_session_writes_and_ends(folders, tmp_path):
         merge(folders, tmp_path / "alone", **recipe)
         name = "adapter_model.safetensors"
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+        with pytest.raises(OutputError, match=r"^output: wanted the path to write to, got a dict; "):
+            session.merge({"method": "linear"})
         with pytest.raises(OutputError, match="already exists"):
             session.merge(tmp_path / "ours", **recipe)
         session.merge(tmp_path / "ours", overwrite=True, **recipe)

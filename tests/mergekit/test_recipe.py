@@ -95,7 +95,7 @@ def test_settings_say_of_every_tensor_what_numpy_does(home, own, shared, scale):
     asked = recipe("task_arithmetic", model("ft1", weight=own), model("ft2", weight=1), parameters=parameters)
     want = {key: look_up("weight", key, {"weight": own}, parameters) for key in SHAPES}
     if None in want.values():
-        with pytest.raises(RecipeError, match=r"^recipe: wanted a weight for ft1, got none for .*; set it under"):
+        with pytest.raises(RecipeError, match=r"wanted a weight for ft1, got none .* parameters: {weight: X}"):
             bind(read_recipe(asked), base)
         return
     bound = bind(read_recipe(asked), base)
@@ -225,7 +225,7 @@ def test_tables_by_module_cover_every_module(here, tmp_path):
         with pytest.raises(RecipeError, match=f"^{field}: wanted an entry for every module, got none for "):
             merge_engine.merge_models("base", ["ft1"], tmp_path / "out", **{field: {"other": [1.0]}})
         table = {key.removesuffix(".weight"): [1.0, 1.0] for key in SHAPES}
-        with pytest.raises(RecipeError, match=f"^{field}: wanted 1 numbers for lm_head, got 2"):
+        with pytest.raises(RecipeError, match=f"^{field}: wanted 1 number for lm_head, got 2"):
             merge_engine.merge_models("base", ["ft1"], tmp_path / "out", **{field: table})
 
 
@@ -283,7 +283,7 @@ def test_the_card_of_a_merge_of_whole_models(here, tmp_path):
     merge_recipe({**asked, "parameters": {"t": 0.25}}, tmp_path / "out", seed=3)
     _, front, card = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front) == {"library_name": "transformers", "tags": ["merge", "merge-engine"]}
-    assert "`merge-engine merge mergekit_config.yml --seed 3 -o OUT` repeats the merge" in card
+    assert "`merge-engine merge FOLDER/mergekit_config.yml --seed 3 -o OUT` repeats the merge" in card
     assert '.from_pretrained(".")' in card.split("## Use\n")[1]
     merge_recipe(tmp_path / "out" / "mergekit_config.yml", tmp_path / "again", seed=3)
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")

@@ -45,7 +45,7 @@ def test_a_recipe_file_is_yaml_whatever_the_names():
     inputs, recipe = ["a: b", "user/x", "é\udcff"], {"density": {".*q": 0.1}, "module_weights": {"m": [1.0, 2.0]}}
     read = yaml.safe_load(recipe_file(inputs, recipe, into="org/base"))
     assert read == {"adapters": inputs, "into": "org/base", **recipe}
-    assert yaml.safe_load(recipe_text(recipe))["module_weights"] == "of 1 modules, listed in recipe.yaml"
+    assert yaml.safe_load(recipe_text(recipe))["module_weights"] == "of 1 module, listed in recipe.yaml"
     assert "module" not in recipe_text({"module_weights": None, "method": "ties"})
 
 

@@ -131,7 +131,10 @@ def test_values_of_functions():
 def test_files_of_the_harness(tmp_path):
     folder = tmp_path / "eval" / "my__model"
     folder.mkdir(parents=True)
-    with pytest.raises(MergeError, match=r"wanted one new file of results at .*, got none"):
+    (folder / "r.json").write_text(json.dumps(HARNESS_JSON))
+    with pytest.raises(
+        MergeError, match=r"wanted one new file of results at .*/eval \(results\*\.json in a folder\), got n"
+    ):
         metrics_written(tmp_path / "eval")
     file = folder / "results_2026-01-01T00-00-00.json"
     file.write_text(json.dumps(HARNESS_JSON))
