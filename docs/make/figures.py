@@ -161,6 +161,15 @@ for _type in ("ties", "dare_ties"):
     for _who in ("merge-engine", "mergekit-yaml") if _type == "ties" else ():
         _key = f"into_ties_{_who.replace('-', '_')}_memory"
         FIGURES[_key] = amount("peak_mib", GIB, 1 / 1024, contestant=_who, **_work)
+for _type, _models in {"slerp": 1, "model_stock": 2, "sce": 2, "della": 2}.items():
+    _work = _of("whole_models", f"{_type} {_models}x r0 12 layers of Llama-134M d0.5 bf16")
+    FIGURES[f"models_{_type}"] = ratio("mergekit-yaml", "merge-engine", **_work)
+    for _name, _who in {"ours": "merge-engine", "mergekit": "mergekit-yaml"}.items():
+        FIGURES |= {
+            f"models_{_type}_{_name}": time(contestant=_who, **_work),
+            f"models_{_type}_{_name}_memory": amount("peak_mib", GIB, 1 / 1024, contestant=_who, **_work),
+            f"models_{_type}_{_name}_written": amount("written_mib", "{:.0f} MiB", contestant=_who, **_work),
+        }
 for _name, _part in {
     "whole": "whole",
     "thresholds": "thresholds",
