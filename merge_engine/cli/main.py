@@ -17,7 +17,7 @@ from merge_engine.cli import compare, completion, demo, info, merge, merge_model
 from merge_engine.cli.ending import end
 from merge_engine.cli.options import as_flag
 from merge_engine.cli.parser import Parser, Printable
-from merge_engine.cli.postponed import postpone
+from merge_engine.cli.postponed import allow
 from merge_engine.errors import MergeError, printable, shortened
 from merge_engine.version import __version__
 
@@ -31,7 +31,7 @@ def command() -> int:
     and again, and once more at the end, would take 0.7 s. Does not return where nothing else runs in the process.
     """
     gc.set_threshold(1_000_000, 50, 50)
-    postpone()
+    allow()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show

@@ -19,6 +19,7 @@ from merge_engine.cli.options import (
     take_output,
     take_push,
 )
+from merge_engine.cli.postponed import postpone
 from merge_engine.cli.result import Result, result_of
 from merge_engine.errors import RecipeError, printable, some
 from merge_engine.rules.choices import CHOICES, KINDS
@@ -180,6 +181,7 @@ def _several(adapters: Any, output: Any, given: dict[str, Any], result: Result) 
 
 
 def _mergekit(given: dict[str, Any], result: Result) -> None:
+    postpone()
     from merge_engine.mergekit.recipe import merge_recipe
 
     (file,), output, repo = given.pop("adapters"), take_output(given), take_push(given)

@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from merge_engine.cli.options import add_command, given_options, merge_options, methods_text, take_output, take_push
+from merge_engine.cli.postponed import postpone
 from merge_engine.cli.result import Result, result_of
 from merge_engine.cli.whole_models import (
     check_convention,
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
     with result_of(given) as result:
         check_convention(given)
         if is_whole(given):
+            postpone()
             output, repo = take_output(given), take_push(given)
             merged = merge_whole(given, output)
             say_model(merged, output, result)

@@ -1,9 +1,10 @@
-"""Parts of torch that a merge does not use, imported only when something asks for them.
+"""Parts of torch that a merge of full models does not use, imported only when something asks for them.
 
 ``import torch`` takes about a second, a quarter of it for kernels of tensors without data (of torch.compile,
-torch.export and the device "meta") that torch registers from Python. The command's process puts empty modules in their
-place, and in that of a few others. One is filled when one of its attributes is asked for, and all are before the import
-of a package that uses such tensors.
+torch.export and the device "meta") that torch registers from Python. Half of a merge of small full models is this
+import. The command's own process puts empty modules in the place of these parts. One is filled when one of its
+attributes is asked for, and all are before the import of a package that uses such tensors. Only for versions of torch
+with which the tests have run: another one may need what is registered elsewhere, as torch.Generator does.
 """
 
 import importlib.machinery
@@ -20,6 +21,7 @@ POSTPONED = (
     "torch.quantization",
     "torch.utils.data",
 )
+TESTED = "2.13."  # how the versions begin
 USERS = (
     "torch._dynamo",
     "torch._inductor",
@@ -72,10 +74,28 @@ class _Finder:
         return spec
 
 
+_allowed = False
+
+
+def allow() -> None:
+    """Called in a process of the command's own: in others, what torch is to be is not ours to say."""
+    global _allowed
+    _allowed = True
+
+
 def postpone() -> None:
-    """From now on, where torch is not imported yet."""
-    if "torch" not in sys.modules:
+    """From now on, where it is allowed and torch is not imported yet."""
+    if _allowed and "torch" not in sys.modules and _Finder not in sys.meta_path and _torch().startswith(TESTED):
         sys.meta_path.insert(0, _Finder)
+
+
+def _torch() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        return ""
 
 
 def fill() -> None:

@@ -1,13 +1,19 @@
-"""What of torch the command's own process imports only when it is asked for."""
+"""What of torch a merge of full models imports only when it is asked for."""
 
 import subprocess
 import sys
 
 import pytest
+import yaml
+from toy_models import save_base
+
+from merge_engine.cli import postponed
+from merge_engine.cli.main import main
 
 HEAD = """
 import sys, types
 from merge_engine.cli import postponed
+postponed.allow()
 postponed.postpone()
 import torch
 parts = [sys.modules[name] for name in postponed.POSTPONED]
@@ -49,13 +55,44 @@ def test_an_attribute_fills_a_module_once_for_all_threads():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_command_does_without(tmp_path):
-    text = f"""
-from merge_engine.cli.main import main
-from merge_engine.demo import adapter_paths
-adapters = list(map(str, adapter_paths().values()))[:3]
-assert main(["merge", *adapters, "-o", {str(tmp_path / "out")!r}, "--method", "tsv", "--scale", "auto"]) == 0
-assert all(type(module) is not types.ModuleType for module in parts), parts
-"""
-    done = run(text)
+RUN = "from merge_engine.cli.main import main\nassert main({arguments!r}) == 0\n"
+
+
+@pytest.mark.parametrize("method", ["slerp", "model_stock", "della", "ties"])
+def test_merges_of_full_models_do_without(tmp_path, method):
+    """With the bytes of a process that has all of torch, as this one."""
+    base, *tuned = (str(save_base(tmp_path / str(seed), seed)) for seed in range(2 if method == "slerp" else 3))
+    models = [{"model": each, "parameters": {"weight": 0.5, "density": 0.5}} for each in tuned]
+    recipe = {
+        "merge_method": method,
+        "base_model": base,
+        "models": models,
+        "parameters": {"t": 0.5},
+        "dtype": "float32",
+    }
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    arguments = ["merge", str(tmp_path / "recipe.yml"), "-o", str(tmp_path / "out")]
+    still_empty = "assert all(type(module) is not types.ModuleType for module in parts), parts\n"
+    done = run(RUN.format(arguments=arguments) + still_empty)
     assert done.returncode == 0, done.stderr
+    assert main([*arguments[:-1], str(tmp_path / "whole")]) == 0
+    assert bytes_of(tmp_path / "out", "model.safetensors") == bytes_of(tmp_path / "whole", "model.safetensors")
+
+
+def bytes_of(folder, name):
+    return (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_only_where_it_was_tested_and_allowed(monkeypatch, tested):
+    """In a process of the command's own, and with this version of torch."""
+    monkeypatch.setattr(sys, "meta_path", before := list(sys.meta_path))
+    monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
+    count = len(before)
+    monkeypatch.setattr(postponed, "_allowed", False)
+    postponed.postpone()
+    assert len(sys.meta_path) == count
+    monkeypatch.setattr(postponed, "_torch", lambda: "2.13.0+cu130" if tested else "2.14.0")
+    postponed.allow()
+    postponed.postpone()
+    assert len(sys.meta_path) == count + tested
