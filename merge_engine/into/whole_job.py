@@ -88,10 +88,13 @@ class WholeJob:
         """The same with the files beside the weights."""
         return replace(self, companions=files)
 
+    def elements(self, work: TensorWork) -> int:
+        """How many elements of all sources a tensor is made of."""
+        return prod(self.layout.slots[work.keys[0]].shape) * len(work.all)
+
     def cost(self, work: TensorWork) -> int:
         """The work of a tensor, in elements that are looked at once."""
-        numel = prod(self.layout.slots[work.keys[0]].shape)
-        return 1 + numel * (1 if work.is_copy else _COSTS[WHOLE_METHODS[work.method].looks] * len(work.all))
+        return 1 + self.elements(work) * (1 if work.is_copy else _COSTS[WHOLE_METHODS[work.method].looks])
 
 
 def _files_of(source: FullInput) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from merge_engine.runtime.progress import Bar
 from merge_engine.runtime.threads import ahead
 from merge_engine.whole_tensors.group import Group
 from merge_engine.whole_tensors.table import merge_group
+
+SMALL = 1 << 23  # elements of all models together: up to so many, a tensor is merged by one thread
+MOST_SMALL = 8  # of these that are merged at a time
 
 
 def run_whole(
@@ -111,9 +115,17 @@ def write_works(job: WholeJob, folder: Path, ranks: Ranks, progress: bool | None
 
 
 def merged_items(job: WholeJob, works: Sequence[TensorWork]) -> Iterator[Item]:
-    """The works, merged one by one; those after are read meanwhile."""
-    for load in ahead(lambda work: _load(job, work), works):
-        yield _merge(job, load)
+    """The works, merged in their order; those after are read meanwhile.
+
+    Of small tensors each is merged by one thread, with others beside it: threads would wait for each other's blocks for
+    a tenth of the time. All threads together merge a large one.
+    """
+    for is_small, some in groupby(works, lambda work: job.elements(work) <= SMALL):
+        if is_small:
+            workers = min(torch.get_num_threads(), MOST_SMALL)
+            yield from ahead(lambda work: _merge(job, _load(job, work)), some, workers)
+        else:
+            yield from (_merge(job, load) for load in ahead(lambda work: _load(job, work), some))
 
 
 def _load(job: WholeJob, work: TensorWork) -> Load:

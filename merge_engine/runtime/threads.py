@@ -19,10 +19,13 @@ T = TypeVar("T")
 def for_each(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     """work(item) for every item, by ``torch.get_num_threads()`` threads; the results come in the order of the items.
 
-    When work fails for an item, its exception is raised, and items that have not been begun are skipped. Must not be
-    called from within ``work``: it would wait for its own thread.
+    When work fails for an item, its exception is raised, and items that have not been begun are skipped. A thread that
+    runs torch's operators on one thread does all itself. Another one must not call this from within ``work``: it would
+    wait for its own thread.
     """
     threads, left = torch.get_num_threads(), iter(range(len(items)))
+    if threads == 1:
+        return [work(item) for item in items]
 
     def share(_: int) -> list[tuple[int, R]]:  # a thread takes items while any are left
         try:
