@@ -218,7 +218,6 @@ FIGURES |= {
     "svd_merge": time(contestant=_svd_merge, **_svd_merge_of),
     "svd_merge_ours": time(contestant="merge-engine", **_svd_merge_of),
     "image_matmul": amount("matmul_gflop_s", "{:.0f}", contestant=_svd_merge, **_svd_merge_of),
-    "matmul": amount("matmul_gflop_s", "{:.0f}", contestant="tiled", **TIES),
 }
 for _type in ("linear", "tsv", "actmat"):
     _work = _of("trial", f"{_type} 4x r16 22 layers d0.2 fp32")
