@@ -1,7 +1,7 @@
 """A search for gains by kinds of modules, as a results file: python -m bench.search_gains [SEED ...]
 
-Writes search.csv: what ``examples/search_gains.py`` prints, for each seed of the sampler. Needs
-``merge-engine[search,peft]``.
+Writes search.csv: of the search in ``examples/search_gains.py``, for each seed of the sampler, the scores on the demo's
+reported sample and on sample 21, and what was found. Needs ``merge-engine[search,peft]``.
 """
 
 import argparse

@@ -20,9 +20,14 @@ Rows = list[dict[str, str]]
 Figure = Callable[[Rows], str]
 
 
+def where_it_holds(rows: Rows, where: dict[str, str]) -> Rows:
+    """The rows that have these values in these fields."""
+    return [row for row in rows if all(row[name] == wanted for name, wanted in where.items())]
+
+
 def value(rows: Rows, field: str, **where: str) -> float:
     """The field of the one row of which this holds. Raises LookupError where there is none, or are several."""
-    found = [row for row in rows if all(row[name] == wanted for name, wanted in where.items())]
+    found = where_it_holds(rows, where)
     if len(found) != 1 or not found[0][field]:
         raise LookupError(f"{field} of {where}: wanted one row with it, got {len(found)}")
     return float(found[0][field])
@@ -61,9 +66,7 @@ def span(form: str, figures: Callable[[Rows], list[float]]) -> Figure:
 
 def each(field: str, **where: str) -> Callable[[Rows], list[float]]:
     """The field of all rows of which this holds."""
-    return lambda rows: [
-        float(row[field]) for row in rows if all(row[name] == wanted for name, wanted in where.items())
-    ]
+    return lambda rows: [float(row[field]) for row in where_it_holds(rows, where)]
 
 
 def in_text(seconds: float) -> str:

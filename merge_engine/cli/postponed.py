@@ -1,10 +1,10 @@
 """Parts of torch that a merge of full models does not use, imported only when something asks for them.
 
 ``import torch`` takes about a second, a quarter of it for kernels of tensors without data (of torch.compile,
-torch.export and the device "meta") that torch registers from Python. Half of a merge of small full models is this
-import. The command's own process puts empty modules in the place of these parts. One is filled when one of its
-attributes is asked for, and all are before the import of a package that uses such tensors. Only for versions of torch
-with which the tests have run: another one may need what is registered elsewhere, as torch.Generator does.
+torch.export and the device "meta") that torch registers from Python. A merge of small full models spends much of its
+time on this import. The command's own process puts empty modules in the place of these parts. One is filled when one of
+its attributes is asked for, and all are before the import of a package that uses such tensors. Only for versions of
+torch with which the tests have run: another one may need what is registered elsewhere, as torch.Generator does.
 """
 
 import importlib.machinery
@@ -22,14 +22,8 @@ POSTPONED = (
     "torch.utils.data",
 )
 TESTED = "2.13."  # how the versions begin
-USERS = (
-    "torch._dynamo",
-    "torch._inductor",
-    "transformers",
-    "diffusers",
-    "peft",
-    "accelerate",
-)  # have to find all there
+# These have to find all parts there.
+USERS = ("torch._dynamo", "torch._inductor", "transformers", "diffusers", "peft", "accelerate")
 
 _lock = threading.RLock()
 

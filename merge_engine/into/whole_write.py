@@ -117,15 +117,15 @@ def write_works(job: WholeJob, folder: Path, ranks: Ranks, progress: bool | None
 def merged_items(job: WholeJob, works: Sequence[TensorWork]) -> Iterator[Item]:
     """The works, merged in their order; those after are read meanwhile.
 
-    Of small tensors each is merged by one thread, with others beside it: threads would wait for each other's blocks for
-    a tenth of the time. All threads together merge a large one.
+    Of small tensors each is merged by one thread, with others beside it: threads that shared one would wait for each
+    other after every sweep over its few blocks. All threads together merge a large one.
     """
-    for is_small, some in groupby(works, lambda work: job.elements(work) <= SMALL):
+    for is_small, alike in groupby(works, lambda work: job.elements(work) <= SMALL):
         if is_small:
             workers = min(torch.get_num_threads(), MOST_SMALL)
-            yield from ahead(lambda work: _merge(job, _load(job, work)), some, workers)
+            yield from ahead(lambda work: _merge(job, _load(job, work)), alike, workers)
         else:
-            yield from (_merge(job, load) for load in ahead(lambda work: _load(job, work), some))
+            yield from (_merge(job, load) for load in ahead(lambda work: _load(job, work), alike))
 
 
 def _load(job: WholeJob, work: TensorWork) -> Load:

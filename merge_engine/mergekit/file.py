@@ -9,12 +9,11 @@ Source: mergekit 0.1.5 (https://github.com/arcee-ai/mergekit), its documentation
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from merge_engine.errors import RecipeError
 from merge_engine.into.whole_job import check_count
-from merge_engine.mergekit.reader import Parameters, Reader, Reference
+from merge_engine.mergekit.reader import Parameters, Reader, Reference, nearest
 from merge_engine.mergekit.tokens import TokenizerSpec, tokenizer_spec
 from merge_engine.rules.methods import METHODS
 from merge_engine.rules.recipe import DTYPES
@@ -161,7 +160,7 @@ class _Recipe(Reader):
                 use = f"use merge-engine merge --method {name}"
                 raise RecipeError(f"{self.file}: merge_method: {name} is no method of mergekit's; for adapters {use}")
             plain = name.strip().lower().replace("-", "_")
-            alike = get_close_matches(plain, WHOLE_METHODS, 1, 0.75)
+            alike = nearest(plain, WHOLE_METHODS)
             alike += [each for each in WHOLE_METHODS if len(plain) > 3 and plain in each]
             if alike:
                 raise RecipeError(f"{self.file}: merge_method: {name} is not known; did you mean {alike[0]}?")

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -78,6 +78,11 @@ def first_value(scopes: Sequence[Parameters], name: str, tensor: str, depth: flo
     return default
 
 
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """The known word that this one is a misspelling of, if there is one."""
+    return get_close_matches(word, list(known), 1, _ALIKE)
+
+
 def missing(file: str, name: str, owner: str, tensor: str) -> RecipeError:
     """The error for a parameter that no scope has for the tensor. owner: the model, or the part, that lacks it."""
     way = f"set it under parameters, as parameters: {{{name}: X}}, without a filter"
@@ -109,7 +114,7 @@ class Reader:
         for key in value:
             if key in keys:
                 continue
-            alike = get_close_matches(str(key), keys, 1, _ALIKE)
+            alike = nearest(str(key), keys)
             if alike:
                 raise RecipeError(f"{self.file}: {subject}{key} is no key of mergekit's; did you mean {alike[0]}?")
             why = f"{key} belongs under parameters" if key in PARAMETERS else f"wanted one of {', '.join(keys)}"

@@ -3,13 +3,12 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from merge_engine.errors import RecipeError
 from merge_engine.formats.checkpoint import Checkpoint, open_checkpoint
-from merge_engine.mergekit.reader import Reader, Reference
+from merge_engine.mergekit.reader import Reader, Reference, nearest
 from merge_engine.models.token_rows import Asked, TokenRows, has_tokenizer, token_rows
 
 _SOURCES = ("union", "base")  # beside the names of models
@@ -58,7 +57,7 @@ def _source(reader: Reader, where: str, value: Any) -> str | Reference:
         return value
     if isinstance(value, str) and value.startswith("model:"):  # as the first versions of mergekit had it
         raise reader.error(where, f"the name alone, {value.removeprefix('model:')}", value)
-    alike = get_close_matches(value.lower(), _SOURCES, 1, 0.75) if isinstance(value, str) else []
+    alike = nearest(value.lower(), _SOURCES) if isinstance(value, str) else []
     if alike and not Path(value).exists():
         raise RecipeError(f"{reader.file}: {where}: there is no model {value}; did you mean {alike[0]}?")
     return reader.reference(where, value)

@@ -178,7 +178,7 @@ def models_wanted(name: str) -> str:
     besides = row.others != (0, None)
     low, high = row.others if besides else (row.least, row.most)
     count = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
-    plural = "model" if count.endswith("1") else "models"
+    plural = "model" if (low if high is None else high) == 1 else "models"
     if besides:
         return f"{count} {plural} besides the base"
     return f"{count} {plural}" + (", one of them the base" if row.base == "needed" else "")

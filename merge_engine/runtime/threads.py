@@ -23,9 +23,10 @@ def for_each(items: Sequence[T], work: Callable[[T], R]) -> list[R]:
     runs torch's operators on one thread does all itself. Another one must not call this from within ``work``: it would
     wait for its own thread.
     """
-    threads, left = torch.get_num_threads(), iter(range(len(items)))
+    threads = torch.get_num_threads()
     if threads == 1:
         return [work(item) for item in items]
+    left = iter(range(len(items)))
 
     def share(_: int) -> list[tuple[int, R]]:  # a thread takes items while any are left
         try:
