@@ -233,7 +233,7 @@ def cutting_bytes(plan: Plan, module: ModulePlan) -> int:
     if module.rank * 12 > least:  # by the Gram matrix
         return 8 * (4 * least * least + 3 * module.rank * width)
     start = min(ranks, max(2 * module.rank, WIDEST_START))
-    return 8 * (5 * (start + 8) + 12 * module.rank) * width
+    return 8 * (5 * (start + 8) + 12 * (module.rank + 4)) * width
 
 
 def joining_bytes(plan: Plan, module: ModulePlan) -> int:

@@ -35,8 +35,11 @@ _OVERSAMPLING = 8
 _DENSE_FRACTION = 12
 _MAX_STEPS = 24
 _ROOM = 3  # steps whose rows find room beside those of the first: most iterations end within these
-# The estimate of `_excess` assumes that a step leaves at least this share of the excess.
-_BEST_RATIO = 0.1
+# Ritz vectors that are multiplied beside the k that are wanted: without them what lies next to the k-th singular value
+# converges slowly, and a merge by ties takes one step more.
+_GUARDS = 4
+# The estimate of `_excess` assumes that half a step leaves at least this share of the excess.
+_BEST_RATIO = 0.3
 # An excess below this share of |D|_F^2 counts as none: products in float32 change the captured energy by more.
 _NOISE = 2.0**-32
 _CONVERGED = 2.0**-20  # of a vector's norm: what is left of a vector that has converged is below this share
@@ -72,14 +75,16 @@ def from_matrix(
     ``matrix`` is [M, N] float32; ``start`` [p, N], of any floating dtype and with any p, holds rows whose span contains
     most of D, such as the stacked A of the merged adapters: the better they are, the fewer the steps.
     ``tolerance`` bounds the excess (|D - B A|_F^2 - best) / best, so the error itself is within tolerance / 2 of the
-    best. The excess is estimated (`_excess`): a flat spectrum can deceive the estimate, and float32 hides what is below
-    about 1e-8 |D|_F^2. A warning is logged where 24 steps do not reach the tolerance. With ``energy`` in (0, 1], k is
-    the smallest rank, up to the above, that keeps this share of |D|_F^2, or the above where none does; with 1, or a
-    number within 2**-26 of it, the numerical rank of D: how many singular values are above 2**-21 |D|_F. ``space`` is
-    `first_space`, or a function that returns what that would return.
+    best. The excess is estimated (`_excess`): a flat spectrum can deceive the estimate, and so can a start of exact
+    singular vectors, where those that it lacks are hardly larger. float32 hides what is below about 1e-8 |D|_F^2. A
+    warning is logged where 24 steps do not reach the tolerance. With ``energy`` in (0, 1], k is the smallest rank, up
+    to the above, that keeps this share of |D|_F^2, or the above where none does; with 1, or a number within 2**-26 of
+    it, the numerical rank of D: how many singular values are above 2**-21 |D|_F. ``space`` is `first_space`, or a
+    function that returns what that would return.
 
     Method: block Krylov with Rayleigh-Ritz. The space V starts as the rows of ``start`` and 8 or more fixed Gaussian
-    ones; a step takes the k leading left Ritz vectors U of D V, and adds D^T U to V: two passes over D, k columns wide.
+    ones; a step takes the k + 4 leading left Ritz vectors U of D V, and adds D^T U to V: two passes over D, so many
+    columns wide. It ends after either pass.
     From rank min(M, N) / 12 on, the eigenvectors of the smaller Gram matrix in float64 are faster and exact.
     The same input, device and thread count give the same result; no global random state is read or written.
     Memory beside D: O((M + N) (p + k steps)) in float64; for the Gram matrix about 24 min(M, N)^2 bytes.
@@ -128,12 +133,17 @@ def from_matrix(
 
 
 def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float) -> tuple[Tensor, Tensor]:
-    """U [k, M] orthonormal and U D [k, N], with U^T U D near the best approximation of rank k; new: `first_space`."""
-    widest = min(matrix.shape) // 2
-    v_rows, w_rows = _Rows(_ROOM * k), _Rows(_ROOM * k)
+    """U [k, M] orthonormal and R [k, N], with U^T R near the best approximation of rank k; new: `first_space`."""
+    widest, block = min(matrix.shape) // 2, k + _GUARDS
+    v_rows, w_rows = _Rows(_ROOM * block), _Rows(_ROOM * block)
     w = new.new_empty(0, matrix.shape[0])  # V D^T
     gram = new.new_empty(0, 0)  # W W^T
     captured: list[float] = []
+
+    def suffices() -> bool:
+        excess = _excess(captured, total)
+        return excess <= max(tolerance * (total - captured[-1]), _NOISE * total)
+
     for _ in range(_MAX_STEPS):
         if len(w) + len(new) > widest:
             return _eigen(matrix, k, math.inf)
@@ -142,24 +152,42 @@ def _krylov(matrix: Tensor, new: Tensor, k: int, total: float, tolerance: float)
         border = w @ image.T
         gram = torch.cat([torch.cat([gram, border], dim=1), torch.cat([border.T, image @ image.T], dim=1)])
         w = w_rows.extended(image)
-        u = orthonormal(torch.linalg.eigh(gram).eigenvectors[:, -k:].T @ w)
+        squares, vectors = torch.linalg.eigh(gram)
+        captured.append(float(squares[-k:].sum()))
+        u = orthonormal(vectors[:, -block:].T @ w)
+        if suffices():
+            return u[-k:], u[-k:] @ w.T @ v
         z = times(u, matrix.T)
-        captured.append(float(z.square().sum()))
-        excess = _excess(captured, total)
-        if excess <= max(tolerance * (total - captured[-1]), _NOISE * total):
-            return u, z
-        # What is left of a converged vector is rounding, which no projection could make orthogonal to V.
-        rest = z - z @ v.T @ v
-        rest = rest[rest.norm(dim=1) > _CONVERGED * z.norm(dim=1)]
+        squares, turn = torch.linalg.eigh(z @ z.T)
+        captured.append(float(squares[-k:].sum()))
+        best = turn[:, -k:].T
+        if suffices():
+            return best @ u, best @ z
+        rest = _outside(z, v)
         if len(rest) == 0:
-            return u, z
+            # The leading vectors have converged, if any others in the space stay in it as well: it may have started
+            # from exact singular vectors, and not the leading ones.
+            others = orthonormal(vectors[:, :-block].T @ w)
+            rest = _outside(times(others, matrix.T), v)
+            if len(rest) == 0:
+                return best @ u, best @ z
         new = orthonormal(rest)
         new = orthonormal(new - new @ v.T @ v)
     logger.warning(
         "rank %d of a matrix %s: after %d steps the squared error is about %.1e of the least above it, wanted %.1e",
-        *(k, list(matrix.shape), _MAX_STEPS, excess / max(total - captured[-1], _NOISE * total), tolerance),
+        *(k, list(matrix.shape), _MAX_STEPS),
+        *(_excess(captured, total) / max(total - captured[-1], _NOISE * total), tolerance),
     )
-    return u, z
+    return best @ u, best @ z
+
+
+def _outside(z: Tensor, v: Tensor) -> Tensor:
+    """z less its part in the span of the rows v, without the rows that have converged.
+
+    What is left of these is rounding, which no projection could make orthogonal to V.
+    """
+    rest = z - z @ v.T @ v
+    return rest[rest.norm(dim=1) > _CONVERGED * z.norm(dim=1)]
 
 
 class _Rows:
@@ -182,24 +210,22 @@ class _Rows:
 
 
 def _excess(captured: Sequence[float], total: float) -> float:
-    """The energy that further steps would capture, as a geometric series of ratio q: gain * q / (1 - q).
+    """The energy that further half steps would capture, as a geometric series of ratio q: gain * q / (1 - q).
 
-    q is the ratio of the last two gains. Krylov spaces converge faster than any geometric series, so q falls from step
-    to step and the estimate is too high rather than too low. Only the first steps, which capture what is easy, make q
-    too small, so it is bounded from below. With one gain only, q = 1/2. The energy may fall in a step, since the Ritz
-    vectors are the best for D V and not for D: then nothing is known (Inf), unless it fell by no more than rounding.
+    q is the larger one of the last two ratios of gains, since the two halves of a step need not gain alike, and at
+    least _BEST_RATIO. Krylov spaces converge faster than any geometric series, so q falls from step to step and the
+    estimate is too high rather than too low. Only the first steps, which capture what is easy, make q too small. No
+    energy falls but for rounding: the space grows, and what the Ritz vectors capture of D is at least what they capture
+    of D V. With fewer than three gains nothing is known (Inf).
     """
-    if len(captured) < 2:
+    if len(captured) < 4:
         return math.inf
-    gain = captured[-1] - captured[-2]
+    first, before, gain = (captured[i] - captured[i - 1] for i in (-3, -2, -1))
     if gain <= 0:
         return 0.0 if -gain <= _BLUR * total else math.inf
-    if len(captured) == 2:
-        return gain
-    before = captured[-2] - captured[-3]
-    if gain >= before:
+    if gain >= before or before >= first:
         return math.inf
-    ratio = max(gain / before, _BEST_RATIO)
+    ratio = max(gain / before, before / first, _BEST_RATIO)
     return gain * ratio / (1 - ratio)
 
 
