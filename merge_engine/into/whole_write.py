@@ -31,6 +31,7 @@ from merge_engine.whole_tensors.table import merge_group
 
 SMALL = 1 << 23  # elements of all models together: up to so many, a tensor is merged by one thread
 MOST_SMALL = 8  # of these that are merged at a time
+ROOM = 64 << 20  # bytes of merged tensors that wait to be written, beside the first: behind a large one are small ones
 
 
 def run_whole(
@@ -91,6 +92,10 @@ class Item(NamedTuple):
     work: TensorWork
     merged: Tensor | None
 
+    def size(self) -> int:
+        """The bytes that it holds in memory."""
+        return 0 if self.merged is None else self.merged.nbytes
+
 
 def write_works(job: WholeJob, folder: Path, ranks: Ranks, progress: bool | None) -> int:
     """Write this rank's tensors that no earlier run has finished.
@@ -106,7 +111,8 @@ def write_works(job: WholeJob, folder: Path, ranks: Ranks, progress: bool | None
             work = sum(map(job.cost, mine))
             with Bar(work, len(mine), progress if ranks.rank == 0 else False, "tensors") as bar:
                 items = merged_items(job, [work for work in mine if not done.issuperset(work.keys)])
-                for cost in ahead(lambda item: _write(job, files, journal, item), items):
+                written = ahead(lambda item: _write(job, files, journal, item), items, size=Item.size, room=ROOM)
+                for cost in written:
                     bar.finished(cost)
                 bar.reach(work, len(mine))  # with what an earlier run has finished
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from operator import itemgetter
 from typing import TypeVar
 
@@ -90,23 +91,31 @@ def one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], workers: int = 1) -> Iterator[R]:
+def ahead(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int = 1,
+    *,
+    size: Callable[[T], int] = lambda item: 1,
+    room: int = 0,
+) -> Iterator[R]:
     """function(item) for every item, in order, computed in the background while the caller uses earlier results.
 
-    At most workers + 1 results are being computed or are waiting, so memory is bounded. Each worker runs torch's
-    operators on one thread: results do not depend on how many workers there are. An exception of `function` or `items`
-    is raised here. If items is a generator, it is closed at the end.
+    At most workers + 1 results are being computed or are waiting, so memory is bounded; more are, as long as the sizes
+    of all but the oldest ``workers`` sum to no more than ``room``. Each worker runs torch's operators on one thread:
+    results do not depend on how many workers there are. An exception of `function` or `items` is raised here. If items
+    is a generator, it is closed at the end.
     """
     before, caller = torch.get_num_threads(), threading.get_ident()
     pool = _take(workers)
-    waiting: deque[Future[R]] = deque()
+    waiting: deque[tuple[Future[R], int]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(_on_one_thread, function, item))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
+            waiting.append((pool.submit(_on_one_thread, function, item), size(item)))
+            while sum(nbytes for _, nbytes in islice(waiting, workers, None)) > room:
+                yield waiting.popleft()[0].result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0].result()
     except BaseException:  # its threads may be busy, or missing in a forked child: the pool ends here
         pool.shutdown(wait=threading.get_ident() == caller, cancel_futures=True)
         raise

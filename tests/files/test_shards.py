@@ -1,5 +1,8 @@
 """Shards of a model, written in any order."""
 
+import errno
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from xxhash import xxh3_128
 
+from merge_engine.errors import OutputError
 from merge_engine.files import shards
 from merge_engine.files.safetensors_writer import tensor_bytes
 from merge_engine.files.shards import ShardFiles, lay_out
@@ -59,3 +63,31 @@ def test_a_change_in_any_block_of_a_tensor_changes_its_hash(tmp_path, monkeypatc
     files.write(layout.slots["second"], where, memoryview(data)[where : where + 1])
     assert files.digest(layout.slots["second"]) == xxh3_128(data).hexdigest()
     files.close()
+
+
+def test_what_was_written_goes_to_the_disk_before_the_end(tmp_path, monkeypatch):
+    """A flush that fails there fails the merge: the last sync, of another descriptor, would not see it again."""
+    monkeypatch.setattr(shards, "AHEAD", 8)
+    layout = lay_out({"x": (torch.uint8, (21,))}, 1000)
+    flushed: list[int] = []
+    monkeypatch.setattr(shards, "_flush", flushed.append)
+    files = ShardFiles(tmp_path, layout)
+    files.create()  # its header is longer than that
+    files.write(layout.slots["x"], 0, memoryview(bytes(7)))
+    files.close()
+    assert len(flushed) == 1
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(shards, "_flush", fail)
+    files = ShardFiles(tmp_path, layout)
+    files.write(layout.slots["x"], 0, memoryview(bytes(8)))
+    with pytest.raises(OutputError, match="safetensors cannot be written: Input"):
+        files.close()
+    files = ShardFiles(tmp_path, layout)
+    files.write(layout.slots["x"], 0, memoryview(bytes(8)))
+    while not files._sent.done():
+        time.sleep(0.01)
+    with pytest.raises(OutputError, match="safetensors cannot be written: Input"):
+        files.write(layout.slots["x"], 8, memoryview(bytes(8)))

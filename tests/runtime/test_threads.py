@@ -190,6 +190,36 @@ def test_threads_of_what_ended_early_end_too(idle, how):
     assert seen and not any(thread.is_alive() for thread in seen) and not idle[2]
 
 
+@pytest.mark.parametrize(("room", "most"), [(0, 2), (4, 2), (5, 3), (9, 3), (10, 4), (1000, 7)])
+def test_small_items_wait_beside_the_one_in_work(room, most):
+    """As many as there is room for, the oldest not counted."""
+    begun, go, drawn = threading.Event(), threading.Event(), []
+
+    def items():
+        for i in range(6):
+            drawn.append(i)
+            yield i
+        drawn.append(6)
+
+    def work(i):
+        begun.set()
+        assert go.wait(10)
+        return i
+
+    results = ahead(work, items(), size=lambda i: 1000 if i == 0 else 5, room=room)
+    taken = threading.Thread(target=lambda: drawn.append(next(results)))
+    taken.start()
+    assert begun.wait(10)
+    deadline = time.monotonic() + 10
+    while len(drawn) < most and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert len(drawn) == most
+    go.set()
+    taken.join()
+    assert list(results) == [1, 2, 3, 4, 5]
+
+
 def test_items_may_come_from_work_ahead_of_as_many_workers():
     inner = ahead(lambda i: i + 1, range(50), 2)
     outer = ahead(lambda i: 2 * i, inner, 2)
