@@ -11,6 +11,7 @@ from merge_engine.cli.options import (
     given_options,
     merge_options,
     methods_text,
+    overwrite_as_flag,
     parse_rank,
     recipe_file,
     refuse,
@@ -176,7 +177,7 @@ def _several(adapters: Any, output: Any, given: dict[str, Any], result: Result) 
             file=sys.stderr,
         )
         for row in outcome.failed:
-            print(printable(f"  {row.trial.name}: {row.error}"), file=sys.stderr)
+            print(printable(f"  {row.trial.name}: {overwrite_as_flag(row.error)}"), file=sys.stderr)
     return 1 if outcome.failed else 0
 
 

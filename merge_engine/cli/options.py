@@ -207,10 +207,17 @@ def take_push(given: dict[str, Any]) -> str | None:
     return repo
 
 
+def overwrite_as_flag(message: str) -> str:
+    """A message of Python's with --overwrite, as it is typed, in place of overwrite."""
+    for phrase in _OF_OVERWRITE:
+        message = message.replace(phrase, phrase.replace("overwrite", "--overwrite"))
+    return message
+
+
 def as_flag(message: str, options: argparse.Namespace) -> str:
     """A message of Python's with options as they are typed: overwrite, and a given one that the message begins with."""
-    for phrase in _OF_OVERWRITE if hasattr(options, "overwrite") else ():
-        message = message.replace(phrase, phrase.replace("overwrite", "--overwrite"))
+    if hasattr(options, "overwrite"):
+        message = overwrite_as_flag(message)
     field, colon, rest = message.partition(":")
     name = _OPTIONS.get(field, field)
     given = vars(options).get(name) is not None and name not in (*_OURS, "adapters", "models", "recipe")

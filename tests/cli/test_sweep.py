@@ -116,3 +116,11 @@ def test_an_interrupt_is_one_line(three, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sweep_run, "merge_each", interrupted)
     code, out, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", "--sweep", "scale=1,2")
     assert (code, out) == (130, "") and err.startswith("merge-engine: interrupted; ") and err.count("\n") == 1
+
+
+def test_the_error_of_a_row_names_the_option_as_it_is_typed(three, tmp_path, capsys):
+    taken = tmp_path / "out" / "scale=2"
+    taken.mkdir(parents=True)
+    (taken / "notes.txt").touch()
+    code, _, err = run_cli(capsys, "merge", *three, "-o", tmp_path / "out", "--sweep", "scale=1,2", "--overwrite")
+    assert code == 1 and "scale=2 holds no model, so --overwrite does not replace it" in err
