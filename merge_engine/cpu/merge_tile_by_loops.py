@@ -14,6 +14,8 @@ from merge_engine.loops.term import TERM
 from merge_engine.rules.rule import Rule, require
 from merge_engine.runtime.memory import scratch
 
+Opened = tuple[np.ndarray, np.ndarray, np.ndarray]  # brackets, room and counts
+NOTHING_OPEN: Opened = (np.empty((2, 0), np.uint32), np.empty((1, 0), np.uint32), np.empty(1, np.int64))
 HELD = 1 << 19  # elements that are held at once of sources that are no products: 2 MiB
 
 
@@ -63,10 +65,14 @@ class TileMerge:
             i for i, source in enumerate(sources) if not (isinstance(source, Product) and self._known[i])
         ]  # whose tiles the loops are given
 
-    def into(self, outs: Sequence[Tensor], tile: Tile, scale: float) -> None:
-        """Write scale times the tile into each of outs [rows, columns], float32 with contiguous rows."""
+    def into(self, outs: Sequence[Tensor], tile: Tile, scale: float, opened: Opened = NOTHING_OPEN) -> None:
+        """Write scale times the tile into each of outs [rows, columns], float32 with contiguous rows.
+
+        opened: where all sources are products, brackets of magnitudes and room for the elements inside them: see
+        `tile_loops.merge_tile`.
+        """
         if not self._held:
-            self._run(self._terms, outs, tile, scale)
+            self._run(self._terms, outs, tile, scale, opened)
             return
         for part in parts_of(tile, HELD // len(self._held)):
             found, held = self._terms.copy(), scratch("held", (len(self._held), *part.shape))
@@ -95,7 +101,9 @@ class TileMerge:
             term["drops"] = 0
         term["rank"], term["b"] = 0, values.data_ptr()
 
-    def _run(self, found: np.ndarray, outs: Sequence[Tensor], tile: Tile, scale: float) -> None:
+    def _run(
+        self, found: np.ndarray, outs: Sequence[Tensor], tile: Tile, scale: float, opened: Opened = NOTHING_OPEN
+    ) -> None:
         width = tile.right - tile.left
         if tile.shape[0] > 1 and width == self._sources[0].columns and all(out.is_contiguous() for out in outs):
             found, tile = _in_one_row(found, tile)
@@ -103,7 +111,8 @@ class TileMerge:
         loops = door.loops()
         assert loops is not None
         room = scratch("room", (loops.room_for(found),)).numpy()
-        loops.merge_tile(found, *tile, self._weights, *self._flags, np.float32(scale), addresses, stride, room)
+        how = self._weights, *self._flags, np.float32(scale), addresses, stride, room
+        loops.merge_tile(found, *tile, *how, *opened)
 
 
 def _in_one_row(found: np.ndarray, tile: Tile) -> tuple[np.ndarray, Tile]:

@@ -27,6 +27,9 @@ COARSE_BINS, FINE_BINS = 1 << (31 - LOW_BITS), 1 << LOW_BITS
 _LARGEST = 0x7FFFFFFF  # bits of a magnitude
 
 
+Bracket = tuple[int, int]  # the least and the largest bits of magnitudes
+
+
 def trims(
     sources: Sequence[Source],
     k: int,
@@ -88,7 +91,7 @@ def _trims(
     if k == 0:
         return [Trim(float("inf"), 0, 0) for _ in mine]
     kth = kth or _kth_by_histogram(sources, k, mine, total)
-    value, quota = float(np.int32(kth.bits).view(np.float32)), kth.quota
+    value, quota = value_of(kth.bits), kth.quota
     if math.isnan(value):
         raise ValueError("a task tensor overflows float32; wanted smaller factors")
     if ties == "keep" or quota == kth.equal:
@@ -97,6 +100,17 @@ def _trims(
     counts = total(np.array([tied[i].sum() if i in tied else 0 for i in range(len(sources))], np.int64))
     left = (quota - (np.cumsum(counts) - counts)).clip(0, counts)
     return [_cut(sources[i], value, tied[i], int(left[i])) for i in mine]
+
+
+def trim_at(source: Source, ties: str, kth: "Kth") -> Trim:
+    """The Trim of a source whose k-th largest magnitude is known."""
+    (found,) = _trims([source], kth.quota, ties, [0], lambda counts: counts, kth)
+    return found
+
+
+def value_of(bits: int) -> float:
+    """The float32 of these bits."""
+    return float(np.int32(bits).view(np.float32))
 
 
 class Kth(NamedTuple):
@@ -131,7 +145,7 @@ def _kths_by_sample(sources: Sequence[Source], ks: Sequence[Sequence[int]]) -> l
     places, for a small or a huge tensor, or where the k-th is outside: the sample costs time, never exactness.
     """
     found: list[list[Kth | None]] = [[None] * len(own) for own in ks]
-    fit = [i for i, source in enumerate(sources) if ks[i] and _can_be_sampled(source)]
+    fit = [i for i, source in enumerate(sources) if ks[i] and can_be_sampled(source)]
     # All of it on threads that run operators alone: those of several keep cores spinning for a while after them.
     brackets = for_each(fit, lambda i: _brackets(sources[i], ks[i]))  # type: ignore[arg-type]
     looks = {
@@ -146,18 +160,24 @@ def _kths_by_sample(sources: Sequence[Source], ks: Sequence[Sequence[int]]) -> l
 
     def inside(want: tuple[int, int]) -> Kth | None:
         i, j = want
-        return _kth_inside(sources[i], ks[i][j], *brackets[fit.index(i)][j], [look[j] for look in seen[i]])
+        return kth_inside(sources[i], ks[i][j], brackets[fit.index(i)][j], [look[j] for look in seen[i]])
 
     for (i, j), kth in zip(wanted, for_each(wanted, inside), strict=True):
         found[i][j] = kth
     return found
 
 
-def _can_be_sampled(source: Source) -> bool:
+def can_be_sampled(source: Source) -> bool:
     return isinstance(source, Sampled) and 4 * SAMPLE <= source.rows * source.columns <= LARGEST_SAMPLED
 
 
-def _brackets(source: Sampled, ks: Sequence[int]) -> list[tuple[int, int]]:
+def bracket_of(source: Sampled, k: int) -> Bracket | None:
+    """Around where a sample has the k-th largest; None where equal magnitudes would fill it."""
+    (found,) = _brackets(source, [k])
+    return None if found == (_LARGEST, _LARGEST) else found
+
+
+def _brackets(source: Sampled, ks: Sequence[int]) -> list[Bracket]:
     """(lowest, highest) bits around where a sample has the k-th largest, for every k.
 
     A bracket that equal magnitudes would fill is one that holds nothing, where it would be large.
@@ -219,8 +239,9 @@ def _compiled_look(source: Source, brackets: Sequence[tuple[int, int]]) -> Look:
     return look
 
 
-def _kth_inside(source: Source, k: int, low: int, high: int, looks: Sequence[tuple[int, np.ndarray]]) -> Kth | None:
+def kth_inside(source: Source, k: int, bracket: Bracket, looks: Sequence[tuple[int, np.ndarray]]) -> Kth | None:
     """The k-th largest, of what was counted above a bracket and collected inside it, tile by tile."""
+    low, high = bracket
     rank, pieces = k - sum(above for above, _ in looks), [piece for _, piece in looks]
     if not 0 < rank <= sum(map(len, pieces)):
         return None

@@ -9,11 +9,12 @@ from torch import Tensor
 from merge_engine.cpu.keep import MergeSpec, Trim
 from merge_engine.cpu.merge import merge_deltas, vote_balance
 from merge_engine.cpu.merge_several import merge_several, working_bytes
+from merge_engine.cpu.one_sweep import trim_and_merge
 from merge_engine.cpu.select import trims as find_trims
 from merge_engine.cpu.source import Dense, Product, Source
 from merge_engine.cpu.source import Difference as DifferenceSource
 from merge_engine.engine.backend import Group, Known
-from merge_engine.engine.cpu_thresholds import find_keeps
+from merge_engine.engine.cpu_thresholds import find_keeps, only_thresholds
 from merge_engine.engine.plan import ModulePlan, Plan, Task
 from merge_engine.loops import door
 from merge_engine.models.finetuned import Difference
@@ -66,6 +67,11 @@ class TorchBackend:
         base: Sequence[Tensor] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> list[Tensor]:
+        if base is None and (trimmed := only_thresholds(group)):
+            spec = MergeSpec(tuple(group.weights), (), group.plan.rule, group.tied)
+            merged = trim_and_merge(group.packed, *trimmed, spec, scale)
+            if merged is not None:
+                return [merged]
         (spec,) = self.specs([group], [{} for _ in group.packed])
         onto: dict[str, Any] = {}
         if base is not None:

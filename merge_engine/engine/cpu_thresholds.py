@@ -7,7 +7,7 @@ from typing import NamedTuple
 from merge_engine.cpu.keep import Band, Drop, KeepTile, Trim
 from merge_engine.cpu.merge import l1_factor
 from merge_engine.cpu.select import trims_of_each
-from merge_engine.cpu.source import Source
+from merge_engine.cpu.source import Product, Source
 from merge_engine.engine.backend import Group, Known
 from merge_engine.rules.philox import stream_id
 
@@ -52,6 +52,15 @@ def find_keeps(groups: Sequence[Group], known: Sequence[Known]) -> list[tuple[Ke
         for found, column, own in zip(known, new, trims, strict=True):
             found.update(zip(column, own, strict=True))
     return [tuple(map(_found, row, sources, known)) for row in wanted]
+
+
+def only_thresholds(group: Group) -> tuple[list[int], str] | None:
+    """(k of each adapter, how ties are taken) where all of a group's products are trimmed to their k largest."""
+    wanted = [_wanted(group, place) for place in range(len(group.packed))]
+    thresholds = [each for each in wanted if isinstance(each, Threshold)]
+    if len(thresholds) < len(wanted) or not all(isinstance(source, Product) for source in group.packed):
+        return None
+    return [each.k for each in thresholds], group.plan.rule.trim_ties
 
 
 def _wanted(group: Group, place: int) -> Wanted:

@@ -171,6 +171,9 @@ def _has_avx512() -> bool:
 # Four rows by so many columns of a product are summed in registers: 16 vectors of 512 bits, or 8 of 256.
 _LANES, _VECTORS, _UP = (16, 4, 4) if _has_avx512() else (8, 2, 4)
 _PANEL = _LANES * _VECTORS
+# Ranks of all products together from which on `cpu.one_sweep` takes less time than two sweeps: lists of open elements
+# are made sixteen at a time, or one by one.
+LEAST_RANKS = 64 if _has_avx512() else 256
 
 
 def room_for(terms: np.ndarray) -> int:
@@ -406,16 +409,161 @@ def _merge_four(x, limits, ballots, weights, shares, by_sign, tied_plus, divides
         out[j] = _mean(total, share, divides) * scale
 
 
-@compiled((_terms, *_tile, f32[:, ::1], flag, flag, flag, flag, f32, i64[::1], i64, f32[::1]))
+_SIXTEEN = ir.VectorType(ir.IntType(32), 16)
+
+
+def _compared(builder, source, low, high):
+    """Magnitudes of sixteen float32 at an address, as bits, and masks of those from low to high and of those above."""
+    values = builder.load(builder.inttoptr(source, _SIXTEEN.as_pointer()), align=4)
+    values = builder.and_(values, _everywhere(builder, ir.Constant(ir.IntType(32), int(_SIGN_OFF)), _SIXTEEN))
+    least, most = _everywhere(builder, low, _SIXTEEN), _everywhere(builder, high, _SIXTEEN)
+    inside = builder.icmp_unsigned("<=", builder.sub(values, least), builder.sub(most, least))
+    return values, inside, builder.icmp_unsigned(">", values, most)
+
+
+def _counted(builder, mask):
+    return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(16))), ir.IntType(64))
+
+
+def _and_above(builder, number, above):
+    """The number, and 2**32 times how many are above."""
+    return builder.add(number, builder.shl(_counted(builder, above), ir.Constant(ir.IntType(64), 32)))
+
+
+def _lanes_of(builder, bits):
+    """The mask of sixteen that these bits are."""
+    return builder.bitcast(builder.trunc(bits, ir.IntType(16)), ir.VectorType(ir.IntType(1), 16))
+
+
+def _put(builder, values, mask, place):
+    """Store those of sixteen words that are in the mask to the head of sixteen places at an address, by AVX-512."""
+    kind = ir.FunctionType(_SIXTEEN, (_SIXTEEN, _SIXTEEN, mask.type))
+    compress = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
+    head = builder.call(compress, (values, ir.Constant(_SIXTEEN, [0] * 16), mask))
+    builder.store(head, builder.inttoptr(place, _SIXTEEN.as_pointer()), align=4)
+
+
+@intrinsic
+def _collect_sixteen(context, source, low, high, place):
+    """Put the magnitudes from low to high, all as bits, of sixteen float32 to the head of sixteen places.
+
+    source, place: addresses. Returns how many these are, and 2**32 times how many are above. It takes AVX-512, by which
+    the search of a threshold takes three quarters of the time.
+    """
+
+    def generate(context, builder, signature, arguments):
+        source, low, high, place = arguments
+        values, inside, above = _compared(builder, source, low, high)
+        _put(builder, values, inside, place)
+        return _and_above(builder, _counted(builder, inside), above)
+
+    return types.uint64(types.int64, types.uint32, types.uint32, types.int64), generate
+
+
+@intrinsic
+def _compare_sixteen(context, source, low, high):
+    """Which of sixteen float32 have magnitudes from low to high, a bit each, and 2**32 times how many are above."""
+
+    def generate(context, builder, signature, arguments):
+        _, inside, above = _compared(builder, *arguments)
+        bits = builder.zext(builder.bitcast(inside, ir.IntType(16)), ir.IntType(64))
+        return _and_above(builder, bits, above)
+
+    return types.uint64(types.int64, types.uint32, types.uint32), generate
+
+
+@intrinsic
+def _put_sixteen(context, source, chosen, place):
+    """Put those of sixteen words that are chosen, a bit each, to the head of sixteen places; addresses."""
+
+    def generate(context, builder, signature, arguments):
+        source, chosen, place = arguments
+        values = builder.load(builder.inttoptr(source, _SIXTEEN.as_pointer()), align=4)
+        _put(builder, values, _lanes_of(builder, chosen), place)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint64, types.int64), generate
+
+
+@intrinsic
+def _number_sixteen(context, first, chosen, place):
+    """Put first + i, for the i of sixteen that are chosen, to the head of sixteen places. Returns how many."""
+
+    def generate(context, builder, signature, arguments):
+        first, chosen, place = arguments
+        mask = _lanes_of(builder, chosen)
+        numbers = builder.add(_everywhere(builder, first, _SIXTEEN), ir.Constant(_SIXTEEN, list(range(16))))
+        _put(builder, numbers, mask, place)
+        return _counted(builder, mask)
+
+    return types.int64(types.uint32, types.uint64, types.int64), generate
+
+
+@part
+def _open_one_by_one(bits, first, size, brackets, place, found, stride, counts):
+    for j in range(first, size):
+        is_open = False
+        for k in range(4):
+            magnitude = _words(bits + 4 * (k * _BLOCK + j), 1)[0] & _SIGN_OFF
+            counts[1 + k] += np.int64(magnitude > brackets[1, k])
+            is_open |= (magnitude >= brackets[0, k]) & (magnitude <= brackets[1, k])
+        if is_open:
+            to = found + 4 * counts[0]
+            _words(to, 1)[0] = np.uint32(place + j)
+            for k in range(4):
+                _words(to + 4 * (1 + k) * stride, 1)[0] = _words(bits + 4 * (k * _BLOCK + j), 1)[0]
+            counts[0] += 1
+
+
+@part
+def _open_by_sixteen(bits, first, size, brackets, place, found, stride, counts):
+    even, to = size // 16 * 16, found + 4 * counts[0]
+    low0, low1, low2, low3 = _four(brackets[0])
+    high0, high1, high2, high3 = _four(brackets[1])
+    above0 = above1 = above2 = above3 = np.uint64(0)
+    for j in range(first, even, 16):
+        x0 = bits + 4 * j
+        x1, x2, x3 = x0 + 4 * _BLOCK, x0 + 8 * _BLOCK, x0 + 12 * _BLOCK
+        both0, both1 = _compare_sixteen(x0, low0, high0), _compare_sixteen(x1, low1, high1)
+        both2, both3 = _compare_sixteen(x2, low2, high2), _compare_sixteen(x3, low3, high3)
+        above0, above1 = above0 + (both0 >> _HALF), above1 + (both1 >> _HALF)
+        above2, above3 = above2 + (both2 >> _HALF), above3 + (both3 >> _HALF)
+        chosen = (both0 | both1 | both2 | both3) & _LOW
+        _put_sixteen(x0, chosen, to + 4 * stride)
+        _put_sixteen(x1, chosen, to + 8 * stride)
+        _put_sixteen(x2, chosen, to + 12 * stride)
+        _put_sixteen(x3, chosen, to + 16 * stride)
+        to += 4 * _number_sixteen(np.uint32(place + j), chosen, to)
+    counts[0] = (to - found) // 4
+    counts[1], counts[2] = counts[1] + np.int64(above0), counts[2] + np.int64(above1)
+    counts[3], counts[4] = counts[3] + np.int64(above2), counts[4] + np.int64(above3)
+    _open_one_by_one(bits, even, size, brackets, place, found, stride, counts)
+
+
+_open = _open_by_sixteen if _has_avx512() else _open_one_by_one
+
+
+_how = (f32[:, ::1], flag, flag, flag, flag, f32, i64[::1], i64, f32[::1])  # of `merge_tile`
+_opened = (u32[:, ::1], u32[:, ::1], i64[::1])
+
+
+@compiled((_terms, *_tile, *_how, *_opened))
 def merge_tile(
-    terms, top, bottom, left, right, weights, elects, by_sign, tied_plus, divides, scale, outs, stride, room
-):
+    terms, top, bottom, left, right, weights, elects, by_sign, tied_plus, divides, scale, outs, stride, room, brackets,
+    found, counts
+):  # fmt: skip
     """outs[s] = scale * sum_i weights[s, i] x_i over what agrees with the vote of all x, and over its share, of a tile.
 
     x_i: ballot times what is kept of terms[i]. elects: whether there is a vote at all; by_sign, tied_plus, divides: by
     what, who wins a tie, and whether the sum is divided by the shares of those that agree (1 where they are 0). outs:
     addresses of where the tile begins in each result, whose rows are stride elements apart. room: scratch, `room_for`
     that many terms.
+
+    brackets: [2, 4], of each of up to four terms the least and the largest bits of the magnitudes of which it is open
+    whether they stay, and all ones of no term; or [2, 0], where nothing is open. Elements that are open in any term are
+    listed: found[0] gets their places, as numbers in a result of `stride` columns, and found[1 + k] the bits of x_k;
+    there is room for the tile and 16 more. counts[0]: how many these are; counts[1 + k]: how many magnitudes of term k
+    are above its bracket.
     """
     count_of_terms, width = len(terms), right - left
     n = (count_of_terms + 3) // 4 * 4  # zeros up to a multiple of four
@@ -427,6 +575,7 @@ def merge_tile(
         ballots[k], shares[k] = terms[k].ballot, terms[k].share
         for s in range(len(outs)):
             weight[s, k] = weights[s, k]
+    counts[:] = 0
     last, panels = address + 4 * n * _BLOCK, address + 4 * (count_of_terms + 4) * _BLOCK
     for start in range(left, right, CHUNK):
         size = min(CHUNK, right - start)
@@ -444,6 +593,9 @@ def merge_tile(
                 panel += 4 * CHUNK * terms[k].rank
             for row in range(block, end):
                 place = address + 4 * (row - block) * CHUNK
+                if brackets.shape[1]:
+                    at = np.int64(found.ctypes.data)
+                    _open(place, 0, size, brackets, row * stride + start, at, found.shape[1], counts)
                 for k in range(count_of_terms):
                     limits[k] = _keep_row(terms[k], row, start, _floats(place + 4 * k * _BLOCK, size), mask)
                 if elects and n == 4 and len(outs) == 1:
@@ -468,6 +620,13 @@ def merge_tile(
                         _finish(count, divides, scale, out)
 
 
+@compiled((f32[::1], u32[::1], f32[::1]))
+def put(values, places, out):
+    """out[places[i]] = values[i]."""
+    for i in range(len(places)):
+        out[places[i]] = values[i]
+
+
 @compiled((_terms, *_tile, i64))
 def fill_tile(terms, top, bottom, left, right, out):
     """Write the tile of terms[0], which is a product, to the address out, its rows one after the other."""
@@ -484,36 +643,6 @@ def fill_tile(terms, top, bottom, left, right, out):
             for r in range(rows):
                 place = out + 4 * ((row - top + r) * width + start - left)
                 _copy(room[r * CHUNK : r * CHUNK + size], _floats(place, size))
-
-
-@intrinsic
-def _collect_sixteen(context, bits, low, high, found):
-    """Put the magnitudes from low to high, all as bits, of sixteen float32 to the head of sixteen places.
-
-    bits, found: addresses. Returns how many these are, and 2**32 times how many are above. It takes AVX-512, by which
-    the search of a threshold takes three quarters of the time.
-    """
-
-    def generate(context, builder, signature, arguments):
-        word, half = ir.IntType(32), ir.IntType(16)
-        words, flags = ir.VectorType(word, 16), ir.VectorType(ir.IntType(1), 16)
-
-        def count(mask):
-            return builder.zext(builder.ctpop(builder.bitcast(mask, half)), ir.IntType(64))
-
-        source, low, high, place = arguments
-        values = builder.load(builder.inttoptr(source, words.as_pointer()), align=4)
-        values = builder.and_(values, _everywhere(builder, ir.Constant(word, int(_SIGN_OFF)), words))
-        least, most = _everywhere(builder, low, words), _everywhere(builder, high, words)
-        above = builder.icmp_unsigned(">", values, most)
-        inside = builder.icmp_unsigned("<=", builder.sub(values, least), builder.sub(most, least))
-        kind = ir.FunctionType(words, (words, words, flags))
-        compress = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
-        head = builder.call(compress, (values, ir.Constant(words, [0] * 16), inside))
-        builder.store(head, builder.inttoptr(place, words.as_pointer()), align=4)
-        return builder.add(count(inside), builder.shl(count(above), ir.Constant(ir.IntType(64), 32)))
-
-    return types.uint64(types.int64, types.uint32, types.uint32, types.int64), generate
 
 
 # These get addresses: arrays are counted as they come and go, which took longer than the arithmetic.
@@ -546,6 +675,18 @@ def _collect_by_sixteen(source, size, low, width, found, count):
 
 
 _collect = _collect_by_sixteen if _has_avx512() else _collect_one_by_one
+
+
+@compiled((u32[:, ::1], u32[:, ::1], u32[:, ::1], i64[::1]))
+def inside(bits, brackets, found, counts):
+    """counts[k] = how many magnitudes of bits[k] are in the k-th bracket; they go to the head of found[k].
+
+    brackets: the least and the largest, as of `merge_tile`. A row of found is one longer than one of bits, or more.
+    """
+    for k in range(len(bits)):
+        low, width = brackets[0, k], np.uint32(brackets[1, k] - brackets[0, k])
+        source, place = np.int64(bits.ctypes.data) + 4 * k * bits.shape[1], np.int64(found.ctypes.data)
+        _, counts[k] = _collect(source, bits.shape[1], low, width, place + 4 * k * found.shape[1], 0)
 
 
 @compiled((_terms, *_tile, u32[::1], u32[::1], u32[:, ::1], i64[:, ::1]))

@@ -81,13 +81,13 @@ def test_thresholds_without_loops_are_exact_on_several_threads(monkeypatch):
 
 def test_a_delta_of_zeros_is_not_collected(monkeypatch):
     """Its sample says nothing, and all of it lies inside any bracket."""
-    collected, inside = [], cpu_select._kth_inside
+    collected, inside = [], cpu_select.kth_inside
 
     def counted(*arguments):
         collected.append(sum(len(found) for _, found in arguments[-1]))
         return inside(*arguments)
 
-    monkeypatch.setattr(cpu_select, "_kth_inside", counted)
+    monkeypatch.setattr(cpu_select, "kth_inside", counted)
     B = torch.zeros(600, 8)
     B[:30] = torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
     source = Product(torch.randn(8, 700, generator=torch.Generator().manual_seed(2)), B, 1.0)
