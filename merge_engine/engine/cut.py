@@ -249,7 +249,7 @@ def joined_bytes(plan: Plan, module: ModulePlan) -> int:
     factors = 4 * ranks * width
     if not plan.lifts:
         return factors
-    stack = 8 * (ranks * width + _core_sides(ranks, module) * ranks + ranks)
+    stack = 4 * ranks * width + 8 * (_core_sides(ranks, module) * ranks + ranks)
     return factors + stack + 8 * (4 * _core_sides(ranks, module) * ranks + 6 * ranks + adapters * (adapters + 2))
 
 
