@@ -145,7 +145,7 @@ def strengths_of(module: ModulePlan) -> list[float]:
 def merge_cores(recipe: Recipe, module: ModulePlan, cores: Cores) -> tuple[MergedCore, dict[str, float]]:
     """The merged core of a module by the recipe's method, and its figures."""
     options = {name: getattr(recipe, name) for name in METHODS[recipe.method].options}
-    merged = CORE_METHODS[recipe.method](cores, module.weights, **options)
+    merged = CORE_METHODS[recipe.method](cores, module.weights, module.rank, **options)
     figures: dict[str, float] = {NUMERICAL_RANK: merged.rank}
     if merged.smallest is not None:
         figures[SMALLEST] = merged.smallest
@@ -250,7 +250,7 @@ def joined_bytes(plan: Plan, module: ModulePlan) -> int:
     if not plan.lifts:
         return factors
     stack = 4 * ranks * width + 8 * (_core_sides(ranks, module) * ranks + ranks)
-    return factors + stack + 8 * (4 * _core_sides(ranks, module) * ranks + 6 * ranks + adapters * (adapters + 2))
+    return factors + stack + 8 * ((4 * _core_sides(ranks, module) + ranks + 6) * ranks + adapters * (adapters + 2))
 
 
 def _core_bytes(plan: Plan, module: ModulePlan) -> int:
