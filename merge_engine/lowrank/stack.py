@@ -71,7 +71,8 @@ class Stack:
         self.ranks = [len(A) for A in As]
         self._left, self._right = StackedRows([B.T for B in Bs]), StackedRows(As)
         left, right = self._left.wide(), self._right.wide()
-        self._norms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+        self._lengths = torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(right, dim=1)
+        self._norms = self._lengths[0] * self._lengths[1]
         if not finite(self._norms):
             raise ValueError("a factor is not finite")
         self._upper_left, self._upper_right = (upper(torch.geqrf(side.T)) for side in (left, right))
@@ -79,7 +80,7 @@ class Stack:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        parts = self._left, self._right, self._upper_left, self._upper_right, self._norms
+        parts = self._left, self._right, self._upper_left, self._upper_right, *self._lengths, self._norms
         return sum(part.nbytes for part in parts)
 
     def cut(self, weights: Sequence[float], rank: int, energy: float | None = None) -> LowRank:
@@ -181,57 +182,61 @@ class Stack:
         As X_B @ C with R_B C = block, in a third of the time that Q takes. By the reflectors of a second QR where block
         is no combination of columns of R_B, or only one in which large columns cancel.
         """
-        return _times_q(self._left, self._upper_left, block).T
+        return _times_q(self._left, self._upper_left, self._lengths[0], block).T
 
     def rows(self, block: Tensor) -> Tensor:
         """(Q_A @ block)^T [k, N] of ``block`` [q, k]; see `columns`."""
-        return _times_q(self._right, self._upper_right, block)
+        return _times_q(self._right, self._upper_right, self._lengths[1], block)
 
     def _narrow_columns(self, block: Tensor) -> Tensor:
         """`columns` in float32."""
-        combination = _combination(self._upper_left, block)
+        combination = _combination(self._upper_left, self._lengths[0], block)
         if combination is None:
             return self.columns(block)
         return self._left.combined(combination.to(self._left.device), torch.float32, turned=True)
 
     def _narrow_rows(self, block: Tensor) -> Tensor:
         """`rows` in float32."""
-        combination = _combination(self._upper_right, block)
+        combination = _combination(self._upper_right, self._lengths[1], block)
         if combination is None:
             return self.rows(block)
         return self._right.combined(combination.to(self._right.device), torch.float32)
 
 
-def _times_q(stacked: StackedRows, triangle: Tensor, block: Tensor) -> Tensor:
+def _times_q(stacked: StackedRows, triangle: Tensor, lengths: Tensor, block: Tensor) -> Tensor:
     """(Q @ block)^T, stacked^T = Q @ triangle: see `Stack.columns`."""
     if block.shape[1] == 0:  # LAPACK refuses this
         return block.new_zeros(0, stacked.shape[1], device=stacked.device)
-    combination = _combination(triangle, block)
+    combination = _combination(triangle, lengths, block)
     if combination is None:
         return q_times(torch.geqrf(stacked.wide().T), block.to(stacked.device)).T
     return stacked.combined(combination.to(stacked.device), torch.float64)
 
 
-def _combination(triangle: Tensor, block: Tensor) -> Tensor | None:
-    """C [k, R] with triangle @ C^T = block, on the CPU; None where there is none, or large columns cancel in it."""
-    triangle, block = triangle.cpu(), block.cpu()
-    lengths = torch.linalg.vector_norm(triangle, dim=0)
-    lengths = torch.where(lengths > 0, lengths, 1.0)
-    unit, wanted = triangle / lengths, torch.linalg.vector_norm(block, dim=0)
-    for solution in _solutions(unit, block):
-        sums = _CANCELLED * solution.abs().sum(0) <= wanted
-        missed = torch.linalg.vector_norm(unit @ solution - block, dim=0)
+def _combination(triangle: Tensor, lengths: Tensor, block: Tensor) -> Tensor | None:
+    """C [k, R] with triangle @ C^T = block, on the CPU; None where there is none, or large columns cancel in it.
+
+    ``lengths`` are those of the triangle's columns.
+    """
+    triangle, lengths, block = triangle.cpu(), lengths.cpu(), block.cpu()
+    wanted = torch.linalg.vector_norm(block, dim=0)
+    for solution in _solutions(triangle, lengths, block):
+        sums = _CANCELLED * (lengths @ solution.abs()) <= wanted
+        missed = torch.linalg.vector_norm(triangle @ solution - block, dim=0)
         if (sums & (missed <= _MISSED * wanted)).all():
-            return solution.T / lengths
+            return solution.T
     return None
 
 
-def _solutions(unit: Tensor, block: Tensor) -> Iterator[Tensor]:
-    """C with unit @ C = block, if there is one: first by substitution, which is fastest, then that of the least norm.
+def _solutions(triangle: Tensor, lengths: Tensor, block: Tensor) -> Iterator[Tensor]:
+    """C with triangle @ C = block, if there is one: first by substitution, which is fastest, then of the least norm.
 
-    The least norm spreads C over columns that depend on each other, and gives nothing to columns of zeros.
+    That of the least norm, for columns of length 1, spreads C over columns that depend on each other, and gives nothing
+    to columns of zeros.
     """
-    if unit.shape[0] == unit.shape[1]:
-        yield torch.linalg.solve_triangular(unit, block, upper=True)  # Inf or NaN where it is singular
+    if triangle.shape[0] == triangle.shape[1]:
+        yield torch.linalg.solve_triangular(triangle, block, upper=True)  # Inf or NaN where it is singular
+    lengths = torch.where(lengths > 0, lengths, 1.0)[:, None]
     # LAPACK's gelsy is faster, but torch leaves its pivots uninitialised.
-    yield torch.linalg.lstsq(unit, block, rcond=rounding(unit.shape[1]), driver="gelsd").solution
+    least = torch.linalg.lstsq(triangle / lengths.T, block, rcond=rounding(triangle.shape[1]), driver="gelsd").solution
+    yield least / lengths
