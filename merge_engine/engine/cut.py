@@ -255,7 +255,7 @@ def joined_bytes(plan: Plan, module: ModulePlan) -> int:
     if not plan.lifts:
         return factors
     stack = 4 * ranks * width + 8 * (_core_sides(ranks, module) + 3) * ranks
-    return factors + stack + 8 * ((4 * _core_sides(ranks, module) + ranks + 6) * ranks + adapters * (adapters + 2))
+    return factors + stack + 8 * ((4 * _core_sides(ranks, module) + ranks + 6) * ranks + adapters * (adapters + 3))
 
 
 def _core_bytes(plan: Plan, module: ModulePlan) -> int:

@@ -85,8 +85,7 @@ class CoreMethod:
         if unknown := sorted(options.keys() - self.options.keys()):
             raise ValueError(f"got options {unknown}, wanted no others than {sorted(self.options)}")
         core, smallest, noise = self.function(cores, torch.tensor(weights, dtype=torch.float64), **options)
-        svd = self._svd(cores, core, noise, rank)
-        k = cores.counted(svd.s, noise)
+        svd, k = self._decomposed(cores, core, noise, rank)
         if k == 0:
             svd = svd._replace(s=torch.zeros_like(svd.s))
         if self.flat:
@@ -95,17 +94,21 @@ class CoreMethod:
             svd = _flat(svd, k)
         return MergedCore(svd, k, smallest, noise)
 
-    def _svd(self, cores: Cores, core: Tensor, noise: float, rank: int | None) -> Svd:
-        """The decomposition of a core: its leading vectors only, where that is good enough.
+    def _decomposed(self, cores: Cores, core: Tensor, noise: float, rank: int | None) -> tuple[Svd, int]:
+        """The decomposition of a core, its leading vectors only where that is good enough, and its numerical rank.
 
         They come from eigenvalues, which are the squares of singular values. A cut keeps as much energy by them as by
         the exact ones. But a value near the limit might be counted wrongly; and where all directions are made equally
         strong, the last ones kept must be right each, while they can be seen only where their squares are apart.
         """
         svd = leading_svd(core, rank)
-        kept = min(rank or len(svd.s), cores.counted(svd.s, noise))
-        good = svd.tells(cores.limit(svd.s, noise)) and (not self.flat or kept == 0 or svd.separates(kept))
-        return svd if good else svd_of(core)
+        k = cores.counted(svd.s, noise)
+        kept = k if rank is None else min(k, rank)
+        good = svd.tells(k, cores.limit(svd.s, noise)) and (not self.flat or kept == 0 or svd.separates(kept))
+        if not good:
+            svd = svd_of(core)
+            k = cores.counted(svd.s, noise)
+        return svd, k
 
 
 def tsv(cores: Cores, weights: Tensor) -> Merge:
@@ -207,8 +210,9 @@ def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> 
 
 def _flat(svd: Svd, k: int) -> Svd:
     """The mean of the first k singular values in place of each of them, and 0 of the others."""
-    mean = float(svd.s[:k].mean()) if k else 0.0
-    return svd._replace(s=torch.where(torch.arange(len(svd.s)) < k, mean, torch.zeros_like(svd.s)))
+    flat = torch.zeros_like(svd.s)
+    flat[:k] = svd.s[:k].mean()
+    return svd._replace(s=flat)
 
 
 CORE_METHODS: dict[str, CoreMethod] = {

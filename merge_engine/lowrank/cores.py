@@ -111,7 +111,7 @@ class Cores:
         """
         p, q = self.shape
         columns, adapters = sum(self.ranks), len(self.ranks)
-        return 8 * ((4 * (p + q) + columns + 6) * columns + adapters * (adapters + 2))
+        return 8 * ((4 * (p + q) + columns + 6) * columns + adapters * (adapters + 3))
 
     def factors(self, t: int) -> tuple[Tensor, Tensor]:
         """L [p, r_t] and F [q, r_t] with C_t = L F^T."""
@@ -183,7 +183,7 @@ class Cores:
 
     def of_columns(self, values: Tensor) -> Tensor:
         """values [T] of adapters, for each column [n] of `vectors`."""
-        return values.repeat_interleave(torch.tensor([len(svd.s) for svd in self.svds]))
+        return values.repeat_interleave(self._once("counts", lambda: torch.tensor([len(svd.s) for svd in self.svds])))
 
     def counted(self, values: Tensor, noise: float = 0.0) -> int:
         """The numerical rank: how many of these singular values, in descending order, do not count as zero."""

@@ -26,16 +26,14 @@ class Svd(NamedTuple):
     s: Tensor
     vh: Tensor
 
-    def tells(self, limit: float) -> bool:
-        """Whether it is certain which of s are above ``limit``, though `leading_svd` may have found their squares."""
-        squares, (square,) = self._squares(self.s), self._squares(self.s.new_tensor([limit]))
-        return self._is_whole or bool(((squares - square).abs() > self._blur).all())
+    def tells(self, k: int, limit: float) -> bool:
+        """Whether it is certain that k values are above ``limit``: `leading_svd` may know their squares only."""
+        return self._is_whole or all(abs(each - self._square(limit)) > self._blur for each in self._squares_around(k))
 
     def separates(self, k: int) -> bool:
         """Whether the k leading vectors span what those of the matrix do, up to 2**-26, as `leading_svd` finds them."""
-        squares = self._squares(self.s[k - 1 : k + 1])
-        gap = squares[0] - squares[1:].sum()
-        return self._is_whole or float(gap) >= self._blur / _TURNED
+        last, *others = self._squares_around(k)
+        return self._is_whole or last - sum(others) >= self._blur / _TURNED
 
     @property
     def _is_whole(self) -> bool:
@@ -46,8 +44,13 @@ class Svd(NamedTuple):
         """What products in float64 and eigenvalues may be off by, of a largest square of 1."""
         return len(self.u) * _EPS
 
-    def _squares(self, values: Tensor) -> Tensor:
-        return (values / (float(self.s[0]) or 1.0)).square()
+    def _squares_around(self, k: int) -> list[float]:
+        """The squares of the k-th value and of the next one, as far as there are such."""
+        return [self._square(value) for value in self.s[max(k - 1, 0) : k + 1].tolist()]
+
+    def _square(self, value: float) -> float:
+        share = value / (float(self.s[0]) or 1.0)
+        return share * share  # which may be Inf
 
 
 class Leading(NamedTuple):

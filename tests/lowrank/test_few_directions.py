@@ -151,12 +151,15 @@ def test_what_squares_say_of_a_decomposition():
     exact = torch.linalg.svdvals(core)
     assert ((found.s.square() - exact.square()).abs() <= 32 * 2.0**-52).all()
     assert not found.s[exact < 2.0**-24].any() and torch.equal(found.s, found.s.sort(descending=True).values)
-    assert found.tells(1e-3) == bool(((exact - 1e-3).abs() > 1e-8).all())
-    assert not found.tells(1e-9) and not found.tells(float(exact[10]))
-    assert svd_of(core).tells(float(exact[10])) and leading_svd(core, None).tells(1e-9)
+    above = {limit: int((found.s > limit).sum()) for limit in (1e-3, 1e-9, float(exact[10]))}
+    assert [found.tells(k, limit) for limit, k in above.items()] == [True, False, False]
+    for whole_one in (svd_of(core), leading_svd(core, None)):
+        assert all(whole_one.tells(k, limit) for limit, k in above.items())
     for scale in (1e-200, 1e200):
-        assert leading_svd(scale * core, 8).tells(scale * 1e-4) and not leading_svd(scale * core, 8).tells(scale * 1e-9)
-    assert leading_svd(torch.zeros(9, 9, dtype=torch.float64), 2).tells(0.0) is False
+        other = leading_svd(scale * core, 8)
+        assert [other.tells(k, scale * limit) for limit, k in above.items()] == [True, False, False]
+    nothing = leading_svd(torch.zeros(9, 9, dtype=torch.float64), 2)
+    assert not nothing.tells(0, 0.0) and nothing.tells(0, 1e200)
 
 
 def test_vectors_that_are_not_known_are_not_cut():
