@@ -130,6 +130,7 @@ def tsv(cores: Cores, weights: Tensor) -> Merge:
 def iso_c(cores: Cores, weights: Tensor) -> Merge:
     """mean(S) U V^T of sum_t w_t tau_t = U diag(S) V^T, over its numerical rank: all its directions equally strong.
 
+    This function makes the sum; `CoreMethod` puts the mean in.
     Rank <= sum r_t. Source: Marczak et al., "No task left behind: isotropic model merging with common and task-specific
     subspaces", ICML 2025 (2502.04959); there the mean is over min(M, N) values, of null directions also.
     """
@@ -137,7 +138,7 @@ def iso_c(cores: Cores, weights: Tensor) -> Merge:
 
 
 def tsv_iso(cores: Cores, weights: Tensor) -> Merge:
-    """`iso_c` of the result of `tsv`: mean(S) U V^T of tsv = U diag(S) V^T, which is what this computes.
+    """mean(S) U V^T of the result of `tsv`, U diag(S) V^T, as in `iso_c`: `CoreMethod` puts the mean in.
 
     Source: the isotropic variant of TSV in Panariello et al., "Accurate and efficient low-rank model merging in core
     space", NeurIPS 2025 (2509.17786).
@@ -159,7 +160,8 @@ def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> Merge:
         raise ValueError(f"ridge is {ridge}, wanted a number of at least 0")
     u, s, _ = cores.vectors
     # sum |w| G = Y Y^T, Y = V diag(scales), and the numerator is left Y^T.
-    scales = cores.of_columns(weights.abs().sqrt() / cores.norms) * s
+    shares = weights.abs() / (float(weights.abs().max()) or 1.0)  # whose squares do not overflow
+    scales = cores.of_columns(shares.sqrt() / cores.norms) * s
     left = u * (cores.of_columns(weights.sign()) * scales * s)
     core, smallest, root = _by_products(cores, left, scales, ridge) or _by_svd(cores, left, scales, ridge)
     # Without a ridge 1 / y is as large as the inverse of the smallest value; with it, no larger than 1 / sqrt(mu).

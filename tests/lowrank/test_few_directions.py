@@ -241,3 +241,12 @@ def test_when_actmat_solves_a_linear_system(given, ridge, solved, systems):
     grown = max(1.0, 1e-3 / textbook.condition("actmat", given.deltas, given.weights)) ** 2
     delta = stack.rows(stack.columns(found.core).T)
     assert float((delta - wanted).norm()) <= 1e-10 * grown * float(wanted.norm())
+
+
+@pytest.mark.parametrize("times", [1e-300, 1e300])
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+def test_actmat_with_weights_of_any_size(times, ridge):
+    given = drawn(4, 43, 37, [3, 5], [0.7, -1.2])
+    larger = whole("actmat", given._replace(weights=[times * w for w in given.weights]), ridge=ridge)
+    wanted = whole("actmat", given, ridge=ridge).core
+    assert float((larger.core - wanted).norm()) <= 1e-12 * float(wanted.norm())
