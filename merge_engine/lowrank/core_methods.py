@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.gram import karcher, multislerp
-from merge_engine.lowrank.small_svd import Svd, leading_svd, svd_of
+from merge_engine.lowrank.small_svd import Svd, leading_svd
 
 # Of a matrix with a smallest singular value of this share of the largest, their squares tell which is how large: they
 # are right to 2**-52 or so of the largest.
@@ -106,7 +106,7 @@ class CoreMethod:
         kept = k if rank is None else min(k, rank)
         good = svd.tells(k, cores.limit(svd.s, noise)) and (not self.flat or kept == 0 or svd.separates(kept))
         if not good:
-            svd = svd_of(core)
+            svd = leading_svd(core, None)
             k = cores.counted(svd.s, noise)
         return svd, k
 

@@ -110,10 +110,11 @@ def leading_svd(core: Tensor, count: int | None) -> Svd:
     2**-26 |core|, and its SVD has orthonormal vectors however small a singular value is. The squares of the other
     values are right to 2**-52 len(core) of the largest one; those that are smaller are given as zero.
     """
-    if count is None or 4 * count > len(core):
-        return svd_of(core)
     unit = float(core.abs().max()) or 1.0  # in this unit squares do not overflow float64
     core = core / unit
+    if count is None or 4 * count > len(core):
+        u, s, vh = svd_of(core)
+        return Svd(u, unit * s, vh)
     squares, vectors = torch.linalg.eigh(core @ core.T)
     span, others = vectors[:, -count:], squares[:-count].flip(0)[: max(min(core.shape) - count, 0)]
     others = torch.where(others > len(core) * _EPS * squares[-1], others, 0.0).sqrt()
