@@ -48,9 +48,9 @@ class Finished(NamedTuple):
 class Decompositions:
     """What a cut needs of a module's factors whatever the weights; here it is made anew, a `Session` keeps it."""
 
-    def stack(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Stack:
+    def stack(self, work: Work, device: torch.device) -> Stack:
         """The stacked factors, decomposed."""
-        return Stack(As, Bs)
+        return Stack(*sides_of(work, device))
 
     def cores(self, stack: Stack, scalings: Sequence[float]) -> Cores:
         """The cores of the deltas."""
@@ -114,27 +114,32 @@ def _factors(plan: Plan, backend: Backend, work: Work, known: Decompositions) ->
         factors = space.lift(small, module.rank, recipe.energy)
         values = torch.linalg.svdvals(small.double()) if factors.energy < LOW else None
         return CutFactors(factors, {SMALLEST_ROW: space.nearness}, values)
-    As, Bs = ([factor.to(backend.device).float() for factor in side] for side in zip(*work.factors, strict=True))
-    strengths = strengths_of(module)
     if plan.stacks:
+        (As, Bs), strengths = sides_of(work, backend.device), strengths_of(module)
         stacked = torch.cat([A * x for A, x in zip(As, strengths, strict=True)])
         return CutFactors(LowRank(stacked, torch.cat(Bs, dim=1), 1.0), {})
     if plan.on_cores:
-        stack = known.stack(As, Bs)
+        stack = known.stack(work, backend.device)
         merged, figures = merge_cores(recipe, module, known.cores(stack, scalings))
         factors, values = stack.unfold_svd(merged.svd, module.rank, recipe.energy, merged.noise)
         return CutFactors(factors, figures, values)
     if "delta" in work.merged:
-        start = start_rows(As, module.rank)
+        start = start_rows(sides_of(work, backend.device)[0], module.rank)
         return CutFactors(from_matrix(work.merged["delta"], start, module.rank, recipe.energy, space=known.start), {})
     if plan.by_factors:
-        stack = known.stack(As, Bs)
-        factors, values = stack.cut_and_values(strengths, module.rank, recipe.energy)
+        stack = known.stack(work, backend.device)
+        factors, values = stack.cut_and_values(strengths_of(module), module.rank, recipe.energy)
         return CutFactors(factors, {}, values)
     A, B = work.merged["A"], work.merged["B"]
     if recipe.energy is None and module.rank >= len(A):
         return CutFactors(LowRank(A, B, 1.0), {})
     return CutFactors(from_products([A], [B], [1.0], module.rank, recipe.energy), {})
+
+
+def sides_of(work: Work, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """All A [r_t, N] and all B [M, r_t] of a module in float32."""
+    As, Bs = zip(*work.factors, strict=True)
+    return [A.to(device).float() for A in As], [B.to(device).float() for B in Bs]
 
 
 def strengths_of(module: ModulePlan) -> list[float]:
@@ -145,7 +150,7 @@ def strengths_of(module: ModulePlan) -> list[float]:
 def merge_cores(recipe: Recipe, module: ModulePlan, cores: Cores) -> tuple[MergedCore, dict[str, float]]:
     """The merged core of a module by the recipe's method, and its figures."""
     options = {name: getattr(recipe, name) for name in METHODS[recipe.method].options}
-    merged = CORE_METHODS[recipe.method](cores, module.weights, **options)
+    merged = CORE_METHODS[recipe.method](cores, module.weights, module.rank, **options)
     figures: dict[str, float] = {NUMERICAL_RANK: merged.rank}
     if merged.smallest is not None:
         figures[SMALLEST] = merged.smallest
@@ -249,8 +254,8 @@ def joined_bytes(plan: Plan, module: ModulePlan) -> int:
     factors = 4 * ranks * width
     if not plan.lifts:
         return factors
-    stack = 8 * (ranks * width + _core_sides(ranks, module) * ranks + ranks)
-    return factors + stack + 8 * (4 * _core_sides(ranks, module) * ranks + 6 * ranks + adapters * (adapters + 2))
+    stack = 4 * ranks * width + 8 * (_core_sides(ranks, module) + 3) * ranks
+    return factors + stack + 8 * ((4 * _core_sides(ranks, module) + ranks + 6) * ranks + adapters * (adapters + 3))
 
 
 def _core_bytes(plan: Plan, module: ModulePlan) -> int:

@@ -16,13 +16,26 @@ from torch import Tensor
 
 from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.gram import karcher, multislerp
-from merge_engine.lowrank.small_svd import Svd, svd_of
+from merge_engine.lowrank.small_svd import Svd, leading_svd
+
+# Of a matrix with a smallest singular value of this share of the largest, their squares tell which is how large: they
+# are right to 2**-52 or so of the largest.
+_CERTAIN = 2.0**-16
+_CONDITION = 2.0**12  # a linear system of this condition is solved to 2**-40 or so
+
+
+class Merge(NamedTuple):
+    """What a method makes of a module's cores: ``core`` [p, q]; ``smallest`` and ``noise`` as in `MergedCore`."""
+
+    core: Tensor
+    smallest: float | None
+    noise: float
 
 
 class MergedCore(NamedTuple):
-    """One merged module: its delta is Q_B core Q_A^T, ``core`` [p, q] float64. `Stack.unfold_svd` makes factors of it.
+    """One merged module: its delta is Q_B core Q_A^T. `Stack.unfold_svd` makes factors of it.
 
-    ``svd``: of the core.
+    ``svd``: of the core. All singular values, and as many vectors as were asked for.
     ``rank``: the numerical rank of the core. An output of a smaller rank loses energy; iso_c and tsv_iso have a flat
     spectrum, so that half the rank loses half of it.
     ``smallest``: how ill-conditioned the merge was. For tsv and tsv_iso the smallest singular value, within the rank,
@@ -32,37 +45,73 @@ class MergedCore(NamedTuple):
     ``noise``: singular values of the core up to this may be rounding alone.
     """
 
-    core: Tensor
     svd: Svd
     rank: int
     smallest: float | None
     noise: float
 
     @property
+    def core(self) -> Tensor:
+        """The core [p, q] in float64, as far as its singular vectors were asked for."""
+        u, s, vh = self.svd
+        return (u * s[: len(vh)]) @ vh
+
+    @property
     def norm(self) -> float:
         """|merged delta|_F."""
-        return float(torch.linalg.matrix_norm(self.core))
+        return float(torch.linalg.vector_norm(self.svd.s))
 
 
 @dataclass(frozen=True)
 class CoreMethod:
-    """One method: what computes it, and the options it knows with their defaults."""
+    """One method: what computes it, and the options it knows with their defaults.
 
-    function: Callable[..., MergedCore]
+    ``flat``: whether each singular value of the result is replaced by their mean, over its numerical rank.
+    """
+
+    function: Callable[..., Merge]
     options: Mapping[str, float] = field(default_factory=dict)
+    flat: bool = False
 
-    def __call__(self, cores: Cores, weights: Sequence[float], **options: float) -> MergedCore:
-        """The merge of the cores; raises ValueError for weights or options that do not fit."""
+    def __call__(self, cores: Cores, weights: Sequence[float], rank: int | None = None, **options: float) -> MergedCore:
+        """The merge of the cores, to be cut to ``rank`` or less; None: to any rank, which takes longer.
+
+        Raises ValueError for weights or options that do not fit.
+        """
         if len(weights) != len(cores):
             raise ValueError(f"got {len(weights)} weights, wanted {len(cores)}")
         if not all(map(math.isfinite, weights)):
             raise ValueError("a weight is not finite")
         if unknown := sorted(options.keys() - self.options.keys()):
             raise ValueError(f"got options {unknown}, wanted no others than {sorted(self.options)}")
-        return self.function(cores, torch.tensor(weights, dtype=torch.float64), **options)
+        core, smallest, noise = self.function(cores, torch.tensor(weights, dtype=torch.float64), **options)
+        svd, k = self._decomposed(cores, core, noise, rank)
+        if k == 0:
+            svd = svd._replace(s=torch.zeros_like(svd.s))
+        if self.flat:
+            if smallest is None:
+                smallest = float(svd.s[k - 1] / svd.s[0]) if k else 1.0
+            svd = _flat(svd, k)
+        return MergedCore(svd, k, smallest, noise)
+
+    def _decomposed(self, cores: Cores, core: Tensor, noise: float, rank: int | None) -> tuple[Svd, int]:
+        """The decomposition of a core, its leading vectors only where that is good enough, and its numerical rank.
+
+        They come from eigenvalues, which are the squares of singular values. A cut keeps as much energy by them as by
+        the exact ones. But a value near the limit might be counted wrongly; and where all directions are made equally
+        strong, the last ones kept must be right each, while they can be seen only where their squares are apart.
+        """
+        svd = leading_svd(core, rank)
+        k = cores.counted(svd.s, noise)
+        kept = k if rank is None else min(k, rank)
+        good = svd.tells(k, cores.limit(svd.s, noise)) and (not self.flat or kept == 0 or svd.separates(kept))
+        if not good:
+            svd = leading_svd(core, None)
+            k = cores.counted(svd.s, noise)
+        return svd, k
 
 
-def tsv(cores: Cores, weights: Tensor) -> MergedCore:
+def tsv(cores: Cores, weights: Tensor) -> Merge:
     """polar([U_1 ... U_T]) diag(w_1 S_1, ..., w_T S_T) polar([V_1 ... V_T])^T, tau_t = U_t diag(S_t) V_t^T.
 
     Adds the adapters after making their directions orthogonal, the two sides apart. Rank <= sum r_t.
@@ -75,29 +124,29 @@ def tsv(cores: Cores, weights: Tensor) -> MergedCore:
     values = (cores.of_columns(weights) * cores.vectors.s)[cores.of_columns(used)]
     smallest = min(left.smallest, right.smallest)
     core = (left.factor * values) @ right.factor.T
-    return _result(cores, core, smallest, cores.noise(weights) / min(smallest, 1.0))
+    return Merge(core, smallest, cores.noise(weights) / min(smallest, 1.0))
 
 
-def iso_c(cores: Cores, weights: Tensor) -> MergedCore:
+def iso_c(cores: Cores, weights: Tensor) -> Merge:
     """mean(S) U V^T of sum_t w_t tau_t = U diag(S) V^T, over its numerical rank: all its directions equally strong.
 
+    This function makes the sum; `CoreMethod` puts the mean in.
     Rank <= sum r_t. Source: Marczak et al., "No task left behind: isotropic model merging with common and task-specific
     subspaces", ICML 2025 (2502.04959); there the mean is over min(M, N) values, of null directions also.
     """
-    return _isotropic(cores, svd_of(cores.combined(weights)), None, cores.noise(weights))
+    return Merge(cores.combined(weights), None, cores.noise(weights))
 
 
-def tsv_iso(cores: Cores, weights: Tensor) -> MergedCore:
-    """`iso_c` of the result of `tsv`: mean(S) U V^T of tsv = U diag(S) V^T.
+def tsv_iso(cores: Cores, weights: Tensor) -> Merge:
+    """mean(S) U V^T of the result of `tsv`, U diag(S) V^T, as in `iso_c`: `CoreMethod` puts the mean in.
 
     Source: the isotropic variant of TSV in Panariello et al., "Accurate and efficient low-rank model merging in core
     space", NeurIPS 2025 (2509.17786).
     """
-    merged = tsv(cores, weights)
-    return _isotropic(cores, merged.svd, merged.smallest, merged.noise)
+    return tsv(cores, weights)
 
 
-def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> MergedCore:
+def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> Merge:
     """(sum_t w_t tau_t G_t) (sum_t |w_t| G_t + mu I)^+ with G_t = tau_t^T tau_t / |tau_t|_F^2.
 
     G_t stands in for the covariance of the inputs of task t. mu = ``ridge`` * trace(sum_t |w_t| G_t) / K', ridge times
@@ -109,54 +158,69 @@ def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> MergedCore:
     """
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge is {ridge}, wanted a number of at least 0")
-    u, s, v = cores.vectors
-    shares = cores.of_columns(weights.abs().sqrt())
-    unit = s / cores.of_columns(cores.norms)
-    # sum |w| G = Y Y^T, and (Z Y^T) (Y Y^T + mu)^+ = Z H diag(y / (y^2 + mu)) W^T by Y = W diag(y) H^T: an SVD, since
-    # eigenvalues of Y Y^T would square the condition.
-    w, values, h = torch.linalg.svd(v * (shares * unit), full_matrices=False)
+    u, s, _ = cores.vectors
+    # sum |w| G = Y Y^T, Y = V diag(scales), and the numerator is left Y^T.
+    shares = weights.abs() / (float(weights.abs().max()) or 1.0)  # whose squares do not overflow
+    scales = cores.of_columns(shares.sqrt() / cores.norms) * s
+    left = u * (cores.of_columns(weights.sign()) * scales * s)
+    core, smallest, root = _by_products(cores, left, scales, ridge) or _by_svd(cores, left, scales, ridge)
+    # Without a ridge 1 / y is as large as the inverse of the smallest value; with it, no larger than 1 / sqrt(mu).
+    return Merge(core, smallest, cores.noise(weights.sign()) * max(1 / max(smallest, root), 1.0))
+
+
+def _by_svd(cores: Cores, left: Tensor, scales: Tensor, ridge: float) -> tuple[Tensor, float, float]:
+    """left H diag(y / (y^2 + mu)) W^T by Y = W diag(y) H^T, smallest y / largest y, and sqrt(mu) / largest y.
+
+    An SVD, since eigenvalues of Y Y^T would square the condition.
+    """
+    w, values, h = torch.linalg.svd(cores.vectors.v * scales, full_matrices=False)
     k = cores.counted(values)
     w, values, h = w[:, :k], values[:k], h[:k].T
-    mean = float(values.square().mean()) if k else 1.0
-    strengths = cores.of_columns(weights.sign()) * shares * unit * s
-    core = (u * strengths) @ (h * (values / (values.square() + ridge * mean))) @ w.T
-    smallest = float(values[-1] / values[0]) if k else 1.0
-    # Without a ridge 1 / y is as large as the inverse of the smallest value; with it, no larger than 1 / sqrt(mu).
-    grown = 1 / max(smallest, math.sqrt(ridge * mean) / float(values[0])) if k else 1.0
-    return _result(cores, core, smallest, cores.noise(weights.sign()) * max(grown, 1.0))
+    if k == 0:
+        return left @ h @ w.T, 1.0, 1.0
+    mu = ridge * float(values.square().mean())
+    core = left @ (h * (values / (values.square() + mu))) @ w.T
+    return core, float(values[-1] / values[0]), math.sqrt(mu) / float(values[0])
 
 
-def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> Callable[[Cores, Tensor], MergedCore]:
-    def merged(cores: Cores, weights: Tensor) -> MergedCore:
+def _by_products(cores: Cores, left: Tensor, scales: Tensor, ridge: float) -> tuple[Tensor, float, float] | None:
+    """`_by_svd` as left (Y^T Y + mu I)^-1 Y^T, in half the time. None where that is not as good.
+
+    Wanted: a numerical rank of all columns that is certain from squares, and a matrix whose inverse loses little.
+    """
+    if ridge == 0 or len(scales) == 0:
+        return None
+    products = cores.row_products * scales.outer(scales)
+    squares = torch.linalg.eigvalsh(products)
+    least, largest, mu = float(squares[0]), float(squares[-1]), ridge * float(squares.mean())
+    certain = least > max(cores.tolerance, _CERTAIN) ** 2 * largest
+    if not (certain and largest + mu <= _CONDITION * (least + mu)):
+        return None
+    factor = torch.linalg.cholesky(products.diagonal_scatter(products.diag() + mu))
+    core = torch.cholesky_solve(left.T, factor).T @ (cores.vectors.v * scales).T
+    return core, math.sqrt(least / largest), math.sqrt(mu / largest)
+
+
+def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> Callable[[Cores, Tensor], Merge]:
+    def merged(cores: Cores, weights: Tensor) -> Merge:
         found = coefficients(cores.gram, weights.tolist())
-        return _result(cores, cores.combined(found), None, cores.noise(found))
+        return Merge(cores.combined(found), None, cores.noise(found))
 
     merged.__doc__ = coefficients.__doc__
     return merged
 
 
-def _isotropic(cores: Cores, merged: Svd, smallest: float | None, noise: float) -> MergedCore:
-    u, s, vh = merged
-    k = cores.counted(s, noise)
-    mean = float(s[:k].mean()) if k else 0.0
-    if smallest is None:
-        smallest = float(s[k - 1] / s[0]) if k else 1.0
-    flat = torch.where(torch.arange(len(s)) < k, mean, torch.zeros_like(s))
-    return MergedCore(mean * (u[:, :k] @ vh[:k]), Svd(u, flat, vh), k, smallest, noise)
-
-
-def _result(cores: Cores, core: Tensor, smallest: float | None, noise: float) -> MergedCore:
-    svd = svd_of(core)
-    k = cores.counted(svd.s, noise)
-    if k == 0:
-        core, svd = torch.zeros_like(core), svd._replace(s=torch.zeros_like(svd.s))
-    return MergedCore(core, svd, k, smallest, noise)
+def _flat(svd: Svd, k: int) -> Svd:
+    """The mean of the first k singular values in place of each of them, and 0 of the others."""
+    flat = torch.zeros_like(svd.s)
+    flat[:k] = svd.s[:k].mean()
+    return svd._replace(s=flat)
 
 
 CORE_METHODS: dict[str, CoreMethod] = {
     "tsv": CoreMethod(tsv),
-    "iso_c": CoreMethod(iso_c),
-    "tsv_iso": CoreMethod(tsv_iso),
+    "iso_c": CoreMethod(iso_c, flat=True),
+    "tsv_iso": CoreMethod(tsv_iso, flat=True),
     "actmat": CoreMethod(actmat, {"ridge": 1.0}),
     "multislerp": CoreMethod(_of_gram(multislerp)),
     "karcher": CoreMethod(_of_gram(karcher)),

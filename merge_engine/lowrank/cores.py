@@ -75,7 +75,7 @@ class Cores:
     ``stack`` holds the factors as they are, without ``scalings`` s_t; R_B [p, R] and R_A [q, R] are its triangles,
     p = min(M, R), q = min(N, R), R = sum r_t. Ranks r_t may differ and be 0, adapters be zero or equal.
     The cores lie on the CPU, whose LAPACK is faster than a GPU's for matrices of this size. Properties are computed by
-    the first thread that asks, once. Nothing of the long sides is kept: `nbytes` is 32 (p + q) R and a little.
+    the first thread that asks, once. Nothing of the long sides is kept: `nbytes` is 8 R (4 p + 4 q + R) and a little.
 
     Singular values up to ``tolerance`` times the largest, or up to what float64 loses in B_t A_t, count as zero, and
     their vectors are never used. Raises ValueError for scalings that do not fit or are not finite.
@@ -105,10 +105,13 @@ class Cores:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this object takes at most, once every property has been computed: four pairs of [p, R], [q, R]."""
+        """Bytes that this object takes at most, once every property has been computed.
+
+        Four pairs of [p, R] and [q, R], one [R, R], and what is smaller.
+        """
         p, q = self.shape
         columns, adapters = sum(self.ranks), len(self.ranks)
-        return 8 * (4 * (p + q) * columns + 6 * columns + adapters * (adapters + 2))
+        return 8 * ((4 * (p + q) + columns + 6) * columns + adapters * (adapters + 3))
 
     def factors(self, t: int) -> tuple[Tensor, Tensor]:
         """L [p, r_t] and F [q, r_t] with C_t = L F^T."""
@@ -149,6 +152,11 @@ class Cores:
         return self._once("norms", lambda: torch.stack([torch.linalg.vector_norm(svd.s) for svd in self.svds]))
 
     @property
+    def row_products(self) -> Tensor:
+        """V^T V [n, n] of `vectors`."""
+        return self._once("row products", lambda: self.vectors.v.T @ self.vectors.v)
+
+    @property
     def gram(self) -> Tensor:
         """G[i, j] = <tau_i, tau_j> [T, T]."""
         return self._once("gram", self._gram)
@@ -175,11 +183,15 @@ class Cores:
 
     def of_columns(self, values: Tensor) -> Tensor:
         """values [T] of adapters, for each column [n] of `vectors`."""
-        return values.repeat_interleave(torch.tensor([len(svd.s) for svd in self.svds]))
+        return values.repeat_interleave(self._once("counts", lambda: torch.tensor([len(svd.s) for svd in self.svds])))
 
     def counted(self, values: Tensor, noise: float = 0.0) -> int:
         """The numerical rank: how many of these singular values, in descending order, do not count as zero."""
-        return int((values > max(self.tolerance * float(values[0]), noise)).sum()) if len(values) else 0
+        return int((values > self.limit(values, noise)).sum())
+
+    def limit(self, values: Tensor, noise: float = 0.0) -> float:
+        """Singular values up to this count as zero beside others, in descending order."""
+        return max(self.tolerance * float(values[0]), noise) if len(values) else noise
 
     def _by_column(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(torch.tensor(self.ranks))
@@ -207,8 +219,8 @@ class Cores:
         return joined
 
     def _gram(self) -> Tensor:
-        u, s, v = self.vectors
-        products = (u.T @ u) * (v.T @ v) * s.outer(s)
+        u, s, _ = self.vectors
+        products = (u.T @ u) * self.row_products * s.outer(s)
         member = self.of_columns(torch.arange(len(self)))
         rows = torch.zeros(len(self), len(s), dtype=torch.float64).index_add_(0, member, products)
         return torch.zeros(len(self), len(self), dtype=torch.float64).index_add_(1, member, rows)

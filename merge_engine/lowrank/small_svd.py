@@ -14,15 +14,43 @@ _SURELY_FITS = 1e38
 # float32, and of products with it (see `products.times`).
 ROUNDED = 2.0**-21
 _BLUR = 2.0**-26  # of |D|_F^2: how much products in float32 change the energy that a cut keeps
+_TURNED = 2.0**-26  # what vectors may be off by: a quarter of what rounding to float32 loses
+_EPS = torch.finfo(torch.float64).eps
 Decomposed = tuple[Tensor, Tensor]  # reflectors of Q below R, and their factors, as LAPACK's geqrf packs them
 
 
 class Svd(NamedTuple):
-    """u [m, p], s [p] and vh [p, n] with u diag(s) vh a matrix, s in descending order."""
+    """u [m, k], s [p] and vh [k, n] of a matrix: all singular values, descending, and vectors of the k largest."""
 
     u: Tensor
     s: Tensor
     vh: Tensor
+
+    def tells(self, k: int, limit: float) -> bool:
+        """Whether it is certain that k values are above ``limit``: `leading_svd` may know their squares only."""
+        return self._is_whole or all(abs(each - self._square(limit)) > self._blur for each in self._squares_around(k))
+
+    def separates(self, k: int) -> bool:
+        """Whether the k leading vectors span what those of the matrix do, up to 2**-26, as `leading_svd` finds them."""
+        last, *others = self._squares_around(k)
+        return self._is_whole or last - sum(others) >= self._blur / _TURNED
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.u.shape[1] == len(self.s)
+
+    @property
+    def _blur(self) -> float:
+        """What products in float64 and eigenvalues may be off by, of a largest square of 1."""
+        return len(self.u) * _EPS
+
+    def _squares_around(self, k: int) -> list[float]:
+        """The squares of the k-th value and of the next one, as far as there are such."""
+        return [self._square(value) for value in self.s[max(k - 1, 0) : k + 1].tolist()]
+
+    def _square(self, value: float) -> float:
+        share = value / (float(self.s[0]) or 1.0)
+        return share * share  # which may be Inf
 
 
 class Leading(NamedTuple):
@@ -70,23 +98,28 @@ def leading(
     """The leading ``rank`` singular vectors of core, or the fewest that keep ``energy``.
 
     ``total`` is |D|_F^2, by default |core|_F^2. Singular values up to ``noise`` count as zero.
+    """
+    return leading_of(leading_svd(core, rank), rank, energy, noise, total)
 
-    Where the rank is a quarter of the size or less, they are found in half the time: in the span of as many
-    eigenvectors U of core core^T. U U^T core is worse than the best approximation by at most what float64 loses in
-    core core^T, some 2**-26 |core|, and its SVD has orthonormal vectors however small a singular value is.
+
+def leading_svd(core: Tensor, count: int | None) -> Svd:
+    """All singular values of core, and its leading ``count`` singular vectors or more; all of them where it is None.
+
+    Where count is a quarter of the size or less, they are found in half the time: in the span of as many eigenvectors U
+    of core core^T. U U^T core is worse than the best approximation by at most what float64 loses in core core^T, some
+    2**-26 |core|, and its SVD has orthonormal vectors however small a singular value is. The squares of the other
+    values are right to 2**-52 len(core) of the largest one; those that are smaller are given as zero.
     """
     unit = float(core.abs().max()) or 1.0  # in this unit squares do not overflow float64
-    core, noise, total = core / unit, noise / unit, None if total is None else total / unit / unit
-    if 4 * rank > len(core):
-        found = _kept(svd_of(core), core.new_zeros(0), rank, energy, total, noise)
-        return found._replace(s=unit * found.s, values=unit * found.values)
+    core = core / unit
+    if count is None or 4 * count > len(core):
+        u, s, vh = svd_of(core)
+        return Svd(u, unit * s, vh)
     squares, vectors = torch.linalg.eigh(core @ core.T)
-    values = squares.clamp(min=0).sqrt()
-    blur = math.sqrt(len(core) * torch.finfo(values.dtype).eps) * float(values[-1])
-    span, others = vectors[:, -rank:], values[:-rank]
-    others = torch.where(others > max(noise, blur), others, 0.0)
-    found = _kept(svd_of(span.T @ core), others, rank, energy, total, noise)
-    return found._replace(u=span @ found.u, s=unit * found.s, values=unit * found.values)
+    span, others = vectors[:, -count:], squares[:-count].flip(0)[: max(min(core.shape) - count, 0)]
+    others = torch.where(others > len(core) * _EPS * squares[-1], others, 0.0).sqrt()
+    u, s, vh = svd_of(span.T @ core)
+    return Svd(span @ u, unit * torch.cat([s, others]), vh)
 
 
 def svd_of(core: Tensor) -> Svd:
@@ -94,24 +127,19 @@ def svd_of(core: Tensor) -> Svd:
     return Svd(*torch.linalg.svd(core, full_matrices=False))
 
 
-def leading_of(svd: Svd, rank: int, energy: float | None, noise: float = 0.0) -> Leading:
-    """As `leading`, of a core whose decomposition is known."""
-    unit = float(svd.s[0]) or 1.0
-    found = _kept(svd._replace(s=svd.s / unit), svd.s.new_zeros(0), rank, energy, None, noise / unit)
-    return found._replace(s=unit * found.s, values=unit * found.values)
-
-
-def _kept(svd: Svd, others: Tensor, rank: int, energy: float | None, total: float | None, noise: float) -> Leading:
-    """The first of ``svd`` that are asked for; ``others``: singular values of the matrix beyond these, ascending."""
+def leading_of(svd: Svd, rank: int, energy: float | None, noise: float = 0.0, total: float | None = None) -> Leading:
+    """As `leading`, of a core whose decomposition is known. Raises ValueError where it has too few vectors."""
     s = torch.where(svd.s > noise, svd.s, 0.0)
-    squares = s.square().cumsum(0)
-    if total is None:
-        total = float(squares[-1]) + float(others[others > 0].square().sum())
-    kept = (squares / total).clamp(max=1) if total > 0 else torch.ones_like(squares)
     k = min(rank, len(s))
+    if svd.u.shape[1] < k:
+        raise ValueError(f"{svd.u.shape[1]} singular vectors are known, wanted {k}")
+    unit = float(s[0]) or 1.0  # in this unit squares do not overflow float64
+    squares = (s / unit).square().cumsum(0)
+    whole = float(squares[-1]) if total is None else total / unit / unit
+    kept = (squares / whole).clamp(max=1) if whole > 0 else torch.ones_like(squares)
     if energy is not None:
         k = min(k, 1 + int((kept < energy).sum()))
-    return Leading(svd.u[:, :k], s[:k], svd.vh[:k], float(kept[k - 1]), torch.cat([s, others.flip(0)]))
+    return Leading(svd.u[:, :k], s[:k], svd.vh[:k], float(kept[k - 1]), s)
 
 
 def unfolded(core: Leading, left: Decomposed, right: Decomposed) -> LowRank:
@@ -151,7 +179,7 @@ def rounding(columns: int) -> float:
 
     It is 2**-51 max(columns, 8), for float64: a bound that random matrices never come near.
     """
-    return 2 * max(columns, 8) * torch.finfo(torch.float64).eps
+    return 2 * max(columns, 8) * _EPS
 
 
 def upper(decomposed: Decomposed) -> Tensor:

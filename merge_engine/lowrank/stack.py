@@ -20,13 +20,13 @@ from merge_engine.lowrank.small_svd import (
     unfolded,
     upper,
 )
+from merge_engine.lowrank.stacked_rows import StackedRows
 from merge_engine.runtime.finite import finite
 
 # Below this share of sum_i |w_i| |B_i|_F |A_i|_F, a singular value has a relative rounding error of 2**-33 or more.
 _CANCELLED = 2.0**-20
 # What a solution may miss of a column, as a share of it: a 64th of what rounding to float32 loses.
 _MISSED = 2.0**-30
-_AT_A_TIME = 512  # columns of the stacked factors that are multiplied at once
 
 
 def from_products(
@@ -49,7 +49,7 @@ def from_products(
 
 
 class Stack:
-    """Sums of products whose weights change: the stacked factors in float64, and the triangles R of their QR.
+    """Sums of products whose weights change: the stacked factors, and the triangles R of their QR in float64.
 
     ``sum_i w_i B_i A_i = Q_B (R_B W R_A^T) Q_A^T`` with ``X_B = [B_1 ... B_n] = Q_B R_B`` and
     ``X_A = [A_1^T ... A_n^T] = Q_A R_A``. Weights act on the core ``R_B W R_A^T = U S V^T`` alone, and no Q is needed:
@@ -69,16 +69,19 @@ class Stack:
                 wanted = [Bs[0].shape[0], As[0].shape[1]]
                 raise ValueError(f"B[{i}] @ A[{i}] is {[B.shape[0], A.shape[1]]}, wanted {wanted} as of the first")
         self.ranks = [len(A) for A in As]
-        self._left, self._right = _stacked([B.T for B in Bs]), _stacked(As)
-        self._norms = torch.linalg.vector_norm(self._left, dim=1) * torch.linalg.vector_norm(self._right, dim=1)
+        self._left, self._right = StackedRows([B.T for B in Bs]), StackedRows(As)
+        left, right = self._left.wide(), self._right.wide()
+        self._lengths = torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(right, dim=1)
+        self._norms = self._lengths[0] * self._lengths[1]
         if not finite(self._norms):
             raise ValueError("a factor is not finite")
-        self._upper_left, self._upper_right = (upper(torch.geqrf(side.T)) for side in (self._left, self._right))
+        self._upper_left, self._upper_right = (upper(torch.geqrf(side.T)) for side in (left, right))
 
     @property
     def nbytes(self) -> int:
-        parts = self._left, self._right, self._upper_left, self._upper_right, self._norms
-        return sum(part.numel() * part.itemsize for part in parts)
+        """Bytes of what is kept."""
+        parts = self._left, self._right, self._upper_left, self._upper_right, *self._lengths, self._norms
+        return sum(part.nbytes for part in parts)
 
     def cut(self, weights: Sequence[float], rank: int, energy: float | None = None) -> LowRank:
         """B A = the best approximation of rank k of ``sum_i w_i B_i A_i``, in O(r^3 + r k (M + N)).
@@ -106,12 +109,12 @@ class Stack:
         found, k = int((core.s > 0).sum()), len(core.s)
         u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
         if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) is too inexact to be divided by S
-            return unfolded(core, torch.geqrf(self._left.T), torch.geqrf(self._right.T)), core.values
+            return unfolded(core, *(torch.geqrf(side.wide().T) for side in (self._left, self._right))), core.values
         of_left, of_right = vh @ self._upper_right * columns, (u / s).T @ self._upper_left * columns
         if found == k:
-            A, B = _narrow(of_right, self._right), _narrow(of_left, self._left, turned=True)
-            return rounded(A, B, core), core.values
-        A, B = of_right @ self._right, of_left @ self._left
+            A = self._right.combined(of_right, torch.float32)
+            return rounded(A, self._left.combined(of_left, torch.float32, turned=True), core), core.values
+        A, B = self._right.combined(of_right, torch.float64), self._left.combined(of_left, torch.float64)
         return rounded(completed(A, k), torch.nn.functional.pad(B, (0, 0, 0, k - found)).T, core), core.values
 
     @property
@@ -179,80 +182,61 @@ class Stack:
         As X_B @ C with R_B C = block, in a third of the time that Q takes. By the reflectors of a second QR where block
         is no combination of columns of R_B, or only one in which large columns cancel.
         """
-        return _times_q(self._left, self._upper_left, block).T
+        return _times_q(self._left, self._upper_left, self._lengths[0], block).T
 
     def rows(self, block: Tensor) -> Tensor:
         """(Q_A @ block)^T [k, N] of ``block`` [q, k]; see `columns`."""
-        return _times_q(self._right, self._upper_right, block)
+        return _times_q(self._right, self._upper_right, self._lengths[1], block)
 
     def _narrow_columns(self, block: Tensor) -> Tensor:
         """`columns` in float32."""
-        combination = _combination(self._upper_left, block)
+        combination = _combination(self._upper_left, self._lengths[0], block)
         if combination is None:
             return self.columns(block)
-        return _narrow(combination.to(self._left.device), self._left, turned=True)
+        return self._left.combined(combination.to(self._left.device), torch.float32, turned=True)
 
     def _narrow_rows(self, block: Tensor) -> Tensor:
         """`rows` in float32."""
-        combination = _combination(self._upper_right, block)
-        return self.rows(block) if combination is None else _narrow(combination.to(self._right.device), self._right)
+        combination = _combination(self._upper_right, self._lengths[1], block)
+        if combination is None:
+            return self.rows(block)
+        return self._right.combined(combination.to(self._right.device), torch.float32)
 
 
-def _narrow(combination: Tensor, stacked: Tensor, *, turned: bool = False) -> Tensor:
-    """combination [k, R] @ stacked [R, n], rounded to float32, or its transpose where turned.
-
-    Some columns at a time: new memory for the wide product takes longer than the product. It is transposed after it is
-    made: MKL multiplies two transposed matrices five times as slowly on some machines.
-    """
-    k, n = len(combination), stacked.shape[1]
-    out = stacked.new_empty((n, k) if turned else (k, n), dtype=torch.float32)
-    for start in range(0, n, _AT_A_TIME):
-        some = combination @ stacked[:, start : start + _AT_A_TIME]
-        if turned:
-            out[start : start + _AT_A_TIME] = some.float().T
-        else:
-            out[:, start : start + _AT_A_TIME] = some
-    return out
-
-
-def _times_q(stacked: Tensor, triangle: Tensor, block: Tensor) -> Tensor:
+def _times_q(stacked: StackedRows, triangle: Tensor, lengths: Tensor, block: Tensor) -> Tensor:
     """(Q @ block)^T, stacked^T = Q @ triangle: see `Stack.columns`."""
     if block.shape[1] == 0:  # LAPACK refuses this
-        return stacked.new_zeros(0, stacked.shape[1])
-    combination = _combination(triangle, block)
+        return block.new_zeros(0, stacked.shape[1], device=stacked.device)
+    combination = _combination(triangle, lengths, block)
     if combination is None:
-        return q_times(torch.geqrf(stacked.T), block.to(stacked.device)).T
-    return combination.to(stacked.device) @ stacked
+        return q_times(torch.geqrf(stacked.wide().T), block.to(stacked.device)).T
+    return stacked.combined(combination.to(stacked.device), torch.float64)
 
 
-def _combination(triangle: Tensor, block: Tensor) -> Tensor | None:
-    """C [k, R] with triangle @ C^T = block, on the CPU; None where there is none, or large columns cancel in it."""
-    triangle, block = triangle.cpu(), block.cpu()
-    lengths = torch.linalg.vector_norm(triangle, dim=0)
-    lengths = torch.where(lengths > 0, lengths, 1.0)
-    unit, wanted = triangle / lengths, torch.linalg.vector_norm(block, dim=0)
-    for solution in _solutions(unit, block):
-        sums = _CANCELLED * solution.abs().sum(0) <= wanted
-        missed = torch.linalg.vector_norm(unit @ solution - block, dim=0)
+def _combination(triangle: Tensor, lengths: Tensor, block: Tensor) -> Tensor | None:
+    """C [k, R] with triangle @ C^T = block, on the CPU; None where there is none, or large columns cancel in it.
+
+    ``lengths`` are those of the triangle's columns.
+    """
+    triangle, lengths, block = triangle.cpu(), lengths.cpu(), block.cpu()
+    wanted = torch.linalg.vector_norm(block, dim=0)
+    for solution in _solutions(triangle, lengths, block):
+        sums = _CANCELLED * (lengths @ solution.abs()) <= wanted
+        missed = torch.linalg.vector_norm(triangle @ solution - block, dim=0)
         if (sums & (missed <= _MISSED * wanted)).all():
-            return solution.T / lengths
+            return solution.T
     return None
 
 
-def _solutions(unit: Tensor, block: Tensor) -> Iterator[Tensor]:
-    """C with unit @ C = block, if there is one: first by substitution, which is fastest, then that of the least norm.
+def _solutions(triangle: Tensor, lengths: Tensor, block: Tensor) -> Iterator[Tensor]:
+    """C with triangle @ C = block, if there is one: first by substitution, which is fastest, then of the least norm.
 
-    The least norm spreads C over columns that depend on each other, and gives nothing to columns of zeros.
+    That of the least norm, for columns of length 1, spreads C over columns that depend on each other, and gives nothing
+    to columns of zeros.
     """
-    if unit.shape[0] == unit.shape[1]:
-        yield torch.linalg.solve_triangular(unit, block, upper=True)  # Inf or NaN where it is singular
+    if triangle.shape[0] == triangle.shape[1]:
+        yield torch.linalg.solve_triangular(triangle, block, upper=True)  # Inf or NaN where it is singular
+    lengths = torch.where(lengths > 0, lengths, 1.0)[:, None]
     # LAPACK's gelsy is faster, but torch leaves its pivots uninitialised.
-    yield torch.linalg.lstsq(unit, block, rcond=rounding(unit.shape[1]), driver="gelsd").solution
-
-
-def _stacked(blocks: Sequence[Tensor]) -> Tensor:
-    """[X_1; ...; X_n], X_i [r_i, n], in float64."""
-    stacked = torch.cat([block.double() for block in blocks])
-    if 0 in stacked.shape:
-        raise ValueError(f"the stacked factors are {list(stacked.shape)}, wanted no empty side")
-    return stacked
+    least = torch.linalg.lstsq(triangle / lengths.T, block, rcond=rounding(triangle.shape[1]), driver="gelsd").solution
+    yield least / lengths

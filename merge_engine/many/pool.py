@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge_engine.engine.backend import Backend, Known
@@ -132,8 +133,8 @@ class _KeptDecompositions(Decompositions):
     def __init__(self, cache: Cache, adapters: Hashable, module: ModulePlan) -> None:
         self.cache, self.adapters, self.module = cache, adapters, module
 
-    def stack(self, As: Sequence[Tensor], Bs: Sequence[Tensor]) -> Stack:
-        make = partial(super().stack, As, Bs)
+    def stack(self, work: Work, device: torch.device) -> Stack:
+        make = partial(super().stack, work, device)
         return self.cache.get(("stack", self.adapters, self.module.name), make, lambda stack: stack.nbytes)
 
     def cores(self, stack: Stack, scalings: Sequence[float]) -> Cores:

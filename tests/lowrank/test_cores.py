@@ -188,6 +188,7 @@ def test_bytes_are_no_more_than_told(ranks):
     before = cores.nbytes
     cores.polars([True] * len(ranks))
     assert cores.gram is cores.gram and cores.norms is cores.norms
+    assert cores.row_products is cores.row_products
     assert cores.left_basis is cores.left_basis and cores.right_basis is cores.right_basis
     taken = held(vars(cores), set())
     assert 0.8 * before <= taken <= before == cores.nbytes

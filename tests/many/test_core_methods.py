@@ -27,7 +27,7 @@ GRID = [
     *({"method": method, "scale": "auto", "weights": W[0]} for method in (*CORES, "linear", "cat", "dare_ties")),
     *({"method": "tsv", "scale": scale, "weights": W[0]} for scale in (0.3, -2.0, 0.0)),
     {"method": "tsv", "scale": "auto", "gain": 0.5, "weights": W[0]},
-    {"method": "tsv", "weights": W[0], "rank": 2},
+    *({"method": method, "weights": W[1], "rank": 2} for method in CORES),
     {"method": "tsv", "weights": W[0], "energy": 0.7, "scale": "auto"},
     {"method": "actmat", "ridge": 0.3, "weights": W[0]},
     {"method": "actmat", "ridge": 0.3, "weights": W[1], "balance": "pico"},
