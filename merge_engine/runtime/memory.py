@@ -15,7 +15,7 @@ from torch import Tensor
 from merge_engine.errors import RecipeError
 
 HUGE = 8 << 20  # tensors of at least so many bytes get huge pages
-KEPT = 512 << 20  # bytes of freed memory that are kept for later tensors, at most
+KEPT = 256 << 20  # bytes of freed memory that are kept for later tensors, at most
 # Freed memory, the oldest first. Threads share it without a lock: each change is one call, which is atomic in Python.
 _free: list[mmap.mmap] = []
 
