@@ -162,8 +162,8 @@ FAULTS = [
     ),
     Fault(
         f"{CPU}/select.py",
-        "kth.bits).view(np.float32)), kth.quota",
-        "kth.bits).view(np.float32)), kth.equal",
+        "value_of(kth.bits), kth.quota",
+        "value_of(kth.bits), kth.equal",
         "tests/cpu/test_select.py",
         "all equal magnitudes are kept",
     ),
