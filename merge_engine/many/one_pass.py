@@ -196,7 +196,9 @@ def _module_by_module(
 
     def jobs() -> Iterator[Step]:
         names = sorted({name for known in modules for name in known})
-        for loaded in ahead(load, names):
+        # A thread reads ahead while this one merges. Where the cuts are all there is to do, this one has time to read.
+        alone = all(plan.by_factors for plan in plans)
+        for loaded in map(load, names) if alone else ahead(load, names):
             for step in loaded:
                 if isinstance(step, Step):
                     yield step
