@@ -1,7 +1,7 @@
 """Sums of products B_i A_i: the stacked factors are decomposed once, and cut to a rank for any weights."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,12 +21,11 @@ from merge_engine.lowrank.small_svd import (
     upper,
 )
 from merge_engine.lowrank.stacked_rows import StackedRows
+from merge_engine.lowrank.triangle import Triangle
 from merge_engine.runtime.finite import finite
 
 # Below this share of sum_i |w_i| |B_i|_F |A_i|_F, a singular value has a relative rounding error of 2**-33 or more.
 _CANCELLED = 2.0**-20
-# What a solution may miss of a column, as a share of it: a 64th of what rounding to float32 loses.
-_MISSED = 2.0**-30
 
 
 def from_products(
@@ -71,16 +70,17 @@ class Stack:
         self.ranks = [len(A) for A in As]
         self._left, self._right = StackedRows([B.T for B in Bs]), StackedRows(As)
         left, right = self._left.wide(), self._right.wide()
-        self._lengths = torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(right, dim=1)
-        self._norms = self._lengths[0] * self._lengths[1]
+        lengths = torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(right, dim=1)
+        self._norms = lengths[0] * lengths[1]
         if not finite(self._norms):
             raise ValueError("a factor is not finite")
-        self._upper_left, self._upper_right = (upper(torch.geqrf(side.T)) for side in (left, right))
+        uppers = [upper(torch.geqrf(side.T)) for side in (left, right)]
+        self._of_left, self._of_right = map(Triangle, uppers, lengths)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        parts = self._left, self._right, self._upper_left, self._upper_right, *self._lengths, self._norms
+        parts = self._left, self._right, self._of_left, self._of_right, self._norms
         return sum(part.nbytes for part in parts)
 
     def cut(self, weights: Sequence[float], rank: int, energy: float | None = None) -> LowRank:
@@ -105,12 +105,12 @@ class Stack:
         if not math.isfinite(scale):
             raise ValueError("a weight is not finite")
         noise = rounding(len(columns)) * scale
-        core = leading((self._upper_left * columns) @ self._upper_right.T, rank, energy, noise=noise)
+        core = leading((self._of_left.upper * columns) @ self._of_right.upper.T, rank, energy, noise=noise)
         found, k = int((core.s > 0).sum()), len(core.s)
         u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
         if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) is too inexact to be divided by S
             return unfolded(core, *(torch.geqrf(side.wide().T) for side in (self._left, self._right))), core.values
-        of_left, of_right = vh @ self._upper_right * columns, (u / s).T @ self._upper_left * columns
+        of_left, of_right = vh @ self._of_right.upper * columns, (u / s).T @ self._of_left.upper * columns
         if found == k:
             A = self._right.combined(of_right, torch.float32)
             return rounded(A, self._left.combined(of_left, torch.float32, turned=True), core), core.values
@@ -128,7 +128,7 @@ class Stack:
 
         Column j belongs to the same adapter as row j of the stacked A. sum_i w_i B_i A_i = Q_B (R_B W R_A^T) Q_A^T.
         """
-        return self._upper_left, self._upper_right
+        return self._of_left.upper, self._of_right.upper
 
     @property
     def sizes(self) -> Tensor:
@@ -161,7 +161,7 @@ class Stack:
         return self._unfolded(cut), cut.values
 
     def _check_core(self, shape: tuple[int, ...], numbers: Tensor) -> None:
-        wanted = len(self._upper_left), len(self._upper_right)
+        wanted = len(self._of_left.upper), len(self._of_right.upper)
         if shape != wanted or numbers.dtype != torch.float64:
             raise ValueError(f"core is {list(shape)} {numbers.dtype}, wanted {list(wanted)} float64")
         if not finite(numbers):
@@ -182,61 +182,32 @@ class Stack:
         As X_B @ C with R_B C = block, in a third of the time that Q takes. By the reflectors of a second QR where block
         is no combination of columns of R_B, or only one in which large columns cancel.
         """
-        return _times_q(self._left, self._upper_left, self._lengths[0], block).T
+        return _times_q(self._left, self._of_left, block).T
 
     def rows(self, block: Tensor) -> Tensor:
         """(Q_A @ block)^T [k, N] of ``block`` [q, k]; see `columns`."""
-        return _times_q(self._right, self._upper_right, self._lengths[1], block)
+        return _times_q(self._right, self._of_right, block)
 
     def _narrow_columns(self, block: Tensor) -> Tensor:
         """`columns` in float32."""
-        combination = _combination(self._upper_left, self._lengths[0], block)
+        combination = self._of_left.combination(block)
         if combination is None:
             return self.columns(block)
         return self._left.combined(combination.to(self._left.device), torch.float32, turned=True)
 
     def _narrow_rows(self, block: Tensor) -> Tensor:
         """`rows` in float32."""
-        combination = _combination(self._upper_right, self._lengths[1], block)
+        combination = self._of_right.combination(block)
         if combination is None:
             return self.rows(block)
         return self._right.combined(combination.to(self._right.device), torch.float32)
 
 
-def _times_q(stacked: StackedRows, triangle: Tensor, lengths: Tensor, block: Tensor) -> Tensor:
+def _times_q(stacked: StackedRows, triangle: Triangle, block: Tensor) -> Tensor:
     """(Q @ block)^T, stacked^T = Q @ triangle: see `Stack.columns`."""
     if block.shape[1] == 0:  # LAPACK refuses this
         return block.new_zeros(0, stacked.shape[1], device=stacked.device)
-    combination = _combination(triangle, lengths, block)
+    combination = triangle.combination(block)
     if combination is None:
         return q_times(torch.geqrf(stacked.wide().T), block.to(stacked.device)).T
     return stacked.combined(combination.to(stacked.device), torch.float64)
-
-
-def _combination(triangle: Tensor, lengths: Tensor, block: Tensor) -> Tensor | None:
-    """C [k, R] with triangle @ C^T = block, on the CPU; None where there is none, or large columns cancel in it.
-
-    ``lengths`` are those of the triangle's columns.
-    """
-    triangle, lengths, block = triangle.cpu(), lengths.cpu(), block.cpu()
-    wanted = torch.linalg.vector_norm(block, dim=0)
-    for solution in _solutions(triangle, lengths, block):
-        sums = _CANCELLED * (lengths @ solution.abs()) <= wanted
-        missed = torch.linalg.vector_norm(triangle @ solution - block, dim=0)
-        if (sums & (missed <= _MISSED * wanted)).all():
-            return solution.T
-    return None
-
-
-def _solutions(triangle: Tensor, lengths: Tensor, block: Tensor) -> Iterator[Tensor]:
-    """C with triangle @ C = block, if there is one: first by substitution, which is fastest, then of the least norm.
-
-    That of the least norm, for columns of length 1, spreads C over columns that depend on each other, and gives nothing
-    to columns of zeros.
-    """
-    if triangle.shape[0] == triangle.shape[1]:
-        yield torch.linalg.solve_triangular(triangle, block, upper=True)  # Inf or NaN where it is singular
-    lengths = torch.where(lengths > 0, lengths, 1.0)[:, None]
-    # LAPACK's gelsy is faster, but torch leaves its pivots uninitialised.
-    least = torch.linalg.lstsq(triangle / lengths.T, block, rcond=rounding(triangle.shape[1]), driver="gelsd").solution
-    yield least / lengths

@@ -188,7 +188,7 @@ FAULTS = [
         "factors are divided by what cancelled",
     ),
     Fault(
-        f"{LOWRANK}/stack.py",
+        f"{LOWRANK}/triangle.py",
         "if (sums & (missed <= _MISSED * wanted)).all():",
         "if sums.all():",
         "tests/lowrank/test_stack.py tests/lowrank/test_unfold.py",
