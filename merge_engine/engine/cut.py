@@ -254,8 +254,8 @@ def joined_bytes(plan: Plan, module: ModulePlan) -> int:
     factors = 4 * ranks * width
     if not plan.lifts:
         return factors
-    stack = 4 * ranks * width + 8 * (_core_sides(ranks, module) + 3) * ranks
-    return factors + stack + 8 * ((4 * _core_sides(ranks, module) + ranks + 6) * ranks + adapters * (adapters + 3))
+    stack = 4 * ranks * width + 8 * (_core_sides(ranks, module) + 4) * ranks
+    return factors + stack + 8 * ((4 * _core_sides(ranks, module) + ranks + 8) * ranks + adapters * (adapters + 2))
 
 
 def _core_bytes(plan: Plan, module: ModulePlan) -> int:

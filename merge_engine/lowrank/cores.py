@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from merge_engine.lowrank.small_svd import product_norm, rounding
+from merge_engine.lowrank.small_svd import owners, product_norm, rounding
 from merge_engine.runtime.finite import finite
 
 T = TypeVar("T")
@@ -85,6 +85,7 @@ class Cores:
         if len(scalings) != len(stack.ranks):
             raise ValueError(f"got {len(scalings)} scalings, wanted {len(stack.ranks)}")
         self.ranks, self.tolerance = list(stack.ranks), tolerance
+        self._owners = owners(self.ranks)
         left, right = (triangle.cpu() for triangle in stack.triangles)
         scales = torch.tensor(scalings, dtype=torch.float64)
         self.left, self.right = left * self._by_column(scales), right
@@ -111,7 +112,7 @@ class Cores:
         """
         p, q = self.shape
         columns, adapters = sum(self.ranks), len(self.ranks)
-        return 8 * ((4 * (p + q) + columns + 6) * columns + adapters * (adapters + 3))
+        return 8 * ((4 * (p + q) + columns + 8) * columns + adapters * (adapters + 2))
 
     def factors(self, t: int) -> tuple[Tensor, Tensor]:
         """L [p, r_t] and F [q, r_t] with C_t = L F^T."""
@@ -183,7 +184,7 @@ class Cores:
 
     def of_columns(self, values: Tensor) -> Tensor:
         """values [T] of adapters, for each column [n] of `vectors`."""
-        return values.repeat_interleave(self._once("counts", lambda: torch.tensor([len(svd.s) for svd in self.svds])))
+        return values[self._once("owners", lambda: owners([len(svd.s) for svd in self.svds]))]
 
     def counted(self, values: Tensor, noise: float = 0.0) -> int:
         """The numerical rank: how many of these singular values, in descending order, do not count as zero."""
@@ -194,7 +195,7 @@ class Cores:
         return max(self.tolerance * float(values[0]), noise) if len(values) else noise
 
     def _by_column(self, values: Tensor) -> Tensor:
-        return values.repeat_interleave(torch.tensor(self.ranks))
+        return values[self._owners]
 
     def _once(self, name: str, make: Callable[[], T]) -> T:
         with self._lock:

@@ -1,6 +1,7 @@
 """Small matrices ("cores"): their leading singular vectors, and the low-rank factors made from these."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,11 @@ class LowRank(NamedTuple):
     energy: float
 
 
+def owners(counts: Sequence[int]) -> Tensor:
+    """The number of its adapter for each of the columns of all adapters, of which they have so many each."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+
+
 def rank_that_keeps(share: float, values: Tensor) -> int:
     """The smallest rank that keeps this share of the energy of a matrix with these singular values, descending."""
     squares = (values / (float(values[0]) or 1.0)).square().cumsum(0)
@@ -110,7 +116,7 @@ def leading_svd(core: Tensor, count: int | None) -> Svd:
     2**-26 |core|, and its SVD has orthonormal vectors however small a singular value is. The squares of the other
     values are right to 2**-52 len(core) of the largest one; those that are smaller are given as zero.
     """
-    unit = float(core.abs().max()) or 1.0  # in this unit squares do not overflow float64
+    unit = float(torch.linalg.vector_norm(core, math.inf)) or 1.0  # in this unit squares do not overflow float64
     core = core / unit
     if count is None or 4 * count > len(core):
         u, s, vh = svd_of(core)

@@ -14,6 +14,7 @@ from merge_engine.lowrank.small_svd import (
     completed,
     leading,
     leading_of,
+    owners,
     q_times,
     rounded,
     rounding,
@@ -68,6 +69,7 @@ class Stack:
                 wanted = [Bs[0].shape[0], As[0].shape[1]]
                 raise ValueError(f"B[{i}] @ A[{i}] is {[B.shape[0], A.shape[1]]}, wanted {wanted} as of the first")
         self.ranks = [len(A) for A in As]
+        self._owners = owners(self.ranks)
         self._left, self._right = StackedRows([B.T for B in Bs]), StackedRows(As)
         left, right = self._left.wide(), self._right.wide()
         lengths = torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(right, dim=1)
@@ -80,7 +82,7 @@ class Stack:
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        parts = self._left, self._right, self._of_left, self._of_right, self._norms
+        parts = self._left, self._right, self._of_left, self._of_right, self._norms, self._owners
         return sum(part.nbytes for part in parts)
 
     def cut(self, weights: Sequence[float], rank: int, energy: float | None = None) -> LowRank:
@@ -99,8 +101,7 @@ class Stack:
         if len(weights) != len(self.ranks):
             raise ValueError(f"got {len(weights)} weights, wanted {len(self.ranks)}")
         check_request(rank, energy)
-        columns = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(self.ranks))
-        columns = columns.to(self._norms.device)
+        columns = torch.tensor(weights, dtype=torch.float64)[self._owners].to(self._norms.device)
         scale = float((columns.abs() * self._norms).sum())
         if not math.isfinite(scale):
             raise ValueError("a weight is not finite")

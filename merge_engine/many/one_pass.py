@@ -196,8 +196,6 @@ def _module_by_module(
 
     def jobs() -> Iterator[Step]:
         names = sorted({name for known in modules for name in known})
-        # A thread reads ahead while this one merges. Where the cuts are all there is to do, this one has time to read.
-        alone = all(plan.by_factors for plan in plans)
         for loaded in map(load, names) if alone else ahead(load, names):
             for step in loaded:
                 if isinstance(step, Step):
@@ -208,7 +206,10 @@ def _module_by_module(
                 except Exception as error:
                     yield from (Step(member, error) for member in step.members)
 
-    for job, outcome, held in ahead(partial(_finished, backend, pool), jobs(), room.workers):
+    # A thread reads ahead while this one merges. Where the cuts are all there is to do, this one has time to read, and
+    # what waits to be cut is small.
+    alone = all(plan.by_factors for plan in plans)
+    for job, outcome, held in ahead(partial(_finished, backend, pool), jobs(), room.workers, room=2 * alone):
         yield job.member.numbers, job.member.module, outcome, held
 
 
