@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_engine.cpu.keep import EVERY_ROW, MergeSpec, Trim
 from merge_engine.cpu.merge_tile_by_loops import TileMerge, can_combine
-from merge_engine.cpu.select import Bracket, Kth, bracket_of, can_be_sampled, kth_inside, trim_at, value_of
+from merge_engine.cpu.select import Kth, bracket_of, can_be_sampled, kth_inside, trim_at, value_of
 from merge_engine.cpu.source import Product
 from merge_engine.cpu.tile_grid import Tile, tiles_of
 from merge_engine.loops import door
@@ -53,7 +53,9 @@ def trim_and_merge(
         return None
     out = new_tensor((sources[0].rows, sources[0].columns))
     guess = _trimmed(sources, spec, [value_of(low) for low, _ in brackets])
-    found = for_each(list(tiles_of(*out.shape)), lambda tile: _merge_tile(guess, out, tile, scale, brackets))
+    ends = np.full((2, MOST), 0xFFFFFFFF, np.uint32)
+    ends[:, : len(ks)] = np.array(brackets).T
+    found = for_each(list(tiles_of(*out.shape)), lambda tile: _merge_tile(guess, out, tile, scale, ends, len(ks)))
 
     def kth(i: int) -> Kth | None:
         return kth_inside(sources[i], ks[i], brackets[i], [each.looks[i] for each in found])
@@ -88,12 +90,10 @@ def _trimmed(sources: Sequence[Product], spec: MergeSpec, values: Sequence[float
     return TileMerge(sources, spec._replace(keeps=keeps), [spec.weights])
 
 
-def _merge_tile(guess: TileMerge, out: Tensor, tile: Tile, scale: float, brackets: Sequence[Bracket]) -> Open:
-    """Merge what is not open of a tile, and list what is."""
-    n, loops = len(brackets), door.loops()
+def _merge_tile(guess: TileMerge, out: Tensor, tile: Tile, scale: float, ends: np.ndarray, n: int) -> Open:
+    """Merge what is not open of a tile of n task tensors, and list what is; ends: of their brackets, a column each."""
+    loops = door.loops()
     assert loops is not None
-    ends = np.full((2, MOST), 0xFFFFFFFF, np.uint32)
-    ends[:, :n] = np.array(brackets).T
     room = scratch("open", (1 + MOST, tile.shape[0] * tile.shape[1] + 16), torch.int32).numpy().view(np.uint32)
     counts = np.empty(1 + MOST, np.int64)
     guess.into([out[tile.top : tile.bottom, tile.left : tile.right]], tile, scale, (ends, room, counts))

@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_engine.lowrank.batched import Cuts
 from merge_engine.lowrank.batched_qr import gaussians, orthonormal_rows
 from merge_engine.lowrank.small_svd import Leading, Svd, check_request, leading, leading_of, rounding
+from merge_engine.lowrank.stacked_rows import owners
 from merge_engine.runtime.finite import finite
 
 # What a decomposition may miss of a row, as a share of its length; `stack` rounds products to 2**-24.
@@ -81,9 +82,9 @@ class Stacks:
         """
         check_request(rank, energy)
         cores: list[Leading | None] = []
+        adapters = owners(self.ranks)
         for i, own in enumerate(strengths):
-            (left, right), columns = self.triangles(i).triangles, torch.tensor(own, dtype=torch.float64)
-            columns = columns.repeat_interleave(torch.tensor(self.ranks))
+            (left, right), columns = self.triangles(i).triangles, torch.tensor(own, dtype=torch.float64)[adapters]
             scale = float((columns.abs() * self._sizes[i]).sum())
             core, noise = (left * columns) @ right.T, max(rounding(len(columns)), 2 * _MISSED) * scale
             known = self.found[i] and finite(core)

@@ -18,8 +18,8 @@ from merge_engine.lowrank.cores import Cores
 from merge_engine.lowrank.gram import karcher, multislerp
 from merge_engine.lowrank.small_svd import Svd, leading_svd
 
-# Of a matrix with a smallest singular value of this share of the largest, their squares tell which is how large: they
-# are right to 2**-52 or so of the largest.
+# Squares of singular values are right to 2**-52 or so of the largest square: a value of this share of the largest is
+# known from its square to some 2**-20 of itself.
 _CERTAIN = 2.0**-16
 _CONDITION = 2.0**12  # a linear system of this condition is solved to 2**-40 or so
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from merge_engine.lowrank.small_svd import owners, product_norm, rounding
+from merge_engine.lowrank.small_svd import product_norm, rounding
+from merge_engine.lowrank.stacked_rows import owners
 from merge_engine.runtime.finite import finite
 
 T = TypeVar("T")

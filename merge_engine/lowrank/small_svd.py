@@ -1,7 +1,6 @@
 """Small matrices ("cores"): their leading singular vectors, and the low-rank factors made from these."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,11 +73,6 @@ class LowRank(NamedTuple):
     A: Tensor
     B: Tensor
     energy: float
-
-
-def owners(counts: Sequence[int]) -> Tensor:
-    """The number of its adapter for each of the columns of all adapters, of which they have so many each."""
-    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
 
 
 def rank_that_keeps(share: float, values: Tensor) -> int:

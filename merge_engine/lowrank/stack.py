@@ -14,19 +14,15 @@ from merge_engine.lowrank.small_svd import (
     completed,
     leading,
     leading_of,
-    owners,
     q_times,
     rounded,
     rounding,
     unfolded,
     upper,
 )
-from merge_engine.lowrank.stacked_rows import StackedRows
-from merge_engine.lowrank.triangle import Triangle
+from merge_engine.lowrank.stacked_rows import StackedRows, owners
+from merge_engine.lowrank.triangle import CANCELLED, Triangle
 from merge_engine.runtime.finite import finite
-
-# Below this share of sum_i |w_i| |B_i|_F |A_i|_F, a singular value has a relative rounding error of 2**-33 or more.
-_CANCELLED = 2.0**-20
 
 
 def from_products(
@@ -109,7 +105,7 @@ class Stack:
         core = leading((self._of_left.upper * columns) @ self._of_right.upper.T, rank, energy, noise=noise)
         found, k = int((core.s > 0).sum()), len(core.s)
         u, s, vh = core.u[:, :found], core.s[:found], core.vh[:found]
-        if found and s[-1] <= _CANCELLED * scale:  # X_A (W R_B^T U) is too inexact to be divided by S
+        if found and s[-1] <= CANCELLED * scale:  # X_A (W R_B^T U) is too inexact to be divided by S
             return unfolded(core, *(torch.geqrf(side.wide().T) for side in (self._left, self._right))), core.values
         of_left, of_right = vh @ self._of_right.upper * columns, (u / s).T @ self._of_left.upper * columns
         if found == k:

@@ -10,6 +10,11 @@ from merge_engine.runtime.memory import scratch
 _AT_A_TIME = 1 << 20  # elements that are widened at once
 
 
+def owners(counts: Sequence[int]) -> Tensor:
+    """The number of its adapter for each of the stacked rows of all adapters, of which they have so many each."""
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+
+
 class StackedRows:
     """X = [X_1; ...; X_n] [R, N] of X_i [r_i, N], any float dtypes: in float32, or in float64 where one of them has it.
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from merge_engine.lowrank.small_svd import rounding
 
-# Below this share of what it is the sum of, a column has a relative rounding error of 2**-33 or more.
-_CANCELLED = 2.0**-20
+# Below this share of what it is the sum of, a number has a relative rounding error of 2**-33 or more.
+CANCELLED = 2.0**-20
 # What a solution may miss of a column, as a share of it: a 64th of what rounding to float32 loses.
 _MISSED = 2.0**-30
 _EPS = torch.finfo(torch.float64).eps
@@ -38,7 +38,7 @@ class Triangle:
         self._is_known = True
         wanted = torch.linalg.vector_norm(block, dim=0)
         for solution in _solutions(upper, lengths, block):
-            sums = _CANCELLED * (lengths @ solution.abs()) <= wanted
+            sums = CANCELLED * (lengths @ solution.abs()) <= wanted
             missed = torch.linalg.vector_norm(upper @ solution - block, dim=0)
             if (sums & (missed <= _MISSED * wanted)).all():
                 return solution.T
@@ -56,7 +56,7 @@ class Triangle:
         unit = (self.upper / self._lengths).cpu()
         inverse = torch.linalg.solve_triangular(unit, torch.eye(n, dtype=torch.float64), upper=True)
         sums = n**0.5 * float(torch.linalg.matrix_norm(inverse))  # NaN or Inf where R is singular
-        return _CANCELLED * sums <= 1 and n * _EPS * sums <= _MISSED
+        return CANCELLED * sums <= 1 and n * _EPS * sums <= _MISSED
 
 
 def _solutions(upper: Tensor, lengths: Tensor, block: Tensor) -> Iterator[Tensor]:

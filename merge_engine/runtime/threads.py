@@ -109,11 +109,15 @@ def ahead(
     before, caller = torch.get_num_threads(), threading.get_ident()
     pool = _take(workers)
     waiting: deque[tuple[Future[R], int]] = deque()
+    total = 0  # of the sizes of all that wait
     try:
         for item in items:
             waiting.append((pool.submit(_on_one_thread, function, item), size(item)))
-            while sum(nbytes for _, nbytes in islice(waiting, workers, None)) > room:
-                yield waiting.popleft()[0].result()
+            total += waiting[-1][1]
+            while total - sum(own for _, own in islice(waiting, workers)) > room:
+                future, own = waiting.popleft()
+                total -= own
+                yield future.result()
         while waiting:
             yield waiting.popleft()[0].result()
     except BaseException:  # its threads may be busy, or missing in a forked child: the pool ends here

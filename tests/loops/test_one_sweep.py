@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from grids import save_adapter
+from grids import bits, save_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,7 +48,7 @@ def two_sweeps(sources, ks, ties, spec, scale):
 
 
 def same_bits(a, b):
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+    return torch.equal(bits(a), bits(b))
 
 
 @pytest.mark.parametrize("convention", ["peft", "mergekit", "paper"])

@@ -182,7 +182,7 @@ FAULTS = [
     ),
     Fault(
         f"{LOWRANK}/stack.py",
-        "if found and s[-1] <= _CANCELLED * scale:",
+        "if found and s[-1] <= CANCELLED * scale:",
         "if found and s[-1] <= 0:",
         "tests/lowrank/test_stack.py",
         "factors are divided by what cancelled",
@@ -196,7 +196,7 @@ FAULTS = [
     ),
     Fault(
         f"{LOWRANK}/triangle.py",
-        "return _CANCELLED * sums <= 1 and n * _EPS * sums <= _MISSED",
+        "return CANCELLED * sums <= 1 and n * _EPS * sums <= _MISSED",
         "return sums > 0",
         "tests/lowrank/test_triangle.py",
         "a triangle is safe however near its columns are to each other",
