@@ -31,6 +31,7 @@ def llama(hidden: int, keys: int, mlp: int) -> dict[str, tuple[int, int]]:
 
 TINY_LLAMA = llama(2048, 256, 5632)
 LLAMA_134M = "Llama-134M"  # with 12 layers and 32000 tokens
+TWO_OF_TINY_LLAMA = "2048x2048 and 2048x5632"  # modules of TinyLlama, of two sizes only
 FLUX = "Flux"  # with 19 double and 38 single blocks: as 19 layers of one double and two single blocks
 
 
@@ -46,7 +47,12 @@ def flux(hidden: int) -> dict[str, tuple[int, int]]:
     return {name: (rows * hidden, columns * hidden) for name, (rows, columns) in names.items()}
 
 
-MODELS = {"TinyLlama": TINY_LLAMA, LLAMA_134M: llama(768, 768, 2048), FLUX: flux(3072)}
+MODELS = {
+    "TinyLlama": TINY_LLAMA,
+    TWO_OF_TINY_LLAMA: {name: TINY_LLAMA[name] for name in ("self_attn.q_proj", "mlp.down_proj")},
+    LLAMA_134M: llama(768, 768, 2048),
+    FLUX: flux(3072),
+}
 
 
 def factors(rows: int, columns: int, rank: int, generator: torch.Generator) -> Pair:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from bench.harness.inputs import FLUX, LAYERS, LLAMA_134M, MODELS, TINY_LLAMA, Pair, factors
+from bench.harness.inputs import FLUX, LAYERS, LLAMA_134M, MODELS, TINY_LLAMA, TWO_OF_TINY_LLAMA, Pair, factors
 from merge_engine.cpu.mask import keep_mask
 from merge_engine.rules.philox import stream_id
 from merge_engine.rules.rule import Rule, make_rule
@@ -175,6 +175,10 @@ WORKLOADS = [
     *(
         Workload("session", f"{what}, other weights", adapters=8, layers=1)
         for what in ("ties", "linear", "ties of factors")
+    ),
+    *(
+        Workload("session", f"{method}, other weights", adapters=8, layers=20, model=TWO_OF_TINY_LLAMA)
+        for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")
     ),
     *(_whole_models(method, 2) for method in ("della", "model_stock", "sce")),
     *(Workload("trial", method, adapters=4, layers=LAYERS) for method in ("tsv", "actmat")),

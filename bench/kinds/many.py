@@ -50,7 +50,10 @@ GRIDS = {
     "ties, density x scale": _grid(method=["ties"], density=DENSITIES, scale=SCALES),
     "ties, density x weights": _grid(method=["ties"], density=DENSITIES, weights=WEIGHTS),
     "ties, other weights": _grid(method=["ties"], weights=WEIGHTS),
-    "linear, other weights": _grid(method=["linear"], weights=WEIGHTS),
+    **{
+        f"{method}, other weights": _grid(method=[method], weights=WEIGHTS)
+        for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")
+    },
     "ties of factors, other weights": _grid(method=["ties"], space=["factors"], weights=WEIGHTS),
     "linear, weights x scale": _grid(method=["linear"], weights=WEIGHTS, scale=SCALES),
     "ties of factors, density x weights": _grid(method=["ties"], space=["factors"], density=DENSITIES, weights=WEIGHTS),

@@ -38,10 +38,10 @@ class MergedCore(NamedTuple):
     ``svd``: of the core. All singular values, and as many vectors as were asked for.
     ``rank``: the numerical rank of the core. An output of a smaller rank loses energy; iso_c and tsv_iso have a flat
     spectrum, so that half the rank loses half of it.
-    ``smallest``: how ill-conditioned the merge was. For tsv and tsv_iso the smallest singular value, within the rank,
-    of the unit directions [U_1 ... U_T] and [V_1 ... V_T]; for iso_c and actmat that of the matrix which is made
-    isotropic or inverted, divided by the largest; None for other methods. Near 0, adapters are nearly parallel, and
-    small changes of them, such as rounding, change the result by up to 1 / smallest times as much.
+    ``smallest``: how ill-conditioned the merge was: the smallest singular value, within the rank, of unit directions of
+    the adapters that are used. For tsv and tsv_iso of [U_1 ... U_T] and [V_1 ... V_T], for actmat of the latter; for
+    iso_c that of the sum, divided by the largest; None for other methods. Near 0, adapters are nearly parallel, and
+    small changes of them, such as rounding, may change the result by up to 1 / smallest times as much.
     ``noise``: singular values of the core up to this may be rounding alone.
     """
 
@@ -163,13 +163,14 @@ def actmat(cores: Cores, weights: Tensor, ridge: float = 1.0) -> Merge:
     shares = weights.abs() / (float(weights.abs().max()) or 1.0)  # whose squares do not overflow
     scales = cores.of_columns(shares.sqrt() / cores.norms) * s
     left = u * (cores.of_columns(weights.sign()) * scales * s)
-    core, smallest, root = _by_products(cores, left, scales, ridge) or _by_svd(cores, left, scales, ridge)
-    # Without a ridge 1 / y is as large as the inverse of the smallest value; with it, no larger than 1 / sqrt(mu).
-    return Merge(core, smallest, cores.noise(weights.sign()) * max(1 / max(smallest, root), 1.0))
+    apart = cores.row_values((weights != 0).tolist())
+    core, growth = _by_products(cores, left, scales, ridge, apart) or _by_svd(cores, left, scales, ridge)
+    k = cores.counted(apart)
+    return Merge(core, float(apart[k - 1]) if k else 1.0, cores.noise(weights.sign()) * growth)
 
 
-def _by_svd(cores: Cores, left: Tensor, scales: Tensor, ridge: float) -> tuple[Tensor, float, float]:
-    """left H diag(y / (y^2 + mu)) W^T by Y = W diag(y) H^T, smallest y / largest y, and sqrt(mu) / largest y.
+def _by_svd(cores: Cores, left: Tensor, scales: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """left H diag(y / (y^2 + mu)) W^T by Y = W diag(y) H^T, and by how much rounding may grow.
 
     An SVD, since eigenvalues of Y Y^T would square the condition.
     """
@@ -177,28 +178,43 @@ def _by_svd(cores: Cores, left: Tensor, scales: Tensor, ridge: float) -> tuple[T
     k = cores.counted(values)
     w, values, h = w[:, :k], values[:k], h[:k].T
     if k == 0:
-        return left @ h @ w.T, 1.0, 1.0
+        return left @ h @ w.T, 1.0
     mu = ridge * float(values.square().mean())
     core = left @ (h * (values / (values.square() + mu))) @ w.T
-    return core, float(values[-1] / values[0]), math.sqrt(mu) / float(values[0])
+    return core, _growth(float(values[-1]), float(values[0]), mu)
 
 
-def _by_products(cores: Cores, left: Tensor, scales: Tensor, ridge: float) -> tuple[Tensor, float, float] | None:
+def _growth(least: float, largest: float, mu: float) -> float:
+    """How large 1 / y may become, as a multiple of 1 / largest: 1 / least, and with a ridge at most 1 / sqrt(mu)."""
+    return max(largest / max(least, math.sqrt(mu)), 1.0)
+
+
+def _by_products(
+    cores: Cores, left: Tensor, scales: Tensor, ridge: float, apart: Tensor
+) -> tuple[Tensor, float] | None:
     """`_by_svd` as left (Y^T Y + mu I)^-1 Y^T, in half the time. None where that is not as good.
 
-    Wanted: a numerical rank of all columns that is certain from squares, and a matrix whose inverse loses little.
+    apart: the singular values of V. Wanted: a numerical rank of all columns that is certain from squares, and a matrix
+    whose inverse loses little. Mostly bounds of the singular values of Y tell that, and its own need not be found.
     """
-    if ridge == 0 or len(scales) == 0:
+    if ridge == 0 or len(scales) == 0 or len(apart) < len(scales):
         return None
     products = cores.row_products * scales.outer(scales)
-    squares = torch.linalg.eigvalsh(products)
-    least, largest, mu = float(squares[0]), float(squares[-1]), ridge * float(squares.mean())
-    certain = least > max(cores.tolerance, _CERTAIN) ** 2 * largest
-    if not (certain and largest + mu <= _CONDITION * (least + mu)):
-        return None
+    mu = ridge * float(products.diag().mean())
+    least, largest = float(apart[-1] * scales.min()), float(apart[0] * scales.max())
+    if not _is_sure(cores, least, largest, mu):
+        squares = torch.linalg.eigvalsh(products)
+        least, largest = math.sqrt(max(float(squares[0]), 0.0)), math.sqrt(float(squares[-1]))
+        if not _is_sure(cores, least, largest, mu):
+            return None
     factor = torch.linalg.cholesky(products.diagonal_scatter(products.diag() + mu))
     core = torch.cholesky_solve(left.T, factor).T @ (cores.vectors.v * scales).T
-    return core, math.sqrt(least / largest), math.sqrt(mu / largest)
+    return core, _growth(least, largest, mu)
+
+
+def _is_sure(cores: Cores, least: float, largest: float, mu: float) -> bool:
+    certain = least > max(cores.tolerance, _CERTAIN) * largest
+    return certain and largest**2 + mu <= _CONDITION * (least**2 + mu)
 
 
 def _of_gram(coefficients: Callable[[Tensor, Sequence[float]], list[float]]) -> Callable[[Cores, Tensor], Merge]:

@@ -178,10 +178,20 @@ class Cores:
 
         They are kept if all adapters are used (zero ones do not matter), else computed anew.
         """
-        if all(chosen or not len(svd.s) for chosen, svd in zip(used, self.svds, strict=True)):
+        if self._all_count(used):
             return self._once("polars", lambda: (self._polar(self.vectors.u), self._polar(self.vectors.v)))
         columns = self.of_columns(torch.tensor(used))
         return self._polar(self.vectors.u[:, columns]), self._polar(self.vectors.v[:, columns])
+
+    def row_values(self, used: Sequence[bool]) -> Tensor:
+        """The singular values of [V_t] [q, n] over the adapters that are ``used``, descending; kept as `polars` are."""
+        if self._all_count(used):
+            return self._once("row values", lambda: torch.linalg.svdvals(self.vectors.v))
+        return torch.linalg.svdvals(self.vectors.v[:, self.of_columns(torch.tensor(used))])
+
+    def _all_count(self, used: Sequence[bool]) -> bool:
+        """Whether all adapters are used, but for zero ones."""
+        return all(chosen or not len(svd.s) for chosen, svd in zip(used, self.svds, strict=True))
 
     def of_columns(self, values: Tensor) -> Tensor:
         """values [T] of adapters, for each column [n] of `vectors`."""

@@ -165,6 +165,20 @@ def test_what_squares_say_of_a_decomposition():
     assert not nothing.tells(0, 0.0) and nothing.tells(0, 1e200)
 
 
+@pytest.mark.parametrize("weakest", [0.9, 2.0**-5.9, 2.0**-6.1, 1e-5, 1e-9, 0.0])
+def test_vectors_are_orthogonal_however_weak(weakest):
+    """The last of three values to be found is near the share of 2**-6, whose square decides how."""
+    g = generator(9)
+    values = torch.tensor([1.0, 0.95, weakest, *[weakest / 2] * 9], dtype=torch.float64)
+    core = orthonormal(20, 12, g) * values @ orthonormal(15, 12, g).T
+    found = leading_svd(core, 3)
+    for side in (found.u.T, found.vh):
+        assert float((side @ side.T - torch.eye(3, dtype=torch.float64)).abs().max()) < 2.0**-33
+    assert torch.allclose(found.s[:3], values[:3], rtol=0, atol=2.0**-26)
+    error = float((core - found.u * found.s[:3] @ found.vh).norm())
+    assert error == pytest.approx(1.5 * weakest, abs=2.0**-26)
+
+
 def test_vectors_that_are_not_known_are_not_cut():
     core = torch.eye(12, dtype=torch.float64)
     few = leading_svd(core, 3)
@@ -214,7 +228,48 @@ def test_actmat_by_a_linear_system(ridge, ranks, systems):
     # A condition of at most 2**12 here, and what 12 columns lose in float64.
     assert float((delta - wanted).norm()) <= 1e-11 * float(wanted.norm())
     assert found.rank == sum(ranks)
-    assert found.smallest == pytest.approx(textbook.condition("actmat", given.deltas, given.weights), rel=1e-9)
+    assert found.smallest == pytest.approx(smallest_of_rows(given.deltas, given.weights), rel=1e-9)
+
+
+def smallest_of_rows(deltas: list[torch.Tensor], weights: list[float]) -> float:
+    """The smallest singular value of the adapters' unit directions among the rows."""
+    return float(torch.linalg.svdvals(textbook.unit_directions(deltas, weights)[2])[-1])
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0, 0.5], [0.0, 0.0, 2.0], [1.0, -1e-3, 1e-5]])
+@pytest.mark.parametrize("ridge", [0.0, 0.3])
+def test_how_parallel_adapters_are_does_not_depend_on_their_weights(weights, ridge):
+    """But that a weight of 0 leaves an adapter out."""
+    given = drawn(4, 43, 37, [3, 5, 4], weights)
+    used = [1.0 if w else 0.0 for w in weights]
+    assert whole("actmat", given, ridge=ridge).smallest == pytest.approx(smallest_of_rows(given.deltas, used), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("near", "weak", "eigenvalues", "solved"),
+    [
+        (1.0, 0.1, 0, True),
+        (1e-3, 0.1, 0, True),
+        (1e-3, 1e-3, 1, True),  # the bounds are products of the least of each
+        (1e-3, 1e-6, 1, False),
+    ],
+)
+def test_eigenvalues_are_found_where_bounds_do_not_tell(near, weak, eigenvalues, solved, monkeypatch, systems):
+    """Two directions that are nearly parallel, and a weak one far from both."""
+    calls: list[torch.Tensor] = []
+
+    def counted(matrix, real=torch.linalg.eigvalsh):
+        calls.append(matrix)
+        return real(matrix)
+
+    rows, columns = torch.eye(9, dtype=torch.float64), torch.eye(8, dtype=torch.float64)
+    As = [rows[[0, 2]], (rows[0] + near * rows[1])[None]]
+    given = Adapters(As, [columns[:, :2] * torch.tensor([1.0, weak]), columns[:, 2:3]], [1.0, 1.0], [1.0, 0.8])
+    monkeypatch.setattr(torch.linalg, "eigvalsh", counted)
+    found = whole("actmat", given, ridge=1.0)
+    assert (len(calls), systems) == (eigenvalues, [solved])
+    wanted = torch.linalg.svdvals(textbook.actmat(given.deltas, given.weights, 1.0))[:3]
+    assert torch.allclose(found.svd.s, wanted, rtol=0, atol=1e-12)
 
 
 def near(apart: float) -> Adapters:
