@@ -17,10 +17,12 @@ from merge_engine.runtime.memory import scratch
 from merge_engine.runtime.threads import for_each, workers
 
 LOW_BITS = 16  # the coarse histogram counts the upper 15 bits of |x|, the fine one the lower 16 within one coarse bin
-# A sample of 128 rows by 128 columns of a rank-16 delta misses a quantile by 1 % (one standard deviation, most of it
-# from rows and columns of different norms), one of 256 by 256 by 0.7 %: three times that to either side holds nearly
-# every k-th.
-SAMPLE, LARGEST_SAMPLED = 1 << 14, 1 << 27
+# Elements that a sample has of a small tensor; of a large one it has four times as many. A sample of 256 rows by 256
+# columns of a delta of rank 32 misses a quantile by 0.5 % (one standard deviation, most of it from rows and columns of
+# different norms), and 64 groups of 32 by 32, each of other rows and columns, by 0.2 %. What groups differ by tells how
+# much: four such deviations to either side hold nearly every k-th.
+SAMPLE, GROUPS, LARGEST_SAMPLED = 1 << 14, 64, 1 << 27
+_DEVIATIONS = 4
 FILLED = 1 << 22  # magnitudes that a bracket may hold of a tensor with many equal ones: 16 MiB
 TOGETHER = 4  # thresholds of one sweep: some 4 % of a source are collected for each
 COARSE_BINS, FINE_BINS = 1 << (31 - LOW_BITS), 1 << LOW_BITS
@@ -183,12 +185,12 @@ def _brackets(source: Sampled, ks: Sequence[int]) -> list[Bracket]:
     A bracket that equal magnitudes would fill is one that holds nothing, where it would be large.
     """
     numel = source.rows * source.columns
-    wanted = min(max(SAMPLE, numel >> 8), 4 * SAMPLE)
-    rows = _spread(source.rows, max(round(wanted**0.5), wanted // source.columns))
-    columns = _spread(source.columns, wanted // len(rows))
-    sample = source.part(rows, columns).abs().flatten().numpy().view(np.int32)
-    margin = round(len(sample) ** 0.75 / 3)
-    places = [(len(sample) - 1 - k * len(sample) // numel - margin, 2 * margin) for k in ks]
+    groups = _sample(source)
+    sample = groups.flatten()
+    middles = [max(len(sample) - 1 - k * len(sample) // numel, 0) for k in ks]
+    sample.partition(sorted(set(middles)))
+    margins = [_margin(groups, sample[middle]) for middle in middles]
+    places = [(middle - margin, 2 * margin) for middle, margin in zip(middles, margins, strict=True)]
     ends = [(max(first, 0), min(first + width, len(sample) - 1)) for first, width in places]
     sample.partition(sorted({end for pair in ends for end in pair}))
     brackets = []
@@ -200,6 +202,27 @@ def _brackets(source: Sampled, ks: Sequence[int]) -> list[Bracket]:
         many = inside > 2 * width and large
         brackets.append((_LARGEST, _LARGEST) if many else (low, high))
     return brackets
+
+
+def _sample(source: Sampled) -> np.ndarray:
+    """Bits of magnitudes [GROUPS, n]; the rows and columns of each group are spread over all."""
+    wanted = min(max(SAMPLE, source.rows * source.columns >> 8), 4 * SAMPLE) // GROUPS
+    rows = min(max(round(wanted**0.5), wanted // source.columns), source.rows)
+    columns = min(wanted // rows, source.columns)
+    values = source.part(_spread(source.rows, rows), _spread(source.columns, columns))
+    return values.abs().flatten(1).numpy().view(np.int32)
+
+
+def _spread(size: int, count: int) -> Tensor:
+    """So many of the indices below `size` for each group [GROUPS, count], each group evenly, and all together too."""
+    places = torch.arange(GROUPS * count) * size // (GROUPS * count)
+    return places.view(count, GROUPS).T
+
+
+def _margin(groups: np.ndarray, bits: int) -> int:
+    """By how many places a quantile of a sample may be off, these being its bits: from how much the groups differ."""
+    above = np.count_nonzero(groups > bits, axis=1)
+    return round(max(_DEVIATIONS * float(above.std()) * GROUPS**0.5, groups.size**0.5))
 
 
 Look = Callable[[Tile], list[tuple[int, np.ndarray]]]
@@ -261,11 +284,6 @@ def kth_inside(source: Source, k: int, bracket: Bracket, looks: Sequence[tuple[i
     looked_at = zip(tiles_of(source.rows, source.columns), looks, strict=True)
     tiles = [tile for tile, (_, piece) in looked_at if (piece == bits).any()]
     return Kth(bits, rank, int(finest[place]), tiles)
-
-
-def _spread(size: int, count: int) -> Tensor:
-    """At most `count` of the indices below `size`, evenly."""
-    return torch.arange(0, size, max(1, -(-size // count)))
 
 
 def coarse_histogram(source: Source) -> np.ndarray:

@@ -39,7 +39,10 @@ class Sampled(Source, Protocol):
     """A source that can be looked at in places."""
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """What is at rows x columns (indices), in float32, to the last bits: for an estimate."""
+        """What is at rows [g, m] and columns [g, n] (indices) of g groups: [g, m, n] in float32, to the last bits.
+
+        For an estimate.
+        """
         ...
 
 
@@ -74,7 +77,7 @@ class Product:
         return found
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.B[rows] @ self.A[:, columns] * self.scaling
+        return self.B[rows] @ self.A[:, columns].transpose(0, 1) * self.scaling
 
 
 def _add_in_order(B: np.ndarray, A: np.ndarray, scaling: np.float32, out: np.ndarray) -> None:
@@ -107,7 +110,7 @@ class Dense:
         out.copy_(self.matrix[tile.top : tile.bottom, tile.left : tile.right])
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.matrix[rows][:, columns].float()
+        return at(self.matrix, rows, columns)
 
 
 class Difference:
@@ -123,7 +126,12 @@ class Difference:
         out.copy_(self.x[part]).sub_(base.copy_(self.base[part]))
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return self.x[rows][:, columns].float() - self.base[rows][:, columns].float()
+        return at(self.x, rows, columns) - at(self.base, rows, columns)
+
+
+def at(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """What a matrix has at rows [g, m] and columns [g, n] of each group: [g, m, n] in float32."""
+    return matrix[rows[:, :, None], columns[:, None, :]].float()
 
 
 def filled(source: Source, tile: Tile) -> Tensor:

@@ -9,6 +9,7 @@ from merge_engine.loops.build import F0, OPTIONS, compiled, f32, f64, wide
 
 _FUSED: dict[str, Any] = {**OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}  # sums in any order, in lanes
 DOTS, SUMS = 6, 8  # rows of a matrix that are multiplied at a time by four vectors: sums stay in registers
+_LONG = 1024  # columns of such rows and vectors that are multiplied at a time: they stay in the L1 cache
 _PART = 256  # rows whose products are summed in float32
 
 
@@ -30,26 +31,37 @@ def squared_norm(values):
 
 
 @numba.njit(**_FUSED)
-def _six_by_four(d, v, out):
-    """out[c, r] = d[r] . v[c] of six rows and four vectors."""
+def _add_six(out, x0, x1, x2, x3, x4, x5):
+    out[0] += x0
+    out[1] += x1
+    out[2] += x2
+    out[3] += x3
+    out[4] += x4
+    out[5] += x5
+
+
+@numba.njit(**_FUSED)
+def _six_by_four(d, v, left, right, out):
+    """out[c, r] += d[r, left:right] . v[c, left:right] of six rows and four vectors."""
     wide()
-    d0, d1, d2, d3, d4, d5 = d[0], d[1], d[2], d[3], d[4], d[5]
-    v0, v1, v2, v3 = v[0], v[1], v[2], v[3]
+    d0, d1, d2 = d[0, left:right], d[1, left:right], d[2, left:right]
+    d3, d4, d5 = d[3, left:right], d[4, left:right], d[5, left:right]
+    v0, v1, v2, v3 = v[0, left:right], v[1, left:right], v[2, left:right], v[3, left:right]
     a0 = a1 = a2 = a3 = a4 = a5 = F0
     b0 = b1 = b2 = b3 = b4 = b5 = F0
     c0 = c1 = c2 = c3 = c4 = c5 = F0
     e0 = e1 = e2 = e3 = e4 = e5 = F0
-    for j in range(d.shape[1]):
+    for j in range(right - left):
         x0, x1, x2, x3, x4, x5 = d0[j], d1[j], d2[j], d3[j], d4[j], d5[j]
         a, b, c, e = v0[j], v1[j], v2[j], v3[j]
         a0, a1, a2, a3, a4, a5 = a0 + x0 * a, a1 + x1 * a, a2 + x2 * a, a3 + x3 * a, a4 + x4 * a, a5 + x5 * a
         b0, b1, b2, b3, b4, b5 = b0 + x0 * b, b1 + x1 * b, b2 + x2 * b, b3 + x3 * b, b4 + x4 * b, b5 + x5 * b
         c0, c1, c2, c3, c4, c5 = c0 + x0 * c, c1 + x1 * c, c2 + x2 * c, c3 + x3 * c, c4 + x4 * c, c5 + x5 * c
         e0, e1, e2, e3, e4, e5 = e0 + x0 * e, e1 + x1 * e, e2 + x2 * e, e3 + x3 * e, e4 + x4 * e, e5 + x5 * e
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3], out[0, 4], out[0, 5] = a0, a1, a2, a3, a4, a5
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3], out[1, 4], out[1, 5] = b0, b1, b2, b3, b4, b5
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3], out[2, 4], out[2, 5] = c0, c1, c2, c3, c4, c5
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3], out[3, 4], out[3, 5] = e0, e1, e2, e3, e4, e5
+    _add_six(out[0], a0, a1, a2, a3, a4, a5)
+    _add_six(out[1], b0, b1, b2, b3, b4, b5)
+    _add_six(out[2], c0, c1, c2, c3, c4, c5)
+    _add_six(out[3], e0, e1, e2, e3, e4, e5)
 
 
 @compiled((f32[:, ::1], f32[:, ::1], f64[:, ::1]))
@@ -57,8 +69,12 @@ def times_rows(vectors, matrix, out):
     """out = vectors @ matrix.T: [4 n, N] by [M, N], M at least 6."""
     for row in range(0, len(matrix), DOTS):
         top = min(row, len(matrix) - DOTS)
-        for c in range(0, len(vectors), 4):
-            _six_by_four(matrix[top : top + DOTS], vectors[c : c + 4], out[c : c + 4, top : top + DOTS])
+        rows, sums = matrix[top : top + DOTS], out[:, top : top + DOTS]
+        sums[:] = 0
+        for left in range(0, matrix.shape[1], _LONG):
+            right = min(left + _LONG, matrix.shape[1])
+            for c in range(0, len(vectors), 4):
+                _six_by_four(rows, vectors[c : c + 4], left, right, sums[c : c + 4])
 
 
 @numba.njit(**_FUSED)

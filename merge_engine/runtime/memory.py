@@ -15,7 +15,7 @@ from torch import Tensor
 from merge_engine.errors import RecipeError
 
 HUGE = 8 << 20  # tensors of at least so many bytes get huge pages
-KEPT = 256 << 20  # bytes of freed memory that are kept for later tensors, at most
+KEPT = 512 << 20  # bytes of freed memory that are kept for later tensors, at most
 # Freed memory, the oldest first. Threads share it without a lock: each change is one call, which is atomic in Python.
 _free: list[mmap.mmap] = []
 
@@ -24,8 +24,9 @@ def new_tensor(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tens
     """An uninitialised tensor on the CPU.
 
     A large one gets huge pages where the system has them: the first write to 64 MiB takes 29 ms in small pages, one
-    thread at a time, and 6 ms in huge ones. Or it reuses the memory of an earlier large tensor that is gone, if some of
-    its size, or of up to twice that, is free: that has been written to before.
+    thread at a time, and 6 ms in huge ones. Or it reuses the memory of an earlier large tensor that is gone, which has
+    been written to before: some that is large enough, but not more than twice, or else the largest of the smaller ones,
+    which is made larger.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -44,19 +45,31 @@ def _map(nbytes: int) -> mmap.mmap:
 
 
 def _take(nbytes: int) -> mmap.mmap | None:
-    """The smallest free memory of this size or up to twice that; None where there is none.
+    """The smallest free memory of this size or up to twice that, or the largest smaller one, made larger.
 
-    Then free memory is given up, the oldest first, until it makes room for what will be mapped.
+    None where there is neither. Then free memory is given up, the oldest first, until it makes room for what will be
+    mapped.
     """
-    for memory in sorted(_free, key=len):
-        if nbytes <= len(memory) <= 2 * nbytes:
-            with suppress(ValueError):  # another thread was faster
-                _free.remove(memory)
+    free = sorted(_free, key=len)
+    fitting = [memory for memory in free if nbytes <= len(memory) <= 2 * nbytes]
+    for memory in fitting + [memory for memory in reversed(free) if len(memory) < nbytes]:
+        with suppress(ValueError):  # another thread was faster
+            _free.remove(memory)
+            if len(memory) >= nbytes or _is_made_larger(memory, nbytes):
                 return memory
     with suppress(IndexError):  # no more are free
         while nbytes > 0:
             nbytes -= len(_free.pop(0))
     return None
+
+
+def _is_made_larger(memory: mmap.mmap, nbytes: int) -> bool:
+    """Whether there was room: what has been written stays where it is, and is not copied."""
+    try:
+        memory.resize(nbytes)
+    except (BufferError, OSError):  # or whether another thread is still about to let go of it
+        return False
+    return True
 
 
 def _give_back(memory: mmap.mmap) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge_engine.cpu.keep import Trim
 from merge_engine.cpu.select import trims_of_each
-from merge_engine.cpu.source import Dense, filled, for_each_tile
+from merge_engine.cpu.source import Dense, at, filled, for_each_tile
 from merge_engine.cpu.tile_grid import Tile, parts_of
 from merge_engine.loops import door
 from merge_engine.runtime.memory import new_tensor, scratch
@@ -89,8 +89,8 @@ class Variance:
         return differences(self.models, (slice(tile.top, tile.bottom), slice(tile.left, tile.right)), self.base)
 
     def part(self, rows: Tensor, columns: Tensor) -> Tensor:
-        base = self.base[rows][:, columns].float()
-        found = torch.stack([model[rows][:, columns].float() - base for model in self.models])
+        base = at(self.base, rows, columns)
+        found = torch.stack([at(model, rows, columns) - base for model in self.models])
         return _variance(found, torch.empty_like(base))
 
 

@@ -79,6 +79,50 @@ def test_thresholds_without_loops_are_exact_on_several_threads(monkeypatch):
             assert int(kept.count_nonzero()) == k
 
 
+def random_factors(kind, rows, columns, rank, seed):
+    """Of rows and columns that are equally large, of norms that differ, or with a few very large rows."""
+    generator = torch.Generator().manual_seed(seed)
+    A, B = (torch.randn(shape, generator=generator) for shape in ((rank, columns), (rows, rank)))
+    if kind == "norms differ":
+        A *= torch.exp(0.5 * torch.randn(columns, generator=generator))
+        B *= torch.exp(0.5 * torch.randn(rows, 1, generator=generator))
+    if kind == "a third is larger":
+        B[: rows // 3] *= 4
+    return A, B
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "widest"),
+    [("alike", 32, 0.03), ("alike", 4, 0.07), ("norms differ", 16, 0.08), ("a third is larger", 16, 0.05)],
+)
+@pytest.mark.parametrize("shape", [(900, 1100), (60, 16000), (16000, 60)])
+def test_a_bracket_is_as_wide_as_the_sample_is_uncertain(kind, rank, widest, shape):
+    """It holds the threshold, and no more than it must."""
+    shares = []
+    for seed in range(8):
+        A, B = random_factors(kind, *shape, rank, seed)
+        magnitudes = (B @ A).abs().flatten().sort().values
+        for density in (0.05, 0.2, 0.5):
+            k = int(density * len(magnitudes))
+            low, high = (cpu_select.value_of(bits) for bits in cpu_select.bracket_of(Product(A, B, 1.0), k))
+            assert low <= float(magnitudes[-k]) <= high
+            shares.append(float(((magnitudes >= low) & (magnitudes <= high)).float().mean()))
+    assert 0.005 < sum(shares) / len(shares) < widest
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (1000, 3), (70, 4000)])
+def test_a_sample_is_spread_over_the_whole(shape):
+    """Of a matrix of its own places: each group has places from everywhere, and together they are of nearly all."""
+    rows, columns = shape
+    places = torch.arange(rows)[:, None] * 10000.0 + torch.arange(columns)
+    found = cpu_select._sample(Dense(places)).view(np.float32)
+    assert len(found) == cpu_select.GROUPS
+    of_rows, of_columns = found // 10000, found % 10000
+    for of, size in ((of_rows, rows), (of_columns, columns)):
+        assert of.min() == 0 and of.max() >= size - 1 - size // 100
+        assert abs(of.mean(axis=1) - (size - 1) / 2).max() <= 0.05 * size + 1
+
+
 def test_a_delta_of_zeros_is_not_collected(monkeypatch):
     """Its sample says nothing, and all of it lies inside any bracket."""
     collected, inside = [], cpu_select.kth_inside

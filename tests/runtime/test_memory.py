@@ -59,10 +59,27 @@ def test_the_smallest_that_is_large_enough_is_taken_and_room_is_made_where_none_
     tensors.clear()
     assert new_tensor((LARGE + 1,)).data_ptr() == places[2]
     assert sorted(map(len, runtime_memory._free)) == sorted(4 * size for size in sizes)
-    large = new_tensor((4 * LARGE,))  # the oldest go
-    assert [len(each) for each in runtime_memory._free] == [8 * LARGE]
+    assert new_tensor((3 * LARGE,)).data_ptr() == places[1]
+
+
+@needs_huge_pages
+def test_the_largest_that_is_too_small_is_made_larger() -> None:
+    tensors = [new_tensor((size,)).fill_(size) for size in (LARGE, 3 * LARGE, 2 * LARGE)]
+    tensors.clear()
+    large = new_tensor((4 * LARGE,))
+    assert (large[: 3 * LARGE] == 3 * LARGE).all() and (large[3 * LARGE :] == 0).all()  # as it was, and new
+    assert sorted(map(len, runtime_memory._free)) == [4 * LARGE, 8 * LARGE]
     del large
-    assert [len(each) for each in runtime_memory._free] == [8 * LARGE, 16 * LARGE]
+    assert sorted(map(len, runtime_memory._free)) == [4 * LARGE, 8 * LARGE, 16 * LARGE]
+
+
+@needs_huge_pages
+def test_what_another_thread_is_about_to_let_go_of_is_given_up() -> None:
+    tensors = [new_tensor((size,)) for size in (LARGE, 2 * LARGE)]
+    tensors.clear()
+    held = [memoryview(memory) for memory in runtime_memory._free]  # as an array that has not quite gone holds it
+    assert len(new_tensor((4 * LARGE,)).fill_(1)) == 4 * LARGE and len(held) == 2
+    assert [len(each) for each in runtime_memory._free] == [16 * LARGE]
 
 
 @needs_huge_pages
