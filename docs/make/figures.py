@@ -188,6 +188,10 @@ for _name, _what in {"factors": "ties of factors", "linear": "linear", "ties": "
     FIGURES[f"session_{_name}"] = ratio("singly", "Session", **_work)
     if _name == "linear":
         FIGURES |= {f"session_linear_{_who}": time(contestant=_who, **_work) for _who in ("singly", "Session")}
+for _name in ("linear", "iso_c", "tsv", "tsv_iso", "actmat"):
+    _work = _of("session", f"{_name}, other weights 8x r16 20 layers of 2048x2048 and 2048x5632 d0.2 fp32")
+    FIGURES[f"search_{_name}"] = ratio("singly", "Session", **_work)
+    FIGURES |= {f"search_{_name}_{_who}": time(contestant=_who, **_work) for _who in ("singly", "Session")}
 for _name in (
     "linear|linear, auto|tsv|tsv, auto|tsv, auto, rank 8|iso_c|actmat|actmat, ridge .3|magnitude_prune d=.2|ties d=.2|"
     "ties d=.2, rank 8|ties d=.5, knots|dare_linear d=.2|dare_ties d=.5|linear, factors|ties d=.5, factors"

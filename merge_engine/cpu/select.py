@@ -216,7 +216,7 @@ def _sample(source: Sampled) -> np.ndarray:
 def _spread(size: int, count: int) -> Tensor:
     """So many of the indices below `size` for each group [GROUPS, count], each group evenly, and all together too."""
     places = torch.arange(GROUPS * count) * size // (GROUPS * count)
-    return places.view(count, GROUPS).T
+    return places.view(count, GROUPS).T.contiguous()
 
 
 def _margin(groups: np.ndarray, bits: int) -> int:

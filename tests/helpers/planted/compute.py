@@ -169,7 +169,7 @@ FAULTS = [
     ),
     Fault(
         f"{CPU}/select.py",
-        "places.view(count, GROUPS).T",
+        "places.view(count, GROUPS).T.contiguous()",
         "places.view(GROUPS, count)",
         "tests/cpu/test_select.py",
         "each group of a sample is of one part of the rows",
