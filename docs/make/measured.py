@@ -4,7 +4,7 @@ import csv
 from itertools import groupby
 from pathlib import Path
 
-REPORTS = ("cpu", "epyc", "image")
+REPORTS = ("cpu", "session", "image", "xeon")
 
 
 def page(folder: Path) -> str:

@@ -36,7 +36,7 @@ def test_every_figure_is_shown():
     assert set(figures.FIGURES) - shown == set()
 
 
-@pytest.mark.parametrize("mark", ["cpu nothing", "nothing ties_faster", "epyc whole_lost"])
+@pytest.mark.parametrize("mark", ["cpu nothing", "nothing ties_faster", "xeon whole_lost"])
 def test_a_figure_that_is_not_there_is_an_error(mark, monkeypatch):
     monkeypatch.setitem(figures.FIGURES, "whole_lost", figures.time(kind="whole", contestant="nobody"))
     with pytest.raises(LookupError, match=r"wanted (a figure of|one row)"):
