@@ -9,7 +9,7 @@ from merge_engine.loops.build import F0, OPTIONS, compiled, f32, f64, wide
 
 _FUSED: dict[str, Any] = {**OPTIONS, "fastmath": {"reassoc", "contract", "nsz"}}  # sums in any order, in lanes
 DOTS, SUMS = 6, 8  # rows of a matrix that are multiplied at a time by four vectors: sums stay in registers
-_LONG = 1024  # columns of such rows and vectors that are multiplied at a time: they stay in the L1 cache
+_LONG = 1024  # columns that are multiplied at a time: those of six rows stay in the L1 cache for all vectors
 _PART = 256  # rows whose products are summed in float32
 
 

@@ -38,10 +38,11 @@ class MergedCore(NamedTuple):
     ``svd``: of the core. All singular values, and as many vectors as were asked for.
     ``rank``: the numerical rank of the core. An output of a smaller rank loses energy; iso_c and tsv_iso have a flat
     spectrum, so that half the rank loses half of it.
-    ``smallest``: how ill-conditioned the merge was: the smallest singular value, within the rank, of unit directions of
-    the adapters that are used. For tsv and tsv_iso of [U_1 ... U_T] and [V_1 ... V_T], for actmat of the latter; for
-    iso_c that of the sum, divided by the largest; None for other methods. Near 0, adapters are nearly parallel, and
-    small changes of them, such as rounding, may change the result by up to 1 / smallest times as much.
+    ``smallest``: of tsv and tsv_iso the smallest singular value, within the rank, of the unit directions
+    [U_1 ... U_T] and [V_1 ... V_T] of the adapters that are used; of actmat that of the latter; of iso_c that of the
+    sum, divided by the largest; None of other methods. Near 0, adapters are nearly parallel, and small changes of them,
+    such as rounding, may change the result by up to 1 / smallest times as much. For actmat with a small ridge it may be
+    more, where weights or singular values differ much.
     ``noise``: singular values of the core up to this may be rounding alone.
     """
 

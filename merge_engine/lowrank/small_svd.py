@@ -14,8 +14,8 @@ _SURELY_FITS = 1e38
 # float32, and of products with it (see `products.times`).
 ROUNDED = 2.0**-21
 _BLUR = 2.0**-26  # of |D|_F^2: how much products in float32 change the energy that a cut keeps
-# Eigenvectors U of core core^T make rows U^T core that are orthogonal to 2**-52 len(core) of the largest square. Where
-# none of their squares is below this share of it, that is 2**-33 for 128 rows.
+# Rows of U^T core, U eigenvectors of core core^T, have inner products of up to 2**-52 len(core) of the largest squared
+# singular value. Where no squared one is below this share of it, unit rows are orthogonal to 2**-33 (128 rows).
 _STEADY = 2.0**-12
 _TURNED = 2.0**-26  # what vectors may be off by: a quarter of what rounding to float32 loses
 _EPS = torch.finfo(torch.float64).eps
@@ -110,8 +110,8 @@ def leading_svd(core: Tensor, count: int | None) -> Svd:
 
     Where count is a quarter of the size or less, they are found in half the time: in the span of as many eigenvectors U
     of core core^T. U U^T core is worse than the best approximation by at most what float64 loses in core core^T, some
-    2**-26 |core|. U^T core has orthogonal rows unless a singular value is very small: then its SVD finds such. The
-    squares of the other values are right to 2**-52 len(core) of the largest; those that are smaller are given as zero.
+    2**-26 |core|. The rows of U^T core are orthogonal unless a singular value is very small: then an SVD of it makes
+    them so. The squares of the other values are right to 2**-52 len(core) of the largest; smaller ones are given as 0.
     """
     unit = float(core.abs().max()) or 1.0  # in this unit squares do not overflow float64
     core = core / unit

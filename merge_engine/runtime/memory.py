@@ -47,8 +47,8 @@ def _map(nbytes: int) -> mmap.mmap:
 def _take(nbytes: int) -> mmap.mmap | None:
     """The smallest free memory of this size or up to twice that, or the largest smaller one, made larger.
 
-    None where there is neither. Then free memory is given up, the oldest first, until it makes room for what will be
-    mapped.
+    The rest stays free for later tensors. None where there is neither: then free memory is given up, the oldest first,
+    until it makes room for what will be mapped.
     """
     free = sorted(_free, key=len)
     fitting = [memory for memory in free if nbytes <= len(memory) <= 2 * nbytes]
@@ -64,10 +64,10 @@ def _take(nbytes: int) -> mmap.mmap | None:
 
 
 def _is_made_larger(memory: mmap.mmap, nbytes: int) -> bool:
-    """Whether there was room: what has been written stays where it is, and is not copied."""
+    """Whether there was room. Its pages may get another address, but are not copied."""
     try:
         memory.resize(nbytes)
-    except (BufferError, OSError):  # or whether another thread is still about to let go of it
+    except (BufferError, OSError):  # BufferError: another thread has not quite freed the array that used it
         return False
     return True
 

@@ -1,7 +1,8 @@
-"""Triton's interpreter, made right for bfloat16 and faster. Only tests use it.
+"""Triton's interpreter, made right for bfloat16, the same on every CPU, and faster. Only tests use it.
 
 It holds bfloat16 as uint16: casts truncate, and dots and sums act on bit patterns. Here bfloat16 operands are widened
-to float32, and results rounded to nearest even, as a GPU does, so that kernels stay free of special cases.
+to float32, and results rounded to nearest even, as a GPU does, so that kernels stay free of special cases. Dots sum
+their terms in order, not as the BLAS of a CPU does.
 """
 
 from dataclasses import replace
@@ -35,7 +36,7 @@ def install() -> None:
     """Change the interpreter, for the life of this process."""
     _round_fma_once()
     _sum_dots_in_order()
-    _teach_bfloat16()
+    _teach_bfloat16()  # last: it calls the dot that is there
     _skip_what_changes_nothing()
 
 
@@ -56,7 +57,8 @@ def _round_fma_once() -> None:
 def _sum_dots_in_order() -> None:
     """The interpreter leaves a dot to numpy's BLAS, which on some CPUs sums a tile of another shape in another order.
 
-    That recipes have the same bits together as alone rests on one order, since their tiles differ in size.
+    Tests compare the bits of recipes that are merged together with those of each alone. Their tiles differ in size, so
+    that every dot has to sum in one order.
     """
     dot, floats = InterpreterBuilder.create_dot, {np.dtype(np.float16), np.dtype(np.float32)}
 

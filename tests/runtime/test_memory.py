@@ -52,7 +52,7 @@ def test_a_view_holds_the_memory() -> None:
 
 
 @needs_huge_pages
-def test_the_smallest_that_is_large_enough_is_taken_and_room_is_made_where_none_is() -> None:
+def test_the_smallest_that_is_large_enough_is_taken() -> None:
     sizes = [LARGE, 3 * LARGE, 2 * LARGE]
     tensors = [new_tensor((size,)) for size in sizes]
     places = [tensor.data_ptr() for tensor in tensors]

@@ -169,10 +169,10 @@ FAULTS = [
     ),
     Fault(
         f"{CPU}/select.py",
-        "places.view(count, GROUPS).T.contiguous()",
-        "places.view(GROUPS, count)",
+        "drawn[0].argsort(dim=1) + drawn[1]",
+        "torch.arange(GROUPS)",
         "tests/cpu/test_select.py",
-        "each group of a sample is of one part of the rows",
+        "a group of a sample sees one place of every head",
     ),
     Fault(
         f"{CPU}/select.py",
