@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,12 @@ from bench.harness.kind import Entry, Kind, Results
 from bench.harness.measure import MIB, Contestant, Sample
 from bench.harness.processes import process_status
 from bench.harness.workloads import Workload
+from merge_engine.engine.output import Merged
 
 MEMORY = "4GB"  # the budget of merge_many and Session
 DENSITIES, SCALES = (0.1, 0.2, 0.3, 0.5), (0.5, 0.7, 1.0, 1.5)
 WEIGHTS = [[round(0.4 + 0.2 * ((3 * i + j) % 5), 1) for i in range(8)] for j in range(4)]  # of eight adapters
+MORE_WEIGHTS = [[round(0.4 + 0.1 * ((3 * i + j) % 11), 1) for i in range(8)] for j in range(10)]
 # Random factors lose much of their energy in a cut: merges would log that every time.
 WORKER = """
 import logging, sys
@@ -37,6 +38,7 @@ work_in_this_process(*sys.argv[1:])
 
 Recipes = list[dict[str, Any]]
 Lap = tuple[float, float]  # wall time, and CPU time of all threads
+Look = Callable[[Merged], None]
 
 
 def _grid(**axes: Any) -> Recipes:
@@ -51,7 +53,7 @@ GRIDS = {
     "ties, density x weights": _grid(method=["ties"], density=DENSITIES, weights=WEIGHTS),
     "ties, other weights": _grid(method=["ties"], weights=WEIGHTS),
     **{
-        f"{method}, other weights": _grid(method=[method], weights=WEIGHTS)
+        f"{method}, other weights": _grid(method=[method], weights=MORE_WEIGHTS)
         for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")
     },
     "ties of factors, other weights": _grid(method=["ties"], space=["factors"], weights=WEIGHTS),
@@ -60,34 +62,41 @@ GRIDS = {
 }
 
 
-def _clocks() -> Lap:
-    return time.perf_counter(), time.process_time()
+def _lap(work: Callable[[], Any]) -> tuple[Any, Lap]:
+    """What a call returns, and what it took."""
+    wall, processor = time.perf_counter(), time.process_time()
+    result = work()
+    return result, (time.perf_counter() - wall, time.process_time() - processor)
 
 
-def _singly(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]]:
-    """(results, the clocks before the first merge and after each)."""
-    results, laps = [], [_clocks()]
+def _laps(merge: Callable[..., Any], recipes: Recipes, look: Look) -> list[Lap]:
+    """What each merge took. Each result is looked at and forgotten, as a search does."""
+    laps = []
     for recipe in recipes:
-        results.append(merge_engine.merge(adapters, backend="torch", **recipe))
-        laps.append(_clocks())
-    return results, laps
+        result, lap = _lap(partial(merge, **recipe))
+        look(result)
+        laps.append(lap)
+    return laps
 
 
-def _at_once(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]]:
-    """(results, the clocks before and after all merges)."""
-    start = _clocks()
-    results = list(merge_engine.merge_many(adapters, recipes, memory=MEMORY, backend="torch"))
-    return results, [start, _clocks()]
+def _singly(adapters: list[str], recipes: Recipes, look: Look) -> list[Lap]:
+    return _laps(partial(merge_engine.merge, adapters, backend="torch"), recipes, look)
 
 
-def _in_session(adapters: list[str], recipes: Recipes) -> tuple[list[Any], list[Lap]]:
-    """(results, the clocks before the session opens and after each merge)."""
-    results, laps = [], [_clocks()]
-    with merge_engine.Session(adapters, memory=MEMORY, backend="torch") as session:
-        for recipe in recipes:
-            results.append(session.merge(**recipe))
-            laps.append(_clocks())
-    return results, laps
+def _at_once(adapters: list[str], recipes: Recipes, look: Look) -> list[Lap]:
+    """What all merges took."""
+    results, lap = _lap(lambda: list(merge_engine.merge_many(adapters, recipes, memory=MEMORY, backend="torch")))
+    for result in results:
+        look(result)
+    return [lap]
+
+
+def _in_session(adapters: list[str], recipes: Recipes, look: Look) -> list[Lap]:
+    """What each merge took; opening the session counts as part of the first."""
+    session, opening = _lap(lambda: merge_engine.Session(adapters, memory=MEMORY, backend="torch"))
+    with session:
+        first, *others = _laps(session.merge, recipes, look)
+    return [(first[0] + opening[0], first[1] + opening[1]), *others]
 
 
 WAYS = {"singly": _singly, "merge_many": _at_once, "Session": _in_session}
@@ -96,13 +105,14 @@ WAYS = {"singly": _singly, "merge_many": _at_once, "Session": _in_session}
 def work_in_this_process(way: str, adapters_text: str, recipes_text: str) -> None:
     """Merge all recipes, and print JSON: seconds of each call, digest, peak bytes, CPU seconds of each call."""
     adapters, recipes = json.loads(adapters_text), json.loads(recipes_text)
-    WAYS[way](adapters[:2], [{**recipes[0], "weights": None}])  # compiles loops and loads libraries
-    results, laps = WAYS[way](adapters, recipes)
-    seconds, processor = ([after - before for before, after in pairwise(times)] for times in zip(*laps, strict=True))
     digest = hashlib.sha256()
-    for result in results:
+
+    def look(result: Merged) -> None:
         for name, factors in sorted(result.modules.items()):
             digest.update(name.encode() + factors.A.numpy().tobytes() + factors.B.numpy().tobytes())
+
+    WAYS[way](adapters[:2], [{**recipes[0], "weights": None}], lambda _: None)  # compiles loops and loads libraries
+    seconds, processor = map(list, zip(*WAYS[way](adapters, recipes, look), strict=True))
     print(json.dumps([seconds, digest.hexdigest(), 1024 * process_status("VmHWM"), processor]))
 
 

@@ -23,5 +23,5 @@ KIND = Kind(
     baseline=("singly",),
     forks=False,
     has_rates=False,
-    least=1,  # of 4 merges
+    least=1,  # of 4 merges, or 10
 )
