@@ -209,20 +209,20 @@ def _sample(source: Sampled) -> np.ndarray:
     wanted = min(max(SAMPLE, source.rows * source.columns >> 8), 4 * SAMPLE) // GROUPS
     rows = min(max(round(wanted**0.5), wanted // source.columns), source.rows)
     columns = min(wanted // rows, source.columns)
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     values = source.part(_spread(source.rows, rows, generator), _spread(source.columns, columns, generator))
     return values.abs().flatten(1).numpy().view(np.int32)
 
 
-def _spread(size: int, count: int, generator: torch.Generator) -> Tensor:
+def _spread(size: int, count: int, generator: np.random.Generator) -> Tensor:
     """`count` indices below `size` for each group [GROUPS, count], one of each of `count` equal parts.
 
     Within the parts they are drawn, evenly for all groups together: sizes that repeat, as those of heads do, and a
     diagonal are neither missed nor seen by one group alone.
     """
-    drawn = torch.rand(2, count, GROUPS, generator=generator)
-    parts = torch.arange(count)[:, None] * GROUPS + drawn[0].argsort(dim=1) + drawn[1]
-    return (parts * (size / (GROUPS * count))).long().clamp(max=size - 1).T.contiguous()
+    order, place = generator.random((2, count, GROUPS))
+    parts = np.arange(count)[:, None] * GROUPS + order.argsort(axis=1) + place
+    return torch.from_numpy((parts * (size / (GROUPS * count))).astype(np.int64).clip(0, size - 1).T.copy())
 
 
 def _margin(groups: np.ndarray, bits: int) -> int:

@@ -169,8 +169,8 @@ FAULTS = [
     ),
     Fault(
         f"{CPU}/select.py",
-        "drawn[0].argsort(dim=1) + drawn[1]",
-        "torch.arange(GROUPS)",
+        "order.argsort(axis=1) + place",
+        "np.arange(GROUPS)",
         "tests/cpu/test_select.py",
         "a group of a sample sees one place of every head",
     ),
