@@ -176,10 +176,6 @@ WORKLOADS = [
         Workload("session", f"{what}, other weights", adapters=8, layers=1)
         for what in ("ties", "linear", "ties of factors")
     ),
-    *(
-        Workload("session", f"{method}, other weights", adapters=8, layers=20, model=TWO_OF_TINY_LLAMA)
-        for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")
-    ),
     *(_whole_models(method, 2) for method in ("della", "model_stock", "sce")),
     *(Workload("trial", method, adapters=4, layers=LAYERS) for method in ("tsv", "actmat")),
     Workload("image", "ties", layers=19, model=FLUX, rank=32, dtype="bfloat16"),
@@ -187,6 +183,10 @@ WORKLOADS = [
     Workload("many", "ties, density x weights", adapters=8, layers=1),
     Workload("many", "linear, weights x scale", adapters=8, layers=4),
     Workload("many", "ties of factors, density x weights", adapters=8, layers=4),
+    *(
+        Workload("session", f"{method}, other weights", adapters=8, layers=20, model=TWO_OF_TINY_LLAMA)
+        for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")
+    ),
     Workload("adapters", "ties", 1024, 1024, only=RIVALS, vary=("adapters", (4, 8, 16, 32))),
     *_many_deltas(),
     *(Workload("select", "magnitude_prune", 4096, 4096, adapters=1, density=density) for density in (0.05, 0.5)),
