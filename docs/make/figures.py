@@ -116,15 +116,14 @@ for _rows in ("1024", "8192"):
     FIGURES[f"elements_{_rows}"] = time(contestant="tiled", **_work)
 
 
-def _of_parts(compute: Callable[[Callable[[str], float], float, float], str]) -> Figure:
-    """compute(seconds of a part, those of all products at the matmul rate, those of the result at a copy's rate)."""
+def _of_parts(compute: Callable[[Callable[[str], float], float], str]) -> Figure:
+    """compute(seconds of a part, those of all products at the matmul rate)."""
 
     def figure(rows: Rows) -> str:
         (whole,) = (row for row in rows if row["kind"] == "parts" and row["contestant"] == "whole")
         elements, adapters, rank = (int(whole[name]) for name in ("elements", "adapters", "rank"))
         products = 2 * rank * adapters * elements / float(whole["matmul_gflop_s"]) / 1e9
-        written = 4 * elements / float(whole["bandwidth_gb_s"]) / 1e9
-        return compute(lambda part: value(rows, "seconds", contestant=part, **PARTS), products, written)
+        return compute(lambda part: value(rows, "seconds", contestant=part, **PARTS), products)
 
     return figure
 
@@ -132,11 +131,10 @@ def _of_parts(compute: Callable[[Callable[[str], float], float, float], str]) ->
 FIGURES |= {
     "adapters_4_time": time(contestant="tiled", **_of("adapters", ADAPTERS.format(4))),
     "adapters_32_time": time(contestant="tiled", **_of("adapters", ADAPTERS.format(32))),
-    "products_share": _of_parts(lambda of, *_: f"{200 * of('bare products') / of('whole'):.0f} %"),
-    "products_rate": _of_parts(lambda of, products, _: f"{100 * products / of('bare products'):.0f} %"),
-    "search_rest": _of_parts(lambda of, *_: in_text(of("thresholds") - of("bare products"))),
-    "merge_rest": _of_parts(lambda of, *_: in_text(of("merge, thresholds known") - of("bare products"))),
-    "least": _of_parts(lambda of, products, written: in_text(2 * products + written)),
+    "products_share": _of_parts(lambda of, _: f"{200 * of('bare products') / of('whole'):.0f} %"),
+    "products_rate": _of_parts(lambda of, products: f"{100 * products / of('bare products'):.0f} %"),
+    "search_rest": _of_parts(lambda of, _: in_text(of("thresholds") - of("bare products"))),
+    "merge_rest": _of_parts(lambda of, _: in_text(of("merge, thresholds known") - of("bare products"))),
 }
 for _type in ("svd", "ties_svd"):
     _work = _of("recompress", f"{_type} 3x r16 2048x2048 d0.2 fp32")
