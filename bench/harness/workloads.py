@@ -150,6 +150,7 @@ def _many_deltas() -> list[Workload]:
     ]
 
 
+SEARCHED = ("linear", "iso_c", "tsv", "tsv_iso", "actmat")  # with other weights, in a session
 FACTORS = ("linear", "magnitude_prune", "dare_ties", "dare_linear", "cat")  # beside ties
 WORKLOADS = [
     _deltas("ties", 4096, 4096, only=RIVALS),
@@ -185,7 +186,7 @@ WORKLOADS = [
     Workload("many", "ties of factors, density x weights", adapters=8, layers=4),
     *(
         Workload("session", f"{method}, other weights", adapters=8, layers=20, model=TWO_OF_TINY_LLAMA)
-        for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")
+        for method in SEARCHED
     ),
     Workload("adapters", "ties", 1024, 1024, only=RIVALS, vary=("adapters", (4, 8, 16, 32))),
     *_many_deltas(),

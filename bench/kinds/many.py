@@ -21,7 +21,7 @@ from bench.harness.inputs import RANK
 from bench.harness.kind import Entry, Kind, Results
 from bench.harness.measure import MIB, Contestant, Sample
 from bench.harness.processes import process_status
-from bench.harness.workloads import Workload
+from bench.harness.workloads import SEARCHED, Workload
 from merge_engine.engine.output import Merged
 
 MEMORY = "4GB"  # the budget of merge_many and Session
@@ -52,10 +52,7 @@ GRIDS = {
     "ties, density x scale": _grid(method=["ties"], density=DENSITIES, scale=SCALES),
     "ties, density x weights": _grid(method=["ties"], density=DENSITIES, weights=WEIGHTS),
     "ties, other weights": _grid(method=["ties"], weights=WEIGHTS),
-    **{
-        f"{method}, other weights": _grid(method=[method], weights=MORE_WEIGHTS)
-        for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")
-    },
+    **{f"{method}, other weights": _grid(method=[method], weights=MORE_WEIGHTS) for method in SEARCHED},
     "ties of factors, other weights": _grid(method=["ties"], space=["factors"], weights=WEIGHTS),
     "linear, weights x scale": _grid(method=["linear"], weights=WEIGHTS, scale=SCALES),
     "ties of factors, density x weights": _grid(method=["ties"], space=["factors"], density=DENSITIES, weights=WEIGHTS),

@@ -4,6 +4,7 @@ import statistics
 from functools import partial
 
 from bench.harness.kind import Entry, Kind
+from bench.harness.workloads import SEARCHED
 from bench.kinds.many import by_way, check
 
 
@@ -12,7 +13,7 @@ def _later(seconds: list[float]) -> float:
     return statistics.median(seconds[1:])
 
 
-CHEAP = {f"{method}, other weights": 0.1 for method in ("linear", "iso_c", "tsv", "tsv_iso", "actmat")}
+CHEAP = {f"{method}, other weights": 0.1 for method in SEARCHED}
 KIND = Kind(
     {
         "singly": Entry(partial(by_way, "singly", _later), ns=18, seconds=4, share=CHEAP, devices=("cpu",)),
