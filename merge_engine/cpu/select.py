@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -207,11 +208,17 @@ def _brackets(source: Sampled, ks: Sequence[int]) -> list[Bracket]:
 def _sample(source: Sampled) -> np.ndarray:
     """Bits of magnitudes [GROUPS, n]; the rows and columns of each group are spread over all."""
     wanted = min(max(SAMPLE, source.rows * source.columns >> 8), 4 * SAMPLE) // GROUPS
-    rows = min(max(round(wanted**0.5), wanted // source.columns), source.rows)
-    columns = min(wanted // rows, source.columns)
-    generator = np.random.default_rng(0)
-    values = source.part(_spread(source.rows, rows, generator), _spread(source.columns, columns, generator))
+    values = source.part(*_places(source.rows, source.columns, wanted))
     return values.abs().flatten(1).numpy().view(np.int32)
+
+
+@lru_cache(maxsize=16)  # shapes of a model
+def _places(rows: int, columns: int, wanted: int) -> tuple[Tensor, Tensor]:
+    """Rows [GROUPS, m] and columns [GROUPS, n] of a matrix [rows, columns], with m n about as many as are wanted."""
+    m = min(max(round(wanted**0.5), wanted // columns), rows)
+    n = min(wanted // m, columns)
+    generator = np.random.default_rng(0)
+    return _spread(rows, m, generator), _spread(columns, n, generator)
 
 
 def _spread(size: int, count: int, generator: np.random.Generator) -> Tensor:
