@@ -63,6 +63,15 @@ def test_the_smallest_that_is_large_enough_is_taken() -> None:
 
 
 @needs_huge_pages
+def test_where_none_can_be_taken_the_oldest_make_room() -> None:
+    """Of memory that is all more than twice as large."""
+    tensors = [new_tensor((size,)) for size in (5 * LARGE, 3 * LARGE)]
+    del tensors[0], tensors[0]  # one after the other
+    small = new_tensor((LARGE,))
+    assert [len(each) for each in runtime_memory._free] == [12 * LARGE] and len(small) == LARGE
+
+
+@needs_huge_pages
 def test_the_largest_that_is_too_small_is_made_larger() -> None:
     tensors = [new_tensor((size,)).fill_(size) for size in (LARGE, 3 * LARGE, 2 * LARGE)]
     tensors.clear()
